@@ -1,0 +1,1 @@
+"""The PyTorch side: finds a checkpoint and computes the reference vectors."""

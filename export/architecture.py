@@ -1,0 +1,114 @@
+"""What can be exported: the supported architectures and the limits that a config sets."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from gircse.runtime.bundle import MAX_STEPS
+from gircse.runtime.errors import ExportError
+
+SUPPORTED = ("llama", "mistral", "qwen2", "qwen3")
+
+STATIC_ROTARY_TYPES = ("default", "linear", "llama3", "yarn")
+"""Scalings whose angles do not depend on the length of the prompt; ``dynamic`` and ``longrope`` do."""
+
+
+@dataclass(frozen=True)
+class DecoderShape:
+    """The sizes of a decoder that the graphs and the manifest need.
+
+    Attributes:
+        architecture: ``model_type`` of the config.
+        hidden_size: width of the residual stream.
+        num_layers: decoder layers.
+        num_kv_heads: key and value heads.
+        head_dim: width of a head.
+        vocab_size: rows of the embedding table.
+        tied: whether lm_head is the embedding table.
+    """
+
+    architecture: str
+    hidden_size: int
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    tied: bool
+
+    @property
+    def kv_size(self) -> int:
+        """Width of the keys, and of the values, of one token in one layer."""
+        return self.num_kv_heads * self.head_dim
+
+
+def decoder_shape(config: Any) -> DecoderShape:
+    """Read the sizes from a ``transformers`` config.
+
+    Raises:
+        ExportError: the architecture is not supported, or the weights are quantised.
+    """
+    if config.model_type not in SUPPORTED:
+        raise ExportError(
+            f"config.json: architecture {config.model_type!r} | one of {', '.join(SUPPORTED)} | "
+            "export a model of these architectures"
+        )
+    if getattr(config, "quantization_config", None):
+        raise ExportError(
+            "config.json: quantised weights (quantization_config) | weights in FP32, FP16 or BF16 | "
+            "use the checkpoint from before quantisation"
+        )
+    return DecoderShape(
+        architecture=config.model_type,
+        hidden_size=config.hidden_size,
+        num_layers=config.num_hidden_layers,
+        num_kv_heads=config.num_key_value_heads,
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+        vocab_size=config.vocab_size,
+        tied=bool(config.tie_word_embeddings),
+    )
+
+
+def check_limits(config: Any, *, steps: int, max_tokens: int) -> None:
+    """Refuse K and prompt lengths that the model cannot hold.
+
+    Raises:
+        ExportError: K out of range, too many positions, a sliding window that would cut the prompt, or a rotary
+            scaling whose angles would change with the length of the prompt.
+    """
+    if not 0 <= steps <= MAX_STEPS:
+        raise ExportError(f"--steps {steps} | 0 to {MAX_STEPS} | choose another K")
+    if max_tokens < 1:
+        raise ExportError(f"--max-tokens {max_tokens} | at least 1 | raise it")
+    positions = max_tokens + steps
+    if positions > config.max_position_embeddings:
+        raise ExportError(
+            f"--max-tokens {max_tokens} with {steps} steps: {positions} positions | the model has "
+            f"{config.max_position_embeddings} | lower --max-tokens to {config.max_position_embeddings - steps} or less"
+        )
+    window = getattr(config, "sliding_window", None)
+    if window is not None and _uses_sliding_window(config) and positions > window:
+        raise ExportError(
+            f"--max-tokens {max_tokens} with {steps} steps: {positions} positions | at most the sliding window of "
+            f"{window} | lower --max-tokens to {window - steps} or less"
+        )
+    _check_rotary(config, positions)
+
+
+def _uses_sliding_window(config: Any) -> bool:
+    layer_types = getattr(config, "layer_types", None)
+    return layer_types is None or "sliding_attention" in layer_types
+
+
+def _check_rotary(config: Any, positions: int) -> None:
+    rotary = config.rope_parameters
+    kind = rotary.get("rope_type", "default")
+    if rotary.get("partial_rotary_factor", 1.0) != 1.0:
+        raise ExportError(
+            f"config.json: partial_rotary_factor {rotary['partial_rotary_factor']} | 1.0 | not supported yet"
+        )
+    original = rotary.get("original_max_position_embeddings") or config.max_position_embeddings
+    if kind not in STATIC_ROTARY_TYPES and positions > original:
+        raise ExportError(
+            f"config.json: rotary scaling {kind!r} changes with the length beyond {original} positions, and "
+            f"{positions} are asked for | at most {original}, or one of {', '.join(STATIC_ROTARY_TYPES)} | "
+            "lower --max-tokens"
+        )

@@ -1,0 +1,307 @@
+"""Compose the traced decoder into the graphs of a bundle: unrolled, or prefill and step.
+
+Around the decoder stand four small pieces, written directly in ONNX operators::
+
+    prompt_inputs     ids, mask -> embeddings, attention bias, positions; left and right padding give the same vectors
+    last_state        -> h_0, the state of each prompt's last real token
+    soft_token        h -> softmax(lm_head(h) / T) @ E
+    pool              h_1..h_K -> z_1..z_K
+
+Attention is masked by a finite additive bias, never by ``is_causal``, on which execution providers disagree when
+there are more keys than queries (microsoft/onnxruntime#29020); finite, so that a fully masked row stays finite.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from gircse.export import trace
+from gircse.export.architecture import DecoderShape
+from gircse.runtime import io_spec
+from gircse.runtime.bundle import Layout, Pooling
+from gircse.runtime.numerics import L2_EPSILON
+
+IR_VERSION = 10
+
+EMBEDDING_TABLE = "model.embed_tokens.weight"
+LM_HEAD = "lm_head.weight"
+
+MASKED = -30000.0
+"""Bias of a masked position: makes its attention weight exactly 0, and leaves FP16 room for the score itself."""
+
+
+@dataclass(frozen=True)
+class RefinementSettings:
+    """What the graphs compute besides the decoder: K, pooling and the softmax temperature T."""
+
+    steps: int
+    pooling: Pooling
+    temperature: float
+
+
+def compose_graphs(
+    decoder: ir.Graph, shape: DecoderShape, settings: RefinementSettings, *, layout: Layout
+) -> dict[str, ir.Model]:
+    """Build the graphs of a layout.
+
+    Args:
+        decoder: the simplified graph of ``trace_decoder``.
+        shape: sizes of the decoder.
+        settings: K, pooling, temperature.
+        layout: ``unrolled`` or ``stepwise``.
+
+    Returns:
+        ``{"model": ...}``, or ``{"prefill": ..., "step": ...}`` (no step when K = 0). Weights are initializers without
+        usable values, one for each tensor of the checkpoint.
+    """
+    if layout is Layout.UNROLLED:
+        return {"model": _unrolled(decoder, shape, settings)}
+    graphs = {"prefill": _prefill(decoder, shape, settings)}
+    if settings.steps:
+        graphs["step"] = _step(decoder, shape, settings)
+    return graphs
+
+
+def _unrolled(decoder: ir.Graph, shape: DecoderShape, settings: RefinementSettings) -> ir.Model:
+    g = _GraphBuilder(decoder, shape, settings)
+    input_ids, mask = g.prompt()
+    hidden, cache, key_bias = _run_prompt(g, input_ids, mask)
+    prompt_embedding = g.l2_normalize(hidden)
+    tokens = g.op("ReduceSum", mask, g.ints([1]), keepdims=1)
+    visible = g.zeros_of_batch(tokens)
+    states = []
+    for k in range(settings.steps):
+        key_bias = g.op("Concat", key_bias, visible, axis=-1)
+        positions = g.op("Add", tokens, g.ints([k]))
+        output, cache = g.decode(f"step{k + 1}/", g.soft_token(hidden), key_bias, positions, cache)
+        states.append(output)
+        hidden = g.op("Squeeze", output, g.ints([1]))
+    if not states:
+        g.output(g.op("Identity", prompt_embedding), io_spec.EMBEDDING, ["batch", shape.hidden_size])
+        g.output(prompt_embedding, io_spec.PROMPT_EMBEDDING, ["batch", shape.hidden_size])
+        return g.model()
+    embeddings = _pool(g, states)
+    last = g.op("Squeeze", g.op("Slice", embeddings, g.ints([-1]), g.ints([settings.steps]), g.ints([1])), g.ints([1]))
+    g.output(last, io_spec.EMBEDDING, ["batch", shape.hidden_size])
+    g.output(embeddings, io_spec.STEP_EMBEDDINGS, ["batch", settings.steps, shape.hidden_size])
+    g.output(prompt_embedding, io_spec.PROMPT_EMBEDDING, ["batch", shape.hidden_size])
+    return g.model()
+
+
+def _prefill(decoder: ir.Graph, shape: DecoderShape, settings: RefinementSettings) -> ir.Model:
+    g = _GraphBuilder(decoder, shape, settings)
+    input_ids, mask = g.prompt()
+    hidden, cache, _ = _run_prompt(g, input_ids, mask)
+    g.output(hidden, io_spec.HIDDEN, ["batch", shape.hidden_size])
+    for value, name in zip(cache, io_spec.cache_names("present", shape.num_layers), strict=True):
+        g.output(value, name, ["batch", "tokens", shape.kv_size])
+    return g.model()
+
+
+def _step(decoder: ir.Graph, shape: DecoderShape, settings: RefinementSettings) -> ir.Model:
+    g = _GraphBuilder(decoder, shape, settings)
+    hidden = g.input(io_spec.HIDDEN, ir.DataType.FLOAT, ["batch", shape.hidden_size])
+    mask = g.input(io_spec.ATTENTION_MASK, ir.DataType.INT64, ["batch", "past"])
+    past = [
+        g.input(name, ir.DataType.FLOAT, ["batch", "past", shape.kv_size])
+        for name in io_spec.cache_names("past", shape.num_layers)
+    ]
+    tokens = g.op("ReduceSum", mask, g.ints([1]), keepdims=1)
+    key_bias = g.op("Concat", g.key_bias(mask), g.zeros_of_batch(tokens), axis=-1)
+    output, cache = g.decode("step/", g.soft_token(hidden), key_bias, tokens, past)
+    g.output(g.op("Squeeze", output, g.ints([1])), io_spec.NEXT_HIDDEN, ["batch", shape.hidden_size])
+    for value, name in zip(cache, io_spec.cache_names("present", shape.num_layers), strict=True):
+        g.output(value, name, ["batch", "total", shape.kv_size])
+    return g.model()
+
+
+def _run_prompt(
+    g: "_GraphBuilder", input_ids: ir.Value, mask: ir.Value
+) -> tuple[ir.Value, list[ir.Value], ir.Value]:
+    """Return h_0 (batch, hidden), the KV cache, and the bias of the prompt's keys (batch, 1, 1, tokens)."""
+    embeds = g.op("Gather", g.weight(EMBEDDING_TABLE), input_ids)
+    # Positions count real tokens, so that padding does not shift the rotary phase.
+    positions = g.op("Max", g.op("Sub", g.op("CumSum", mask, g.int(1)), g.int(1)), g.int(0))
+    key_bias = g.key_bias(mask)
+    length = g.op("Squeeze", g.op("Shape", input_ids, start=1, end=2), g.ints([0]))
+    index = g.op("Range", g.int(0), length, g.int(1))
+    future = g.op("Less", g.op("Unsqueeze", index, g.ints([1])), g.op("Unsqueeze", index, g.ints([0])))
+    causal_bias = g.op("Mul", g.op("Cast", future, to=ir.DataType.FLOAT), g.float(MASKED))
+    # Min, not Add: two masks at once would leave the range of FP16.
+    bias = g.op("Min", key_bias, causal_bias)
+    states, cache = g.decode("prompt/", embeds, bias, positions, None)
+    last = g.op("ReduceMax", g.op("Mul", mask, index), g.ints([1]), keepdims=1)  # index of the last real token
+    at = g.op("Unsqueeze", last, g.ints([2]))
+    hidden = g.op("GatherND", states, at, batch_dims=1)  # (batch, 1, hidden)
+    return g.op("Squeeze", hidden, g.ints([1])), cache, key_bias
+
+
+def _pool(g: "_GraphBuilder", states: Sequence[ir.Value]) -> ir.Value:
+    """Return z_1..z_K (batch, K, hidden) of the states (batch, 1, hidden)."""
+    stacked = g.op("Concat", *states, axis=1)
+    if g.settings.pooling is Pooling.LAST:
+        return g.l2_normalize(stacked)
+    counts = np.arange(1, len(states) + 1, dtype=np.float32)[:, None]
+    sums = g.op("CumSum", stacked, g.int(1))
+    return g.l2_normalize(g.op("Div", sums, g.constant("counts", counts)))
+
+
+class _GraphBuilder:
+    """One graph under construction: its nodes, its weights by name, and the pieces that several graphs share."""
+
+    def __init__(self, decoder: ir.Graph, shape: DecoderShape, settings: RefinementSettings) -> None:
+        self.decoder, self.shape, self.settings = decoder, shape, settings
+        self._tape = ir.tape.Tape()
+        self._initializers: dict[str, ir.Value] = {}
+        self._inputs: list[ir.Value] = []
+        self._outputs: list[ir.Value] = []
+
+    def op(self, op_type: str, *inputs: ir.Value, **attributes: int | float) -> ir.Value:
+        return self._tape.op(op_type, inputs, attributes)
+
+    def input(self, name: str, dtype: ir.DataType, shape: Sequence[int | str]) -> ir.Value:
+        self._inputs.append(ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(shape)))
+        return self._inputs[-1]
+
+    def output(self, value: ir.Value, name: str, shape: Sequence[int | str]) -> None:
+        value.name, value.type, value.shape = name, ir.TensorType(ir.DataType.FLOAT), ir.Shape(shape)
+        self._outputs.append(value)
+
+    def prompt(self) -> tuple[ir.Value, ir.Value]:
+        shape = ["batch", "tokens"]
+        return (
+            self.input(io_spec.INPUT_IDS, ir.DataType.INT64, shape),
+            self.input(io_spec.ATTENTION_MASK, ir.DataType.INT64, shape),
+        )
+
+    def weight(self, name: str) -> ir.Value:
+        """Return the initializer of a (vocab, hidden) weight."""
+        if name not in self._initializers:
+            shape = ir.Shape((self.shape.vocab_size, self.shape.hidden_size))
+            self._initializers[name] = ir.Value(name=name, type=ir.TensorType(ir.DataType.FLOAT), shape=shape)
+        return self._initializers[name]
+
+    def constant(self, name: str, value: np.ndarray) -> ir.Value:
+        if name not in self._initializers:
+            tensor = ir.tensor(value, name=name)
+            self._initializers[name] = ir.Value(
+                name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(value.shape), const_value=tensor
+            )
+        return self._initializers[name]
+
+    def int(self, value: int) -> ir.Value:
+        return self.constant(f"int_{value}", np.array(value, np.int64))
+
+    def ints(self, values: Sequence[int]) -> ir.Value:
+        return self.constant("ints_" + "_".join(map(str, values)), np.array(values, np.int64))
+
+    def float(self, value: float) -> ir.Value:
+        return self.constant(f"float_{value!r}", np.array(value, np.float32))
+
+    def key_bias(self, mask: ir.Value) -> ir.Value:
+        """(batch, keys) int64 -> (batch, 1, 1, keys) float32: 0 for a real token, MASKED for padding."""
+        padding = self.op("Sub", self.int(1), self.op("Unsqueeze", mask, self.ints([1, 2])))
+        return self.op("Mul", self.op("Cast", padding, to=ir.DataType.FLOAT), self.float(MASKED))
+
+    def zeros_of_batch(self, tokens: ir.Value) -> ir.Value:
+        """(batch, 1) -> zeros (batch, 1, 1, 1) float32, the bias of a soft token."""
+        batch = self.op("Shape", tokens, start=0, end=1)
+        shape = self.op("Concat", batch, self.ints([1, 1, 1]), axis=0)
+        return self.op("Expand", self.float(0.0), shape)
+
+    def soft_token(self, hidden: ir.Value) -> ir.Value:
+        """(batch, hidden) -> softmax(lm_head(h) / T) @ E as (batch, 1, hidden).
+
+        The vocabulary matrices are left operands, (vocab, hidden) @ (hidden, batch), because ONNX Runtime keeps a
+        packed copy of every constant right operand: two more copies of the largest weight. The Squeeze after the
+        Transpose keeps the two apart from the MatMul, which reads a plain column fastest.
+        """
+        table = self.weight(EMBEDDING_TABLE)
+        head = table if self.shape.tied else self.weight(LM_HEAD)
+        row = self.op("Unsqueeze", hidden, self.ints([1]))
+        column = self.op("Squeeze", self.op("Transpose", row, perm=[2, 1, 0]), self.ints([1]))
+        logits = self.op("MatMul", head, column)
+        if self.settings.temperature != 1.0:
+            logits = self.op("Div", logits, self.float(self.settings.temperature))
+        probabilities = self.op("Softmax", logits, axis=0)  # (vocab, batch)
+        mixed = self.op("Transpose", self.op("Gemm", table, probabilities, transA=1), perm=[1, 0])
+        return self.op("Unsqueeze", mixed, self.ints([1]))
+
+    def l2_normalize(self, vectors: ir.Value) -> ir.Value:
+        norms = self.op("ReduceL2", vectors, self.ints([-1]), keepdims=1)
+        return self.op("Div", vectors, self.op("Max", norms, self.float(L2_EPSILON)))
+
+    def decode(
+        self, prefix: str, embeds: ir.Value, bias: ir.Value, positions: ir.Value, past: Sequence[ir.Value] | None
+    ) -> tuple[ir.Value, list[ir.Value]]:
+        """Stamp one copy of the decoder into the graph.
+
+        Args:
+            prefix: put before the name of every node and value of the copy.
+            embeds: (batch, S, hidden).
+            bias: (batch, 1, S or 1, past + S).
+            positions: (batch, S) int64.
+            past: the KV cache, or None for the prompt, which has none: its Concat nodes fall away.
+
+        Returns:
+            The states (batch, S, hidden) and the grown KV cache.
+        """
+        inputs = dict(zip((value.name for value in self.decoder.inputs), self.decoder.inputs, strict=True))
+        values: dict[ir.Value, ir.Value | None] = {
+            inputs[trace.INPUTS_EMBEDS]: embeds,
+            inputs[trace.ATTENTION_BIAS]: bias,
+            inputs[trace.POSITION_IDS]: positions,
+        }
+        names = io_spec.cache_names("past", self.shape.num_layers)
+        values.update(zip((inputs[name] for name in names), past or [None] * len(names), strict=True))
+        for name, value in self.decoder.initializers.items():
+            values[value] = self._initializers.setdefault(name, _copy_initializer(value))
+        for node in self.decoder:
+            self._stamp(node, prefix, values)
+        states, *cache = (values[output] for output in self.decoder.outputs)
+        if states is None or None in cache:
+            raise ValueError("the decoder has an output that no node makes")
+        return states, [value for value in cache if value is not None]
+
+    def _stamp(self, node: ir.Node, prefix: str, values: dict[ir.Value, ir.Value | None]) -> None:
+        inputs = [values[value] if value is not None else None for value in node.inputs]
+        present = [value for value in inputs if value is not None]
+        if node.op_type == "Concat" and len(present) == 1:
+            values[node.outputs[0]] = present[0]
+            return
+        output = self._tape.op(node.op_type, inputs, name=f"{prefix}{node.name}")
+        producer = output.producer()
+        if producer is None:
+            raise ValueError(f"{node.name}: no node was made")
+        producer.attributes.update(node.attributes)
+        output.name = f"{prefix}{node.outputs[0].name}"
+        output.type = node.outputs[0].type
+        values[node.outputs[0]] = output
+
+    def model(self) -> ir.Model:
+        graph = ir.Graph(
+            self._inputs,
+            self._outputs,
+            nodes=self._tape.nodes,
+            initializers=list(self._initializers.values()),
+            opset_imports={"": trace.OPSET},
+            name="gircse",
+        )
+        return ir.Model(graph, ir_version=IR_VERSION, producer_name="gircse-deploy")
+
+
+def _copy_initializer(value: ir.Value) -> ir.Value:
+    return ir.Value(name=value.name, type=value.type, shape=value.shape, const_value=value.const_value)
+
+
+def weight_initializers(models: Iterable[ir.Model]) -> dict[str, ir.Value]:
+    """Return one initializer of each name that a checkpoint has to fill, sorted by name."""
+    found = {
+        name: value
+        for model in models
+        for name, value in model.graph.initializers.items()
+        if value.const_value is None
+    }
+    return dict(sorted(found.items()))

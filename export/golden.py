@@ -1,0 +1,92 @@
+"""Golden vectors: a dozen texts with their token ids and step embeddings from the PyTorch reference.
+
+A bundle carries them so that any runtime, anywhere, can check itself (``Embedder.self_test``).
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.numpy import save_file
+from tokenizers import Tokenizer
+
+from gircse.calibration.checkpoint import Checkpoint
+from gircse.calibration.reference import load_reference, step_states
+from gircse.export.compose import RefinementSettings
+from gircse.runtime.bundle import Pooling
+from gircse.runtime.numerics import l2_normalize, prefix_means
+from gircse.runtime.token_batch import format_prompt, pad_batch, tokenize
+
+INSTRUCTION = "Given a question, retrieve passages that answer it"
+
+CASES: tuple[tuple[str, str], ...] = (
+    ("", "ok"),
+    ("", "The harbour freezes over by late November."),
+    ("", "By the end of November there is ice in the port."),
+    (INSTRUCTION, "how long does a passport renewal take"),
+    ("", "Renewing a passport usually takes three weeks, or two days with the express service."),
+    ("", "SELECT name, COUNT(*) FROM orders GROUP BY name HAVING COUNT(*) > 3;"),
+    ("", "7 * 6 = 42"),
+    ("", "Der Zug nach Köln fährt heute von Gleis 9 ab."),
+    ("", "東京は日本の首都です。"),
+    ("", "🚲 + ☔ = “not today”"),
+    (INSTRUCTION, "why do leaves change colour in autumn?"),
+    (
+        "",
+        "As days shorten, trees stop making chlorophyll, the green pigment that feeds them. What is left shows the "
+        "yellow and orange carotenoids that were there all summer, while sugars trapped in the leaves of maples and "
+        "oaks turn into red anthocyanins; a dry, sunny autumn with cool nights makes the strongest colours.",
+    ),
+)
+
+
+def write_golden(
+    directory: Path,
+    checkpoint: Checkpoint,
+    tokenizer: Tokenizer,
+    settings: RefinementSettings,
+    *,
+    pad_token_id: int,
+    max_tokens: int,
+    on_case: Callable[[], None],
+) -> None:
+    """Compute the golden vectors and write golden.json and golden.safetensors.
+
+    golden.json: ``cases``, each with ``instruction``, ``text`` and ``token_ids``. golden.safetensors:
+    ``prompt_embedding`` (n, hidden) and ``step_embeddings`` (n, K, hidden), float32, in the order of the cases.
+
+    Args:
+        directory: where to write.
+        checkpoint: model and adapter.
+        tokenizer: the model's tokenizer.
+        settings: K, pooling, temperature.
+        pad_token_id: padding, and the stand-in for an empty prompt.
+        max_tokens: longest prompt.
+        on_case: called after each text.
+    """
+    prompts = [format_prompt(instruction, text) for instruction, text in CASES]
+    token_ids = [ids[:max_tokens] for ids in tokenize(tokenizer, prompts, empty_token_id=pad_token_id)]
+    model = load_reference(checkpoint)
+    states = []
+    for row in range(len(CASES)):  # one by one: the reference owes nothing to padding
+        batch = pad_batch((row,), token_ids, pad_token_id=pad_token_id)
+        ids, mask = torch.from_numpy(batch.input_ids), torch.from_numpy(batch.attention_mask)
+        states.append(
+            step_states(model, ids, mask, steps=settings.steps, temperature=settings.temperature)[0].numpy()
+        )
+        on_case()
+    prompt, steps = np.stack(states)[:, 0], np.stack(states)[:, 1:]
+    pooled = steps if settings.pooling is Pooling.LAST else prefix_means(steps)
+    cases = [
+        {"instruction": instruction, "text": text, "token_ids": ids}
+        for (instruction, text), ids in zip(CASES, token_ids, strict=True)
+    ]
+    text = json.dumps({"cases": cases}, indent=1, ensure_ascii=False) + "\n"
+    (directory / "golden.json").write_text(text, encoding="utf-8")
+    vectors = {
+        "prompt_embedding": np.ascontiguousarray(l2_normalize(prompt)),
+        "step_embeddings": np.ascontiguousarray(l2_normalize(pooled)),
+    }
+    save_file(vectors, directory / "golden.safetensors")

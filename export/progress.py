@@ -1,0 +1,40 @@
+"""Progress of the export on stderr: a live line with a bar on a terminal, one line a stage elsewhere."""
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+Advance = Callable[[float], None]
+
+
+class StageProgress:
+    """Shows the stages of a long job, one after the other."""
+
+    def __init__(self) -> None:
+        self._console = Console(stderr=True)
+
+    @contextlib.contextmanager
+    def stage(self, title: str, *, total: float | None = None) -> Iterator[Advance]:
+        """Show one stage while the block runs; afterwards its line stays, with the time it took.
+
+        Args:
+            title: what is being done.
+            total: amount of work, for a bar with an estimate; None shows a spinner.
+
+        Yields:
+            A function that takes the amount of work just done.
+        """
+        start = time.perf_counter()
+        bar = [BarColumn(bar_width=24), TimeRemainingColumn()] if total is not None else []
+        columns = (SpinnerColumn(), TextColumn("{task.description}"), *bar, TimeElapsedColumn())
+        with Progress(*columns, console=self._console, transient=True) as progress:
+            task = progress.add_task(title, total=total)
+            yield lambda amount: progress.advance(task, amount)
+        self._console.print(f"[green]✓[/] {title} [dim]{time.perf_counter() - start:.1f} s[/]", highlight=False)
+
+    def note(self, text: str) -> None:
+        """Print one line between stages."""
+        self._console.print(text, highlight=False, markup=False)

@@ -1,0 +1,141 @@
+"""Rewrites that make a traced decoder compact. Each changes the graph in place and returns how often it applied.
+
+They look at operators and recorded symbolic shapes only, never at values, so fake weights pass through them.
+Before and after, one attention input of one layer::
+
+    MatMul - Reshape - Transpose - Transpose - Reshape - RotaryEmbedding      (and six nodes per Reshape's shape)
+    MatMul - RotaryEmbedding
+"""
+
+from collections.abc import Iterable
+
+import numpy as np
+import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass
+
+TRANSPOSED_SUFFIX = ".T"
+"""Ends the name of an initializer that is stored as the transpose of the checkpoint's tensor."""
+
+
+def simplify_decoder(graph: ir.Graph) -> dict[str, int]:
+    """Apply every rewrite in order and drop what they leave unused.
+
+    Returns:
+        How often each one applied, by function name.
+    """
+    rewrites = (
+        fold_weight_transposes,
+        cancel_transposes,
+        collapse_reshapes,
+        drop_identity_reshapes,
+        make_reshapes_static,
+    )
+    counts = {rewrite.__name__: rewrite(graph) for rewrite in rewrites}
+    RemoveUnusedNodesPass()(ir.Model(graph, ir_version=10))
+    return counts
+
+
+def fold_weight_transposes(graph: ir.Graph) -> int:
+    """Replace ``Transpose(weight)`` by an initializer ``weight.T``, to be stored that way."""
+    count = 0
+    for node in _nodes(graph, "Transpose"):
+        weight = node.inputs[0]
+        if weight is None or not weight.is_initializer() or weight.shape is None:
+            continue
+        name = f"{weight.name}{TRANSPOSED_SUFFIX}"
+        if name not in graph.initializers:
+            shape = ir.Shape(tuple(reversed(tuple(weight.shape))))
+            graph.initializers.add(ir.Value(name=name, type=weight.type, shape=shape, const_value=weight.const_value))
+        _replace(node.outputs[0], graph.initializers[name])
+        if not weight.uses():
+            del graph.initializers[_name(weight)]
+        count += 1
+    return count
+
+
+def cancel_transposes(graph: ir.Graph) -> int:
+    """Replace ``Transpose(Transpose(x))`` by x where the second undoes the first."""
+    count = 0
+    for node in _nodes(graph, "Transpose"):
+        inner = _producer(node, "Transpose")
+        if inner is None or inner.inputs[0] is None:
+            continue
+        first, second = (tuple(n.attributes["perm"].as_ints()) for n in (inner, node))
+        if tuple(first[axis] for axis in second) == tuple(range(len(first))):
+            _replace(node.outputs[0], inner.inputs[0])
+            count += 1
+    return count
+
+
+def collapse_reshapes(graph: ir.Graph) -> int:
+    """Let ``Reshape(Reshape(x))`` read x itself."""
+    count = 0
+    for node in _nodes(graph, "Reshape"):
+        inner = _producer(node, "Reshape")
+        if inner is not None:
+            node.replace_input_with(0, inner.inputs[0])
+            count += 1
+    return count
+
+
+def drop_identity_reshapes(graph: ir.Graph) -> int:
+    """Remove a ``Reshape`` whose output has the same symbolic shape as its input."""
+    count = 0
+    for node in _nodes(graph, "Reshape"):
+        source, target = node.inputs[0], node.outputs[0]
+        if source is not None and _dims(source) is not None and _dims(source) == _dims(target):
+            _replace(target, source)
+            count += 1
+    return count
+
+
+def make_reshapes_static(graph: ir.Graph) -> int:
+    """Replace a computed target shape by a constant: 0 copies a dimension of the input, -1 is the one left over."""
+    count = 0
+    for node in _nodes(graph, "Reshape"):
+        source, target = node.inputs[0], node.outputs[0]
+        before, after = (None if source is None else _dims(source)), _dims(target)
+        if before is None or after is None:
+            continue
+        dims = [
+            dim if isinstance(dim, int) else 0 if axis < len(before) and dim == before[axis] else -1
+            for axis, dim in enumerate(after)
+        ]
+        if dims.count(-1) > 1:
+            continue
+        shape = ir.tensor(np.array(dims, np.int64), name="shape_" + "_".join(map(str, dims)))
+        if shape.name not in graph.initializers:
+            graph.initializers.add(ir.Value(name=shape.name, type=ir.TensorType(ir.DataType.INT64), const_value=shape,
+                                            shape=ir.Shape((len(dims),))))
+        node.replace_input_with(1, graph.initializers[str(shape.name)])
+        node.attributes["allowzero"] = ir.AttrInt64("allowzero", 0)
+        count += 1
+    return count
+
+
+def _nodes(graph: ir.Graph, op_type: str) -> Iterable[ir.Node]:
+    return [node for node in graph if node.op_type == op_type]
+
+
+def _producer(node: ir.Node, op_type: str) -> ir.Node | None:
+    """Return the node that makes the first input, if it is of that type."""
+    producer = None if node.inputs[0] is None else node.inputs[0].producer()
+    return producer if producer is not None and producer.op_type == op_type else None
+
+
+def _replace(value: ir.Value, replacement: ir.Value) -> None:
+    value.replace_all_uses_with(replacement)
+
+
+def _dims(value: ir.Value) -> list[int | str] | None:
+    """Return the symbolic shape, or None if a dimension is unknown."""
+    if value.shape is None:
+        return None
+    dims = [dim if isinstance(dim, int) else dim.value for dim in value.shape]
+    return None if None in dims else [dim for dim in dims if dim is not None]
+
+
+def _name(value: ir.Value) -> str:
+    if value.name is None:
+        raise ValueError("initializer without a name")
+    return value.name

@@ -1,0 +1,113 @@
+"""A directory that appears whole or not at all, and replaces another one only when told to.
+
+The bundle grows in ``.NAME.partial`` beside its destination, is flushed to the disk, and is renamed into place. A
+replaced bundle waits in ``.NAME.replaced`` until the new one stands. A crash leaves at most these two behind; the next
+export to the same place removes the first and puts the second back if its successor never arrived.
+"""
+
+import contextlib
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from gircse.runtime.bundle import MANIFEST_NAME
+from gircse.runtime.errors import ExportError
+
+
+def check_destination(destination: Path, *, force: bool) -> None:
+    """Refuse a destination that the export may not take.
+
+    Raises:
+        ExportError: something stands there that is no bundle, or a bundle and ``force`` is not set.
+    """
+    if not destination.exists() and not destination.is_symlink():
+        return
+    is_bundle = destination.is_dir() and (destination / MANIFEST_NAME).is_file()
+    if not is_bundle and not _is_empty_directory(destination):
+        raise ExportError(
+            f"--output {destination}: exists and is no bundle | a new path, or a bundle with --force | "
+            "choose another --output; nothing but a bundle is ever replaced"
+        )
+    if is_bundle and not force:
+        raise ExportError(
+            f"--output {destination}: a bundle is there | a new path | add --force to replace it, or choose another path"
+        )
+
+
+@contextlib.contextmanager
+def staged_directory(destination: Path, *, force: bool) -> Iterator[Path]:
+    """Yield an empty directory that becomes ``destination`` if the block succeeds and vanishes if it fails.
+
+    Raises:
+        ExportError: the destination is taken, cannot be written, or another export to it is running.
+    """
+    partial = destination.with_name(f".{destination.name}.partial")
+    replaced = destination.with_name(f".{destination.name}.replaced")
+    with _lock(destination):
+        if replaced.exists():
+            if destination.exists():
+                shutil.rmtree(replaced)
+            else:
+                replaced.rename(destination)
+        check_destination(destination, force=force)
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        try:
+            yield partial
+            _flush(partial)
+            if destination.exists():
+                destination.rename(replaced)
+            partial.rename(destination)
+            _flush_directory(destination.parent)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(replaced, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _lock(destination: Path) -> Iterator[None]:
+    """Hold the destination against a second export; the kernel lets go of the lock however this process ends."""
+    lock_path = destination.with_name(f".{destination.name}.lock")
+    try:
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(lock_path, os.O_CREAT | os.O_RDWR, 0o600)
+    except OSError as err:
+        raise ExportError(
+            f"--output {destination}: {err.strerror} | a place that can be written | choose another --output"
+        ) from err
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as err:
+            raise ExportError(
+                f"--output {destination}: another export to it is running | one at a time | wait for it to end"
+            ) from err
+        yield
+        lock_path.unlink(missing_ok=True)
+    finally:
+        os.close(descriptor)
+
+
+def _is_empty_directory(path: Path) -> bool:
+    return path.is_dir() and not any(path.iterdir())
+
+
+def _flush(directory: Path) -> None:
+    """Flush every file and folder to the disk, so that the rename cannot outrun the contents."""
+    for path in sorted(directory.rglob("*")):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+        else:
+            _flush_directory(path)
+    _flush_directory(directory)
+
+
+def _flush_directory(directory: Path) -> None:
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

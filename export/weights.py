@@ -1,0 +1,369 @@
+"""Stream the weights of a checkpoint into one external data file, tensor by tensor, with the LoRA merged on the way.
+
+    merged = W + scaling * B @ A        scaling = alpha / r, or alpha / sqrt(r) with rsLoRA
+
+computed in FP32 and cast once. At no time is more than one tensor in memory; a tensor that is stored as it is in the
+checkpoint (the vocabulary, the largest) passes through in blocks of rows.
+"""
+
+import hashlib
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+import onnx_ir as ir
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from gircse.calibration.checkpoint import read_json
+from gircse.export.compose import EMBEDDING_TABLE, LM_HEAD
+from gircse.export.simplify import TRANSPOSED_SUFFIX
+from gircse.runtime.bundle import FileEntry
+from gircse.runtime.errors import CheckpointError
+
+ALIGNMENT_BYTES = 4096
+"""Tensors start on page boundaries, so that a runtime can map them."""
+
+BLOCK_ELEMENTS = 1 << 24
+_FLOAT_TYPES = ("F32", "F16", "BF16")
+
+
+@dataclass(frozen=True)
+class LoraPair:
+    """The two factors of one adapted weight: its file, the names of A (r, in) and B (out, r), and the scaling."""
+
+    file: Path
+    a: str
+    b: str
+    scaling: float
+
+
+class StoredTensor(NamedTuple):
+    """Where a tensor lies: file, name in the file, shape."""
+
+    file: Path
+    name: str
+    shape: tuple[int, ...]
+
+
+class SafetensorsIndex:
+    """The tensors of a set of safetensors files: where each one lies, its type and its shape."""
+
+    def __init__(self, files: Sequence[Path]) -> None:
+        """Read the headers.
+
+        Raises:
+            CheckpointError: a file is damaged or cut short, or holds a tensor that is no plain float.
+        """
+        self.entries: dict[str, StoredTensor] = {}
+        for path in files:
+            with _open(path) as file:
+                for name in file.keys():
+                    view = file.get_slice(name)
+                    if view.get_dtype() not in _FLOAT_TYPES:
+                        raise CheckpointError(
+                            f"{path}: {name} is {view.get_dtype()} | one of {', '.join(_FLOAT_TYPES)} | "
+                            "use a checkpoint that is not quantised"
+                        )
+                    self.entries[name] = StoredTensor(path, name, tuple(view.get_shape()))
+
+    def read_rows(self, name: str, rows: slice = slice(None)) -> Tensor:
+        """Read rows of a tensor as FP32. The file is closed again, so its pages do not stay mapped."""
+        stored = self.entries[name]
+        with _open(stored.file) as file:
+            block: Tensor = file.get_slice(stored.name)[rows]
+            return block.float().clone()
+
+
+class LoraAdapter:
+    """A PEFT LoRA adapter, by the checkpoint tensor that each pair changes."""
+
+    def __init__(self, directory: Path) -> None:
+        """Read the config and the header.
+
+        Raises:
+            CheckpointError: the adapter is no plain LoRA, or a tensor of it has no counterpart.
+        """
+        self.config = read_json(directory / "adapter_config.json")
+        self._refuse_other_kinds(directory)
+        self.index = SafetensorsIndex([directory / "adapter_model.safetensors"])
+        self.pairs = dict(self._pair(directory))
+
+    def _pair(self, directory: Path) -> Iterator[tuple[str, LoraPair]]:
+        names = set(self.index.entries)
+        if not names:
+            raise CheckpointError(f"{directory}: no tensors | LoRA factors | train or download the adapter again")
+        while names:
+            name = min(names)
+            stem = name.removeprefix("base_model.model.")
+            module, kind, _ = stem.rpartition(".lora_A.weight")
+            partner = name.replace(".lora_A.", ".lora_B.")
+            if not kind or partner not in names:
+                raise CheckpointError(
+                    f"{directory}: tensor {name} | pairs of lora_A.weight and lora_B.weight | only plain LoRA on linear "
+                    "layers can be merged here; merge the adapter with PEFT and export the merged model"
+                )
+            names -= {name, partner}
+            yield f"{module}.weight", LoraPair(self.index.entries[name].file, name, partner, self._scaling(module))
+
+    def _scaling(self, module: str) -> float:
+        rank = _by_pattern(self.config.get("rank_pattern"), module, self.config["r"])
+        alpha = _by_pattern(self.config.get("alpha_pattern"), module, self.config["lora_alpha"])
+        return float(alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank))
+
+    def _refuse_other_kinds(self, directory: Path) -> None:
+        config = self.config
+        wrong = [f"peft_type {config.get('peft_type')!r}"] if config.get("peft_type") != "LORA" else []
+        wrong += [
+            f"{field} {config[field]!r}"
+            for field in ("use_dora", "fan_in_fan_out", "use_qalora", "modules_to_save", "lora_bias",
+                          "trainable_token_indices", "target_parameters", "layer_replication")
+            if config.get(field)
+        ]
+        if config.get("bias", "none") != "none":
+            wrong.append(f"bias {config['bias']!r}")
+        if not all(isinstance(config.get(field), (int, float)) for field in ("r", "lora_alpha")):
+            wrong.append("no r or lora_alpha")
+        if wrong:
+            raise CheckpointError(
+                f"{directory / 'adapter_config.json'}: {', '.join(wrong)} | plain LoRA | "
+                "merge the adapter with PEFT and export the merged model"
+            )
+
+
+@dataclass(frozen=True)
+class PlannedWeight:
+    """One graph weight: which checkpoint tensor fills it and how.
+
+    Attributes:
+        name: initializer in the graphs.
+        source: tensor in the checkpoint.
+        shape: shape in the checkpoint.
+        transposed: stored as the transpose.
+        lora: the pair to merge, or None.
+        offset: first byte in the data file.
+    """
+
+    name: str
+    source: str
+    shape: tuple[int, ...]
+    transposed: bool
+    lora: LoraPair | None
+    offset: int
+
+    @property
+    def bytes(self) -> int:
+        """Size in FP32."""
+        return 4 * math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class WeightPlan:
+    """Every weight of the graphs with its place in the data file; exists only if checkpoint and adapter fit them."""
+
+    weights: tuple[PlannedWeight, ...]
+    base: SafetensorsIndex
+    adapter: LoraAdapter | None
+
+    @property
+    def total_bytes(self) -> int:
+        """Size of the data file."""
+        return self.weights[-1].offset + self.weights[-1].bytes
+
+    @property
+    def largest_in_memory_bytes(self) -> int:
+        """FP32 bytes of the largest piece that is in memory at once."""
+        return max(4 * math.prod(w.shape[1:]) * _rows_at_once(w) for w in self.weights)
+
+    @classmethod
+    def build(
+        cls, initializers: Mapping[str, ir.Value], shards: Sequence[Path], adapter_directory: Path | None, *, tied: bool
+    ) -> Self:
+        """Match graph weights, checkpoint tensors and adapter tensors one to one.
+
+        Args:
+            initializers: the weights of the graphs by name.
+            shards: safetensors files of the checkpoint.
+            adapter_directory: folder of the LoRA, or None.
+            tied: whether lm_head is the embedding table, which the file may hold under either name.
+
+        Raises:
+            CheckpointError: a tensor is missing, left over, or of another shape; the message names it.
+        """
+        base = SafetensorsIndex(shards)
+        adapter = LoraAdapter(adapter_directory) if adapter_directory is not None else None
+        pairs = dict(adapter.pairs) if adapter is not None else {}
+        unused = set(base.entries)
+        if tied and EMBEDDING_TABLE not in unused and LM_HEAD in unused:
+            base.entries[EMBEDDING_TABLE] = base.entries[LM_HEAD]
+        weights: list[PlannedWeight] = []
+        offset = 0
+        for name, value in initializers.items():
+            source = name.removesuffix(TRANSPOSED_SUFFIX)
+            transposed = source != name
+            shape = _checkpoint_shape(value, transposed=transposed)
+            _check_tensor(base, source, shape)
+            weights.append(PlannedWeight(name, source, shape, transposed, pairs.pop(source, None), offset))
+            offset += -(-weights[-1].bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+            unused.discard(source)
+        _check_leftovers(unused, tied=tied, shards=shards)
+        if pairs:
+            raise CheckpointError(
+                f"{adapter_directory}: adapts {min(pairs)} ({len(pairs)} such) | weights of this model | "
+                "the adapter belongs to another model: check --adapter"
+            )
+        plan = cls(tuple(weights), base, adapter)
+        for weight in weights:
+            plan.check_adapter_shapes(weight)
+        return plan
+
+    def check_adapter_shapes(self, weight: PlannedWeight) -> None:
+        """Refuse LoRA factors that do not multiply to the weight's shape."""
+        if weight.lora is None or self.adapter is None:
+            return
+        a, b = (self.adapter.index.entries[name].shape for name in (weight.lora.a, weight.lora.b))
+        if len(a) != 2 or len(b) != 2 or (b[0], a[1]) != weight.shape or a[0] != b[1]:
+            raise CheckpointError(
+                f"{weight.lora.file}: {weight.lora.a} {list(a)} and {weight.lora.b} {list(b)} | factors of "
+                f"{weight.source} {list(weight.shape)} | the adapter belongs to another model: check --adapter"
+            )
+
+    def blocks(self, weight: PlannedWeight) -> Iterator[Tensor]:
+        """Yield a weight as it is stored, (rows, ...) float32, block by block.
+
+        Raises:
+            CheckpointError: a value is NaN or infinite, or the adapter does not change the weight.
+        """
+        changed = False
+        rows = _rows_at_once(weight)
+        factors = self._factors(weight)
+        for start in range(0, weight.shape[0], rows):
+            block = self.base.read_rows(weight.source, slice(start, start + rows))
+            if factors is not None:
+                merged = block + factors[1][start : start + rows] @ factors[0]
+                changed = changed or not torch.equal(merged, block)
+                block = merged
+            if not torch.isfinite(block).all():
+                raise CheckpointError(
+                    f"{self.base.entries[weight.source].file}: {weight.source} holds NaN or infinity | finite weights | "
+                    "the checkpoint or the adapter is damaged: download it again"
+                )
+            yield block.T.contiguous() if weight.transposed else block
+        if weight.lora is not None and not changed:
+            raise CheckpointError(
+                f"{weight.lora.file}: {weight.lora.b} leaves {weight.source} as it is | an adapter that changes every "
+                "weight it names | the adapter is untrained or damaged: check --adapter"
+            )
+
+    def _factors(self, weight: PlannedWeight) -> tuple[Tensor, Tensor] | None:
+        """Return A and scaling * B in FP32."""
+        if weight.lora is None or self.adapter is None:
+            return None
+        index = self.adapter.index
+        return index.read_rows(weight.lora.a), index.read_rows(weight.lora.b) * weight.lora.scaling
+
+
+def write_weights(plan: WeightPlan, path: Path, *, on_bytes: Callable[[int], None]) -> FileEntry:
+    """Write the data file and flush it to the disk.
+
+    Args:
+        plan: the matched weights.
+        path: file to create.
+        on_bytes: called with the number of bytes after each block.
+
+    Returns:
+        Size and SHA-256, taken while writing.
+    """
+    digest = hashlib.sha256()
+    with path.open("wb") as file:
+        for weight in plan.weights:
+            padding = bytes(weight.offset - file.tell())
+            file.write(padding)
+            digest.update(padding)
+            for block in plan.blocks(weight):
+                data = memoryview(block.numpy()).cast("B")
+                file.write(data)
+                digest.update(data)
+                on_bytes(len(data))
+        return FileEntry(file.tell(), digest.hexdigest())
+
+
+def external_tensors(plan: WeightPlan, location: str) -> dict[str, ir.ExternalTensor]:
+    """Return the weights as ONNX external data, by initializer name.
+
+    Args:
+        plan: the matched weights.
+        location: name of the data file, relative to the graph's folder.
+    """
+    return {
+        weight.name: ir.ExternalTensor(
+            location,
+            weight.offset,
+            weight.bytes,
+            ir.DataType.FLOAT,
+            name=weight.name,
+            shape=ir.Shape(tuple(reversed(weight.shape)) if weight.transposed else weight.shape),
+            base_dir="",
+        )
+        for weight in plan.weights
+    }
+
+
+def _rows_at_once(weight: PlannedWeight) -> int:
+    """Transposing needs the whole tensor; any other weight can pass through in blocks of rows."""
+    if weight.transposed:
+        return weight.shape[0]
+    return min(weight.shape[0], max(1, BLOCK_ELEMENTS // math.prod(weight.shape[1:])))
+
+
+def _checkpoint_shape(value: ir.Value, *, transposed: bool) -> tuple[int, ...]:
+    if value.shape is None:
+        raise ValueError(f"{value.name}: initializer without a shape")
+    dims = tuple(int(dim) for dim in value.shape.numpy())
+    return tuple(reversed(dims)) if transposed else dims
+
+
+def _check_tensor(base: SafetensorsIndex, source: str, shape: tuple[int, ...]) -> None:
+    if source not in base.entries:
+        raise CheckpointError(
+            f"checkpoint: no tensor {source} | every weight of the graph | the checkpoint is incomplete or its "
+            "config.json belongs to another model"
+        )
+    stored = base.entries[source]
+    if stored.shape != shape:
+        raise CheckpointError(
+            f"{stored.file}: {source} has shape {list(stored.shape)} | {list(shape)} by config.json | "
+            "the config belongs to another model: download the checkpoint again"
+        )
+
+
+def _check_leftovers(unused: set[str], *, tied: bool, shards: Sequence[Path]) -> None:
+    # Old checkpoints store the rotary frequencies, which the config determines; a tied lm_head may be stored twice.
+    known = {LM_HEAD} if tied else set()
+    unknown = sorted(name for name in unused - known if not name.endswith("rotary_emb.inv_freq"))
+    if unknown:
+        raise CheckpointError(
+            f"{shards[0].parent}: tensor {unknown[0]} ({len(unknown)} such) has no place in the graph | exactly the "
+            "weights that config.json describes | check that config and weights belong together"
+        )
+
+
+def _by_pattern(patterns: Any, module: str, default: float) -> float:
+    """Look a module up in PEFT's ``rank_pattern`` or ``alpha_pattern``, whose keys are patterns of module name ends."""
+    for key, value in (patterns or {}).items():
+        if re.fullmatch(rf"(.*\.)?({key})", module):
+            return float(value)
+    return float(default)
+
+
+def _open(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as err:
+        raise CheckpointError(
+            f"{path}: {err} | a whole safetensors file | it is cut short or damaged: download it again"
+        ) from err

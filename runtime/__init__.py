@@ -1,0 +1,18 @@
+"""Run GIRCSE bundles without torch."""
+
+from gircse.runtime.bundle import Manifest
+from gircse.runtime.embedder import Embedder, SelfTestReport
+from gircse.runtime.errors import BundleError, CheckpointError, ExportError, GircseError, ProviderError
+from gircse.runtime.token_batch import Overflow
+
+__all__ = [
+    "BundleError",
+    "CheckpointError",
+    "Embedder",
+    "ExportError",
+    "GircseError",
+    "Manifest",
+    "Overflow",
+    "ProviderError",
+    "SelfTestReport",
+]

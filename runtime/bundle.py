@@ -1,0 +1,356 @@
+"""The bundle on disk: its manifest, its hashes, and the checks that run before anything in it is trusted.
+
+``gircse.json`` holds the fields of :class:`Manifest`. ``files`` lists every other file of the bundle with its size
+and SHA-256, so a bundle is whole exactly when every listed file is there with that hash.
+"""
+
+import dataclasses
+import hashlib
+import json
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, Self
+
+from gircse.runtime.errors import BundleError
+
+MANIFEST_NAME = "gircse.json"
+SCHEMA_VERSION = 1
+MAX_STEPS = 64
+HASH_BLOCK_BYTES = 1 << 20
+
+
+class Layout(StrEnum):
+    """How the K steps are laid out: one graph, or a prefill graph and a step graph."""
+
+    UNROLLED = "unrolled"
+    STEPWISE = "stepwise"
+
+
+class Pooling(StrEnum):
+    """What becomes of h_1..h_K: their mean (``generate_mean`` in the paper's code) or h_K."""
+
+    MEAN = "mean"
+    LAST = "last"
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where the backbone came from.
+
+    Attributes:
+        name: ``demo``, a Hugging Face id or a local directory, as it was resolved.
+        revision: commit of a Hugging Face snapshot, else None.
+        config_sha256: SHA-256 of config.json.
+    """
+
+    name: str
+    revision: str | None
+    config_sha256: str
+
+
+@dataclass(frozen=True)
+class AdapterSource:
+    """Where the LoRA adapter came from; ``sha256`` is that of adapter_model.safetensors."""
+
+    name: str
+    revision: str | None
+    sha256: str
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """Size and SHA-256 of one file of the bundle."""
+
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class GraphFacts:
+    """What the graphs compute; every graph repeats it in its ONNX metadata (``identity``).
+
+    Attributes:
+        architecture: ``model_type`` of the config, such as ``qwen2``.
+        layout: ``unrolled`` or ``stepwise``.
+        steps: K. The unrolled graph always runs K steps; a stepwise bundle runs up to K.
+        pooling: ``mean`` or ``last``.
+        temperature: divisor of the logits before the softmax over the vocabulary.
+        max_tokens: longest prompt in tokens, the instruction included.
+        hidden_size: length of a vector.
+        num_layers: decoder layers.
+        kv_size: width of the keys, and of the values, of one token in one layer.
+        vocab_size: rows of the embedding table.
+    """
+
+    architecture: str
+    layout: Layout
+    steps: int
+    pooling: Pooling
+    temperature: float
+    max_tokens: int
+    hidden_size: int
+    num_layers: int
+    kv_size: int
+    vocab_size: int
+
+    def __post_init__(self) -> None:
+        """Refuse values that no export writes."""
+        sizes = (self.max_tokens, self.hidden_size, self.num_layers, self.kv_size, self.vocab_size)
+        if not 0 <= self.steps <= MAX_STEPS or min(sizes) < 1 or not self.temperature > 0:
+            raise BundleError(
+                f"{MANIFEST_NAME}: {self} | 0..{MAX_STEPS} steps, sizes of at least 1, a temperature above 0 | "
+                "export the bundle again"
+            )
+
+    @property
+    def roles(self) -> set[str]:
+        """The graphs of a variant."""
+        if self.layout is Layout.UNROLLED:
+            return {"model"}
+        return {"prefill", "step"} if self.steps else {"prefill"}
+
+    @property
+    def identity(self) -> str:
+        """The facts as one line of JSON."""
+        return json.dumps(dataclasses.asdict(self), sort_keys=True)
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Name, element type and shape of a graph input or output; a word in the shape is a dynamic dimension."""
+
+    name: str
+    dtype: str
+    shape: tuple[str | int, ...]
+
+
+@dataclass(frozen=True)
+class GraphFile:
+    """One ONNX graph: path in the bundle, inputs and outputs."""
+
+    path: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One precision of the bundle: its graphs by role (``model``, or ``prefill`` and ``step``) and their weights."""
+
+    graphs: Mapping[str, GraphFile]
+    weights: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Everything a runtime must know of a bundle; the fields of ``gircse.json``.
+
+    Attributes:
+        schema_version: version of these fields.
+        model: where the backbone came from.
+        adapter: where the LoRA adapter came from, or None.
+        graph: what the graphs compute.
+        prompt_template: how an instruction and a text become the prompt; a text without instruction stands alone.
+        pad_token_id: fills padding, and stands for an empty prompt.
+        variants: precision name to its files.
+        golden: whether golden.json and golden.safetensors are there.
+        golden_missing_reason: why not, when they are not.
+        tools: versions of the packages that made the bundle.
+        files: every file but the manifest, path to size and hash.
+    """
+
+    schema_version: int
+    model: ModelSource
+    adapter: AdapterSource | None
+    graph: GraphFacts
+    prompt_template: str
+    pad_token_id: int
+    variants: Mapping[str, Variant]
+    golden: bool
+    golden_missing_reason: str | None
+    tools: Mapping[str, str]
+    files: Mapping[str, FileEntry]
+
+    def __post_init__(self) -> None:
+        """Refuse a manifest whose parts do not belong together."""
+        required = {"tokenizer.json"} | ({"golden.json", "golden.safetensors"} if self.golden else set())
+        for precision, variant in self.variants.items():
+            if set(variant.graphs) != self.graph.roles:
+                raise BundleError(
+                    f"{MANIFEST_NAME}: variant {precision} has graphs {sorted(variant.graphs)} | layout "
+                    f"{self.graph.layout} has {sorted(self.graph.roles)} | export the bundle again"
+                )
+            required |= {variant.weights, *(graph.path for graph in variant.graphs.values())}
+        if missing := sorted(required - set(self.files)):
+            raise BundleError(
+                f"{MANIFEST_NAME}: no entry for {missing[0]} | every file stands under 'files' with its hash | "
+                "export the bundle again"
+            )
+        if self.prompt_template.count("{text}") != 1:
+            raise BundleError(
+                f"{MANIFEST_NAME}: prompt_template {self.prompt_template!r} | {{text}} exactly once | "
+                "export the bundle again"
+            )
+
+    def to_json(self) -> str:
+        """Return the manifest as the text of ``gircse.json``."""
+        return json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """Read the text of ``gircse.json``.
+
+        Raises:
+            BundleError: the text is not JSON, from a newer schema, or has missing, unknown or ill-typed fields.
+        """
+        try:
+            raw = json.loads(text)
+        except json.JSONDecodeError as err:
+            raise BundleError(f"{MANIFEST_NAME}: {err} | JSON | export the bundle again") from err
+        version = raw.get("schema_version") if isinstance(raw, dict) else None
+        if not isinstance(version, int):
+            raise BundleError(
+                f"{MANIFEST_NAME}: schema_version is {version!r} | a whole number | this is not a GIRCSE bundle"
+            )
+        if version > SCHEMA_VERSION:
+            raise BundleError(
+                f"{MANIFEST_NAME}: schema version {version} | this gircse-deploy reads up to {SCHEMA_VERSION} | "
+                "upgrade: pip install -U gircse-deploy"
+            )
+        manifest: Self = _from_plain(cls, raw, MANIFEST_NAME)
+        return manifest
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A bundle directory whose manifest has been read and whose files are all there with the right size.
+
+    Attributes:
+        directory: the bundle's folder, resolved.
+        manifest: its manifest.
+    """
+
+    directory: Path
+    manifest: Manifest
+
+    @classmethod
+    def open(cls, path: str | Path) -> Self:
+        """Open a bundle without reading the big files.
+
+        Raises:
+            BundleError: no bundle there, a manifest that cannot be used, a path that leaves the bundle, a missing file
+                or one of another size.
+        """
+        directory = Path(path)
+        manifest_path = directory / MANIFEST_NAME
+        if not manifest_path.is_file():
+            raise BundleError(
+                f"{directory}: no {MANIFEST_NAME} | a bundle directory | make one: gircse-export --steps 8 "
+                f"--output {directory}"
+            )
+        try:
+            text = manifest_path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as err:
+            raise BundleError(f"{manifest_path}: {err} | a readable UTF-8 file | export the bundle again") from err
+        bundle = cls(directory.resolve(), Manifest.from_json(text))
+        for relative, entry in bundle.manifest.files.items():
+            bundle._check_size(relative, entry)
+        return bundle
+
+    def file(self, relative: str) -> Path:
+        """Return the path of a file of the bundle.
+
+        Raises:
+            BundleError: the path is absolute or leads out of the bundle, by ``..`` or by a link.
+        """
+        path = (self.directory / relative).resolve()
+        if Path(relative).is_absolute() or not path.is_relative_to(self.directory):
+            raise BundleError(
+                f"{MANIFEST_NAME}: path {relative!r} leaves the bundle | paths inside {self.directory} | "
+                "do not use this bundle; export it again"
+            )
+        return path
+
+    def variant(self, precision: str | None) -> tuple[str, Variant]:
+        """Return the name and files of a precision; None means the only one there is.
+
+        Raises:
+            BundleError: the bundle does not have it, or has several and none was named.
+        """
+        variants = self.manifest.variants
+        if precision is None and len(variants) == 1:
+            return next(iter(variants.items()))
+        if precision not in variants:
+            raise BundleError(
+                f"{self.directory}: precision {precision!r} | it has {sorted(variants)} | name one of these"
+            )
+        return precision, variants[precision]
+
+    def verify(self) -> None:
+        """Read every file and compare its SHA-256 with the manifest.
+
+        Raises:
+            BundleError: a file has changed since the export.
+        """
+        for relative, entry in self.manifest.files.items():
+            digest = file_sha256(self.file(relative))
+            if digest != entry.sha256:
+                raise BundleError(
+                    f"{self.directory / relative}: SHA-256 {digest} | the manifest says {entry.sha256} | "
+                    "the file was changed or damaged: copy or export the bundle again"
+                )
+
+    def _check_size(self, relative: str, entry: FileEntry) -> None:
+        path = self.file(relative)
+        size = path.stat().st_size if path.is_file() else None
+        if size != entry.bytes:
+            came = "missing" if size is None else f"{size} bytes"
+            raise BundleError(
+                f"{self.directory / relative}: {came} | {entry.bytes} bytes | copy or export the bundle again"
+            )
+
+
+def file_sha256(path: Path) -> str:
+    """Return the hexadecimal SHA-256 of a file, read block by block."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(HASH_BLOCK_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _from_plain(kind: Any, value: Any, where: str) -> Any:
+    """Build a value of the annotated type ``kind`` from what JSON gave, or say where it does not fit."""
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if dataclasses.is_dataclass(kind) and isinstance(kind, type) and isinstance(value, dict):
+        hints = typing.get_type_hints(kind)
+        if missing := set(hints) - set(value):
+            raise _misfit(where, f"lacks {sorted(missing)}", "every field of the schema")
+        if unknown := set(value) - set(hints):
+            raise _misfit(where, f"has unknown {sorted(unknown)}", "only fields of the schema")
+        return kind(**{name: _from_plain(hints[name], value[name], f"{where}: {name}") for name in hints})
+    if origin in (types.UnionType, typing.Union):
+        if value is None and type(None) in args:
+            return None
+        if isinstance(value, (str, int)) and type(value) in args:
+            return value
+        return _from_plain(next(arg for arg in args if arg is not type(None)), value, where)
+    if origin is tuple and isinstance(value, list):
+        return tuple(_from_plain(args[0], item, where) for item in value)
+    if origin is Mapping and isinstance(value, dict):
+        return {key: _from_plain(args[1], item, f"{where}: {key}") for key, item in value.items()}
+    if isinstance(kind, type) and issubclass(kind, StrEnum) and value in list(kind):
+        return kind(value)
+    if kind is float and type(value) in (int, float):
+        return float(value)
+    if type(value) is kind:
+        return value
+    raise _misfit(where, repr(value), getattr(kind, "__name__", str(kind)))
+
+
+def _misfit(where: str, came: str, expected: str) -> BundleError:
+    return BundleError(f"{where}: {came} | {expected} | export the bundle again")

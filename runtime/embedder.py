@@ -1,0 +1,211 @@
+"""What users import: a bundle, opened once, that turns texts into vectors."""
+
+import json
+import logging
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import load_file
+from tqdm import tqdm
+
+from gircse.runtime import token_batch
+from gircse.runtime.bundle import Bundle, Manifest
+from gircse.runtime.errors import BundleError, ProviderError
+from gircse.runtime.numerics import Float32, row_cosine
+from gircse.runtime.ort_session import Session, StepOutputs, open_session
+from gircse.runtime.token_batch import Overflow
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_BATCH_SIZE = 32
+DEFAULT_BATCH_TOKENS = 4096
+
+SELF_TEST_MIN_COSINE = 0.9999
+"""Smallest cosine to the PyTorch reference that passes (measured on the demo, FP32: see tests/tolerances.py)."""
+
+
+@dataclass(frozen=True)
+class SelfTestReport:
+    """How far the golden texts are from the PyTorch reference, over every text and step.
+
+    Attributes:
+        texts: number of golden texts.
+        min_cosine: smallest cosine.
+        max_difference: largest difference of an element.
+    """
+
+    texts: int
+    min_cosine: float
+    max_difference: float
+
+    @property
+    def passed(self) -> bool:
+        """Whether every vector is within tolerance; NaN fails."""
+        return self.min_cosine >= SELF_TEST_MIN_COSINE
+
+
+class Embedder:
+    """Embeds texts with a bundle. One instance may be called from several threads.
+
+    Example:
+        >>> embedder = Embedder("gircse-demo-8")
+        >>> embedder.encode(["How do I reset my PIN?"]).shape
+        (1, 576)
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        precision: str | None = None,
+        provider: str = "auto",
+        threads: int | None = None,
+        verify: bool = True,
+    ) -> None:
+        """Open a bundle and load its graphs.
+
+        Args:
+            path: bundle directory.
+            precision: variant to load; None takes the only one.
+            provider: ``cpu``, or ``auto``, which is ``cpu`` today.
+            threads: threads of one run; None lets ONNX Runtime take the physical cores.
+            verify: compare the SHA-256 of every file with the manifest while the graphs load.
+
+        Raises:
+            BundleError: the bundle cannot be used.
+            ProviderError: the provider is unknown or not installed.
+            ValueError: ``threads`` is below 1.
+        """
+        if provider not in ("auto", "cpu"):
+            raise ProviderError(f"provider {provider!r}: unknown | 'auto' or 'cpu' | choose one of these")
+        if threads is not None and threads < 1:
+            raise ValueError(f"threads: {threads} | at least 1 | leave it out to use every physical core")
+        self._bundle = Bundle.open(path)
+        precision, _ = self._bundle.variant(precision)
+        self._tokenizer = token_batch.load_tokenizer(self._bundle.file("tokenizer.json"))
+        self._session = _load_verified(self._bundle, precision, threads) if verify else open_session(
+            self._bundle, precision, threads=threads
+        )
+
+    @property
+    def manifest(self) -> Manifest:
+        """The manifest of the bundle."""
+        return self._bundle.manifest
+
+    def encode(
+        self,
+        texts: Sequence[str],
+        *,
+        instruction: str = "",
+        steps: int | None = None,
+        batch_size: int = DEFAULT_BATCH_SIZE,
+        batch_tokens: int = DEFAULT_BATCH_TOKENS,
+        all_steps: bool = False,
+        on_overflow: Overflow | str = Overflow.TRUNCATE,
+        show_progress: bool = False,
+    ) -> Float32:
+        """Embed texts; row i belongs to ``texts[i]`` and does not depend on the other texts.
+
+        An empty text without instruction is embedded as the single padding token. Prompts longer than the bundle's
+        ``max_tokens`` are cut on the right, and a warning is logged with their number.
+
+        Args:
+            texts: the texts.
+            instruction: task description put before every text; leave it empty for documents to be retrieved.
+            steps: refinement steps, 0 to the bundle's K; None is K. 0 is the normalised prompt state.
+            batch_size: most texts of a batch.
+            batch_tokens: most tokens of a batch, padding included.
+            all_steps: return z_1..z_steps of every text.
+            on_overflow: ``truncate`` or ``error`` for prompts that are too long.
+            show_progress: show a progress bar on stderr.
+
+        Returns:
+            (n, hidden) float32 unit vectors, or (n, steps, hidden) with ``all_steps``.
+
+        Raises:
+            TypeError: ``texts`` is not a sequence of strings.
+            ValueError: an argument is out of range, a text cannot be UTF-8, or a prompt is too long and
+                ``on_overflow`` is ``error``.
+        """
+        steps = self._check_steps(steps)
+        if batch_size < 1 or batch_tokens < 1:
+            raise ValueError(f"batch_size {batch_size}, batch_tokens {batch_tokens} | at least 1 each | raise them")
+        token_batch.check_texts(texts)
+        token_ids = self._token_ids(texts, instruction, Overflow(on_overflow))
+
+        manifest = self.manifest
+        shape = (len(texts), steps, manifest.graph.hidden_size) if all_steps else (len(texts), manifest.graph.hidden_size)
+        result = np.empty(shape, np.float32)
+        buckets = token_batch.length_buckets(
+            [len(ids) for ids in token_ids], batch_size=batch_size, batch_tokens=batch_tokens
+        )
+        with tqdm(total=len(texts), unit="text", disable=not show_progress) as bar:
+            for rows in buckets:
+                outputs = self._run(rows, token_ids, steps)
+                if all_steps:
+                    result[list(rows)] = outputs.step_embeddings
+                else:
+                    result[list(rows)] = outputs.step_embeddings[:, -1] if steps else outputs.prompt_embedding
+                bar.update(len(rows))
+        return result
+
+    def self_test(self) -> SelfTestReport:
+        """Embed the golden texts and compare every step with the PyTorch reference in the bundle.
+
+        Raises:
+            BundleError: the bundle holds no golden vectors.
+        """
+        if not self.manifest.golden:
+            raise BundleError(
+                f"{self._bundle.directory}: no golden vectors ({self.manifest.golden_missing_reason}) | "
+                "golden.json and golden.safetensors | export again on a machine where the reference can run"
+            )
+        cases = json.loads(self._bundle.file("golden.json").read_text(encoding="utf-8"))["cases"]
+        expected = load_file(self._bundle.file("golden.safetensors"))
+        outputs = self._run(tuple(range(len(cases))), [case["token_ids"] for case in cases], self.manifest.graph.steps)
+        ours = np.concatenate([outputs.prompt_embedding[:, None], outputs.step_embeddings], axis=1)
+        theirs = np.concatenate([expected["prompt_embedding"][:, None], expected["step_embeddings"]], axis=1)
+        return SelfTestReport(
+            len(cases), float(row_cosine(ours, theirs).min()), float(np.abs(ours - theirs).max())
+        )
+
+    def _check_steps(self, steps: int | None) -> int:
+        if steps is None:
+            return self.manifest.graph.steps
+        if not 0 <= steps <= self.manifest.graph.steps:
+            raise ValueError(
+                f"steps: {steps} | this bundle has 0..{self.manifest.graph.steps} | "
+                f"choose one of these or export with --steps {steps}"
+            )
+        return steps
+
+    def _token_ids(self, texts: Sequence[str], instruction: str, on_overflow: Overflow) -> list[list[int]]:
+        manifest = self.manifest
+        prompts = [
+            token_batch.format_prompt(instruction, text, template=manifest.prompt_template) for text in texts
+        ]
+        token_ids = token_batch.tokenize(self._tokenizer, prompts, empty_token_id=manifest.pad_token_id)
+        token_ids, cut = token_batch.truncate(token_ids, max_tokens=manifest.graph.max_tokens, on_overflow=on_overflow)
+        if cut:
+            logger.warning("%d of %d texts were cut to %d tokens", cut, len(texts), manifest.graph.max_tokens)
+        return token_ids
+
+    def _run(self, rows: tuple[int, ...], token_ids: list[list[int]], steps: int) -> StepOutputs:
+        batch = token_batch.pad_batch(rows, token_ids, pad_token_id=self.manifest.pad_token_id)
+        return self._session.run(batch.input_ids, batch.attention_mask, steps=steps)
+
+
+def _load_verified(bundle: Bundle, precision: str, threads: int | None) -> Session:
+    """Load the graphs while a second thread hashes the files; a wrong hash explains a failed load, so it wins."""
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        verification = pool.submit(bundle.verify)
+        try:
+            session = open_session(bundle, precision, threads=threads)
+        except BundleError:
+            verification.result()
+            raise
+        verification.result()
+    return session

@@ -1,0 +1,41 @@
+"""The one place for tensor names, shared by the graphs that export writes and the sessions that run them.
+
+Prompt graph inputs, both layouts:
+    input_ids       (batch, tokens) int64
+    attention_mask  (batch, tokens) int64, 1 for a real token; left or right padding
+
+``unrolled`` outputs:
+    embedding         (batch, hidden) float32, z_K
+    step_embeddings   (batch, K, hidden) float32, z_1..z_K (absent when K = 0)
+    prompt_embedding  (batch, hidden) float32, h_0 normalised: the classic encoder-only embedding
+
+``stepwise`` prefill outputs and step inputs and outputs:
+    hidden            (batch, hidden) float32, h_0 from prefill; h_{k-1} into the step
+    next_hidden       (batch, hidden) float32, h_k out of the step
+    attention_mask    (batch, past) int64 into the step: the prompt's mask, then a 1 for every step done
+    past.i.key, past.i.value        (batch, past, kv_heads * head_dim) float32 into the step
+    present.i.key, present.i.value  (batch, past + new, kv_heads * head_dim) float32 out of both
+"""
+
+INPUT_IDS = "input_ids"
+ATTENTION_MASK = "attention_mask"
+
+EMBEDDING = "embedding"
+STEP_EMBEDDINGS = "step_embeddings"
+PROMPT_EMBEDDING = "prompt_embedding"
+
+HIDDEN = "hidden"
+NEXT_HIDDEN = "next_hidden"
+
+GRAPH_IDENTITY_KEY = "gircse"
+"""Key of the ONNX metadata entry that repeats the manifest's identity (see ``Manifest.graph_identity``)."""
+
+
+def cache_names(prefix: str, num_layers: int) -> list[str]:
+    """Names of the KV cache tensors, key before value, layer by layer.
+
+    Args:
+        prefix: ``"past"`` or ``"present"``.
+        num_layers: number of decoder layers.
+    """
+    return [f"{prefix}.{layer}.{kind}" for layer in range(num_layers) for kind in ("key", "value")]

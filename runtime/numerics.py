@@ -1,0 +1,51 @@
+"""Pooling and comparison of step states: free functions on arrays, numpy only."""
+
+import numpy as np
+from numpy.typing import NDArray
+
+Float32 = NDArray[np.float32]
+
+L2_EPSILON = 1e-12
+"""Smallest norm that is divided by, as in ``torch.nn.functional.normalize``."""
+
+
+def l2_normalize(vectors: Float32) -> Float32:
+    """Scale each vector of the last axis to unit length.
+
+    Args:
+        vectors: (..., dim) float32.
+
+    Returns:
+        (..., dim) float32.
+    """
+    norms = np.linalg.norm(vectors, axis=-1, keepdims=True)
+    return vectors / np.maximum(norms, L2_EPSILON)
+
+
+def prefix_means(states: Float32) -> Float32:
+    """Average the first k soft-token states, for every k.
+
+    Args:
+        states: (batch, K, dim) float32, h_1..h_K.
+
+    Returns:
+        (batch, K, dim) float32, row k-1 is mean(h_1..h_k), not normalised.
+    """
+    counts = np.arange(1, states.shape[1] + 1, dtype=np.float32)[:, None]
+    return np.cumsum(states, axis=1, dtype=np.float32) / counts
+
+
+def row_cosine(a: Float32, b: Float32) -> Float32:
+    """Cosine of each vector of ``a`` with its counterpart in ``b``.
+
+    Args:
+        a: (..., dim) float32.
+        b: (..., dim) float32.
+
+    Returns:
+        (...) float32.
+    """
+    a64, b64 = a.astype(np.float64), b.astype(np.float64)
+    dots = (a64 * b64).sum(-1)
+    norms = np.linalg.norm(a64, axis=-1) * np.linalg.norm(b64, axis=-1)
+    return (dots / np.maximum(norms, L2_EPSILON)).astype(np.float32)

@@ -1,0 +1,144 @@
+"""From texts to padded batches of token ids: prompt template, tokens, truncation, length buckets."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+
+from gircse.runtime.errors import BundleError
+
+Int64 = NDArray[np.int64]
+
+PROMPT_TEMPLATE = "Instruct: {instruction}\nQuery:{text}"
+
+
+class Overflow(StrEnum):
+    """What to do with a prompt that is longer than the bundle's ``max_tokens``."""
+
+    TRUNCATE = "truncate"
+    ERROR = "error"
+
+
+@dataclass(frozen=True)
+class TokenBatch:
+    """Prompts that are embedded together.
+
+    Attributes:
+        rows: positions of the prompts in the caller's order.
+        input_ids: (batch, tokens) int64, padded on the left.
+        attention_mask: (batch, tokens) int64, 1 for a real token.
+    """
+
+    rows: tuple[int, ...]
+    input_ids: Int64
+    attention_mask: Int64
+
+
+def load_tokenizer(path: Path) -> Tokenizer:
+    """Load a ``tokenizer.json`` with its own truncation and padding switched off.
+
+    Raises:
+        BundleError: the file cannot be read as a tokenizer.
+    """
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as err:  # the library raises plain Exception
+        raise BundleError(f"{path}: {err} | a tokenizer.json of Hugging Face tokenizers | replace the file") from err
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def format_prompt(instruction: str, text: str, *, template: str = PROMPT_TEMPLATE) -> str:
+    """Put an instruction before a text; without instruction the text stands alone.
+
+    ``str.replace``, not ``str.format``: braces in a text are text.
+    """
+    if not instruction:
+        return text
+    before, after = template.split("{text}")
+    return before.replace("{instruction}", instruction) + text + after
+
+
+def check_texts(texts: Sequence[str]) -> None:
+    """Refuse anything but a sequence of strings that UTF-8 can hold.
+
+    Raises:
+        TypeError: one string instead of a sequence, or an element that is no string.
+        ValueError: a string with a lone surrogate.
+    """
+    if isinstance(texts, (str, bytes)):
+        raise TypeError(f"texts: one {type(texts).__name__} | a sequence of str | pass [text]")
+    for row, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise TypeError(f"texts[{row}]: {type(text).__name__} | str | convert or drop it")
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as err:
+            raise ValueError(f"texts[{row}]: {err} | text that UTF-8 can hold | repair the string") from err
+
+
+def tokenize(tokenizer: Tokenizer, prompts: Sequence[str], *, empty_token_id: int) -> list[list[int]]:
+    """Tokenize prompts without special tokens.
+
+    A prompt of no tokens (an empty text without instruction) becomes the single token ``empty_token_id``, so that
+    it has a defined vector.
+    """
+    encodings = tokenizer.encode_batch_fast(list(prompts), add_special_tokens=False)
+    return [encoding.ids or [empty_token_id] for encoding in encodings]
+
+
+def truncate(token_ids: list[list[int]], *, max_tokens: int, on_overflow: Overflow) -> tuple[list[list[int]], int]:
+    """Cut prompts to ``max_tokens`` on the right, as the reference code does.
+
+    Returns:
+        The prompts and how many of them were cut.
+
+    Raises:
+        ValueError: a prompt is too long and ``on_overflow`` is ``error``.
+    """
+    too_long = [row for row, ids in enumerate(token_ids) if len(ids) > max_tokens]
+    if too_long and on_overflow is Overflow.ERROR:
+        row = too_long[0]
+        raise ValueError(
+            f"texts[{row}]: {len(token_ids[row])} tokens ({len(too_long)} texts are too long) | at most {max_tokens} "
+            "tokens, the instruction included | shorten them, or allow truncation with on_overflow='truncate'"
+        )
+    return [ids[:max_tokens] for ids in token_ids], len(too_long)
+
+
+def length_buckets(lengths: Sequence[int], *, batch_size: int, batch_tokens: int) -> Iterator[tuple[int, ...]]:
+    """Group prompts of like length, longest first, under a row limit and a budget of padded tokens.
+
+    A prompt that alone exceeds the budget is a batch of its own.
+
+    Args:
+        lengths: tokens of each prompt.
+        batch_size: most prompts of a batch.
+        batch_tokens: most tokens of a batch, padding included.
+
+    Yields:
+        Positions of the prompts of one batch.
+    """
+    order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
+    start = 0
+    while start < len(order):
+        rows = min(batch_size, max(1, batch_tokens // lengths[order[start]]))
+        yield tuple(order[start : start + rows])
+        start += rows
+
+
+def pad_batch(rows: tuple[int, ...], token_ids: Sequence[list[int]], *, pad_token_id: int) -> TokenBatch:
+    """Pad the prompts at ``rows`` on the left to the longest of them."""
+    longest = max(len(token_ids[row]) for row in rows)
+    input_ids = np.full((len(rows), longest), pad_token_id, dtype=np.int64)
+    attention_mask = np.zeros_like(input_ids)
+    for i, row in enumerate(rows):
+        ids = token_ids[row]
+        input_ids[i, longest - len(ids) :] = ids
+        attention_mask[i, longest - len(ids) :] = 1
+    return TokenBatch(rows, input_ids, attention_mask)
