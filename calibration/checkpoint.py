@@ -16,7 +16,13 @@ from gircse.runtime.errors import CheckpointError
 
 NO_ADAPTER = "none"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_MODEL_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "model*.safetensors", "*.safetensors.index.json")
+_MODEL_FILES = (
+    "config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "model*.safetensors",
+    "*.safetensors.index.json",
+)
 _ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 

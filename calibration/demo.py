@@ -12,7 +12,6 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 
 from gircse.runtime.bundle import file_sha256
@@ -101,7 +100,9 @@ def _checkpoint_from_gguf(gguf: Path, destination: Path) -> None:
     from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    with _quiet_transformers():
+    from gircse.calibration.quiet import quiet_transformers
+
+    with quiet_transformers():
         model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     del model.config.quantization_config  # the weights are no longer quantised
@@ -110,17 +111,3 @@ def _checkpoint_from_gguf(gguf: Path, destination: Path) -> None:
     model.config.save_pretrained(destination)
     tokenizer.save_pretrained(destination)
     save_file(weights, destination / "model.safetensors", metadata={"format": "pt"})
-
-
-@contextlib.contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    from transformers.utils import logging as transformers_logging
-
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        transformers_logging.enable_progress_bar()

@@ -11,7 +11,6 @@ Unlike the official code it passes explicit position ids, so padding does not sh
 K vocabulary projections, not K + 1.
 """
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gircse.calibration.checkpoint import Checkpoint
+from gircse.calibration.quiet import quiet_transformers
 
 
 def load_reference(checkpoint: Checkpoint) -> Any:
@@ -27,13 +27,15 @@ def load_reference(checkpoint: Checkpoint) -> Any:
     Returns:
         A ``transformers`` causal LM in eval mode.
     """
+    from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(
-        checkpoint.directory, dtype=torch.float32, attn_implementation="sdpa", use_safetensors=True
-    )
-    if checkpoint.adapter_directory is not None:
-        model = _merge_adapter(model, checkpoint.adapter_directory)
+    with quiet_transformers():
+        model = AutoModelForCausalLM.from_pretrained(
+            checkpoint.directory, dtype=torch.float32, attn_implementation="sdpa", use_safetensors=True
+        )
+        if checkpoint.adapter_directory is not None:
+            model = PeftModel.from_pretrained(model, checkpoint.adapter_directory).merge_and_unload()
     return model.eval()
 
 
@@ -69,9 +71,3 @@ def step_states(model: Any, input_ids: Tensor, attention_mask: Tensor, *, steps:
             positions = positions[:, -1:] + 1
             attention_mask = F.pad(attention_mask, (0, 1), value=1)
     return torch.cat(states, dim=1)
-
-
-def _merge_adapter(model: Any, directory: Path) -> Any:
-    from peft import PeftModel
-
-    return PeftModel.from_pretrained(model, directory).merge_and_unload()

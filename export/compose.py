@@ -69,21 +69,25 @@ def _unrolled(decoder: ir.Graph, shape: DecoderShape, settings: RefinementSettin
     input_ids, mask = g.prompt()
     hidden, cache, key_bias = _run_prompt(g, input_ids, mask)
     prompt_embedding = g.l2_normalize(hidden)
-    tokens = g.op("ReduceSum", mask, g.ints([1]), keepdims=1)
+    tokens = g.op("ReduceSum", mask, g.indices([1]), keepdims=1)
     visible = g.zeros_of_batch(tokens)
     states = []
     for k in range(settings.steps):
         key_bias = g.op("Concat", key_bias, visible, axis=-1)
-        positions = g.op("Add", tokens, g.ints([k]))
+        positions = g.op("Add", tokens, g.indices([k]))
         output, cache = g.decode(f"step{k + 1}/", g.soft_token(hidden), key_bias, positions, cache)
         states.append(output)
-        hidden = g.op("Squeeze", output, g.ints([1]))
+        hidden = g.op("Squeeze", output, g.indices([1]))
     if not states:
         g.output(g.op("Identity", prompt_embedding), io_spec.EMBEDDING, ["batch", shape.hidden_size])
         g.output(prompt_embedding, io_spec.PROMPT_EMBEDDING, ["batch", shape.hidden_size])
         return g.model()
     embeddings = _pool(g, states)
-    last = g.op("Squeeze", g.op("Slice", embeddings, g.ints([-1]), g.ints([settings.steps]), g.ints([1])), g.ints([1]))
+    last = g.op(
+        "Squeeze",
+        g.op("Slice", embeddings, g.indices([-1]), g.indices([settings.steps]), g.indices([1])),
+        g.indices([1]),
+    )
     g.output(last, io_spec.EMBEDDING, ["batch", shape.hidden_size])
     g.output(embeddings, io_spec.STEP_EMBEDDINGS, ["batch", settings.steps, shape.hidden_size])
     g.output(prompt_embedding, io_spec.PROMPT_EMBEDDING, ["batch", shape.hidden_size])
@@ -108,34 +112,32 @@ def _step(decoder: ir.Graph, shape: DecoderShape, settings: RefinementSettings) 
         g.input(name, ir.DataType.FLOAT, ["batch", "past", shape.kv_size])
         for name in io_spec.cache_names("past", shape.num_layers)
     ]
-    tokens = g.op("ReduceSum", mask, g.ints([1]), keepdims=1)
+    tokens = g.op("ReduceSum", mask, g.indices([1]), keepdims=1)
     key_bias = g.op("Concat", g.key_bias(mask), g.zeros_of_batch(tokens), axis=-1)
     output, cache = g.decode("step/", g.soft_token(hidden), key_bias, tokens, past)
-    g.output(g.op("Squeeze", output, g.ints([1])), io_spec.NEXT_HIDDEN, ["batch", shape.hidden_size])
+    g.output(g.op("Squeeze", output, g.indices([1])), io_spec.NEXT_HIDDEN, ["batch", shape.hidden_size])
     for value, name in zip(cache, io_spec.cache_names("present", shape.num_layers), strict=True):
         g.output(value, name, ["batch", "total", shape.kv_size])
     return g.model()
 
 
-def _run_prompt(
-    g: "_GraphBuilder", input_ids: ir.Value, mask: ir.Value
-) -> tuple[ir.Value, list[ir.Value], ir.Value]:
+def _run_prompt(g: "_GraphBuilder", input_ids: ir.Value, mask: ir.Value) -> tuple[ir.Value, list[ir.Value], ir.Value]:
     """Return h_0 (batch, hidden), the KV cache, and the bias of the prompt's keys (batch, 1, 1, tokens)."""
     embeds = g.op("Gather", g.weight(EMBEDDING_TABLE), input_ids)
     # Positions count real tokens, so that padding does not shift the rotary phase.
-    positions = g.op("Max", g.op("Sub", g.op("CumSum", mask, g.int(1)), g.int(1)), g.int(0))
+    positions = g.op("Max", g.op("Sub", g.op("CumSum", mask, g.index(1)), g.index(1)), g.index(0))
     key_bias = g.key_bias(mask)
-    length = g.op("Squeeze", g.op("Shape", input_ids, start=1, end=2), g.ints([0]))
-    index = g.op("Range", g.int(0), length, g.int(1))
-    future = g.op("Less", g.op("Unsqueeze", index, g.ints([1])), g.op("Unsqueeze", index, g.ints([0])))
-    causal_bias = g.op("Mul", g.op("Cast", future, to=ir.DataType.FLOAT), g.float(MASKED))
+    length = g.op("Squeeze", g.op("Shape", input_ids, start=1, end=2), g.indices([0]))
+    position = g.op("Range", g.index(0), length, g.index(1))
+    future = g.op("Less", g.op("Unsqueeze", position, g.indices([1])), g.op("Unsqueeze", position, g.indices([0])))
+    causal_bias = g.op("Mul", g.op("Cast", future, to=ir.DataType.FLOAT), g.number(MASKED))
     # Min, not Add: two masks at once would leave the range of FP16.
     bias = g.op("Min", key_bias, causal_bias)
     states, cache = g.decode("prompt/", embeds, bias, positions, None)
-    last = g.op("ReduceMax", g.op("Mul", mask, index), g.ints([1]), keepdims=1)  # index of the last real token
-    at = g.op("Unsqueeze", last, g.ints([2]))
+    last = g.op("ReduceMax", g.op("Mul", mask, position), g.indices([1]), keepdims=1)  # index of the last real token
+    at = g.op("Unsqueeze", last, g.indices([2]))
     hidden = g.op("GatherND", states, at, batch_dims=1)  # (batch, 1, hidden)
-    return g.op("Squeeze", hidden, g.ints([1])), cache, key_bias
+    return g.op("Squeeze", hidden, g.indices([1])), cache, key_bias
 
 
 def _pool(g: "_GraphBuilder", states: Sequence[ir.Value]) -> ir.Value:
@@ -144,7 +146,7 @@ def _pool(g: "_GraphBuilder", states: Sequence[ir.Value]) -> ir.Value:
     if g.settings.pooling is Pooling.LAST:
         return g.l2_normalize(stacked)
     counts = np.arange(1, len(states) + 1, dtype=np.float32)[:, None]
-    sums = g.op("CumSum", stacked, g.int(1))
+    sums = g.op("CumSum", stacked, g.index(1))
     return g.l2_normalize(g.op("Div", sums, g.constant("counts", counts)))
 
 
@@ -158,7 +160,7 @@ class _GraphBuilder:
         self._inputs: list[ir.Value] = []
         self._outputs: list[ir.Value] = []
 
-    def op(self, op_type: str, *inputs: ir.Value, **attributes: int | float) -> ir.Value:
+    def op(self, op_type: str, *inputs: ir.Value, **attributes: int | float | Sequence[int]) -> ir.Value:
         return self._tape.op(op_type, inputs, attributes)
 
     def input(self, name: str, dtype: ir.DataType, shape: Sequence[int | str]) -> ir.Value:
@@ -191,25 +193,25 @@ class _GraphBuilder:
             )
         return self._initializers[name]
 
-    def int(self, value: int) -> ir.Value:
+    def index(self, value: int) -> ir.Value:
         return self.constant(f"int_{value}", np.array(value, np.int64))
 
-    def ints(self, values: Sequence[int]) -> ir.Value:
+    def indices(self, values: Sequence[int]) -> ir.Value:
         return self.constant("ints_" + "_".join(map(str, values)), np.array(values, np.int64))
 
-    def float(self, value: float) -> ir.Value:
+    def number(self, value: float) -> ir.Value:
         return self.constant(f"float_{value!r}", np.array(value, np.float32))
 
     def key_bias(self, mask: ir.Value) -> ir.Value:
         """(batch, keys) int64 -> (batch, 1, 1, keys) float32: 0 for a real token, MASKED for padding."""
-        padding = self.op("Sub", self.int(1), self.op("Unsqueeze", mask, self.ints([1, 2])))
-        return self.op("Mul", self.op("Cast", padding, to=ir.DataType.FLOAT), self.float(MASKED))
+        padding = self.op("Sub", self.index(1), self.op("Unsqueeze", mask, self.indices([1, 2])))
+        return self.op("Mul", self.op("Cast", padding, to=ir.DataType.FLOAT), self.number(MASKED))
 
     def zeros_of_batch(self, tokens: ir.Value) -> ir.Value:
         """(batch, 1) -> zeros (batch, 1, 1, 1) float32, the bias of a soft token."""
         batch = self.op("Shape", tokens, start=0, end=1)
-        shape = self.op("Concat", batch, self.ints([1, 1, 1]), axis=0)
-        return self.op("Expand", self.float(0.0), shape)
+        shape = self.op("Concat", batch, self.indices([1, 1, 1]), axis=0)
+        return self.op("Expand", self.number(0.0), shape)
 
     def soft_token(self, hidden: ir.Value) -> ir.Value:
         """(batch, hidden) -> softmax(lm_head(h) / T) @ E as (batch, 1, hidden).
@@ -220,18 +222,18 @@ class _GraphBuilder:
         """
         table = self.weight(EMBEDDING_TABLE)
         head = table if self.shape.tied else self.weight(LM_HEAD)
-        row = self.op("Unsqueeze", hidden, self.ints([1]))
-        column = self.op("Squeeze", self.op("Transpose", row, perm=[2, 1, 0]), self.ints([1]))
+        row = self.op("Unsqueeze", hidden, self.indices([1]))
+        column = self.op("Squeeze", self.op("Transpose", row, perm=[2, 1, 0]), self.indices([1]))
         logits = self.op("MatMul", head, column)
         if self.settings.temperature != 1.0:
-            logits = self.op("Div", logits, self.float(self.settings.temperature))
+            logits = self.op("Div", logits, self.number(self.settings.temperature))
         probabilities = self.op("Softmax", logits, axis=0)  # (vocab, batch)
         mixed = self.op("Transpose", self.op("Gemm", table, probabilities, transA=1), perm=[1, 0])
-        return self.op("Unsqueeze", mixed, self.ints([1]))
+        return self.op("Unsqueeze", mixed, self.indices([1]))
 
     def l2_normalize(self, vectors: ir.Value) -> ir.Value:
-        norms = self.op("ReduceL2", vectors, self.ints([-1]), keepdims=1)
-        return self.op("Div", vectors, self.op("Max", norms, self.float(L2_EPSILON)))
+        norms = self.op("ReduceL2", vectors, self.indices([-1]), keepdims=1)
+        return self.op("Div", vectors, self.op("Max", norms, self.number(L2_EPSILON)))
 
     def decode(
         self, prefix: str, embeds: ir.Value, bias: ir.Value, positions: ir.Value, past: Sequence[ir.Value] | None
@@ -248,29 +250,28 @@ class _GraphBuilder:
         Returns:
             The states (batch, S, hidden) and the grown KV cache.
         """
-        inputs = dict(zip((value.name for value in self.decoder.inputs), self.decoder.inputs, strict=True))
-        values: dict[ir.Value, ir.Value | None] = {
+        inputs = {value.name: value for value in self.decoder.inputs}
+        values: dict[ir.Value, ir.Value] = {
             inputs[trace.INPUTS_EMBEDS]: embeds,
             inputs[trace.ATTENTION_BIAS]: bias,
             inputs[trace.POSITION_IDS]: positions,
         }
-        names = io_spec.cache_names("past", self.shape.num_layers)
-        values.update(zip((inputs[name] for name in names), past or [None] * len(names), strict=True))
+        if past is not None:
+            names = io_spec.cache_names("past", self.shape.num_layers)
+            values.update(zip((inputs[name] for name in names), past, strict=True))
         for name, value in self.decoder.initializers.items():
             values[value] = self._initializers.setdefault(name, _copy_initializer(value))
         for node in self.decoder:
             self._stamp(node, prefix, values)
         states, *cache = (values[output] for output in self.decoder.outputs)
-        if states is None or None in cache:
-            raise ValueError("the decoder has an output that no node makes")
-        return states, [value for value in cache if value is not None]
+        return states, cache
 
-    def _stamp(self, node: ir.Node, prefix: str, values: dict[ir.Value, ir.Value | None]) -> None:
-        inputs = [values[value] if value is not None else None for value in node.inputs]
-        present = [value for value in inputs if value is not None]
-        if node.op_type == "Concat" and len(present) == 1:
-            values[node.outputs[0]] = present[0]
+    def _stamp(self, node: ir.Node, prefix: str, values: dict[ir.Value, ir.Value]) -> None:
+        known = [value for value in node.inputs if value is not None and value in values]
+        if node.op_type == "Concat" and len(known) == 1:  # the other input is the cache that the prompt does not have
+            values[node.outputs[0]] = values[known[0]]
             return
+        inputs = [values[value] if value is not None else None for value in node.inputs]
         output = self._tape.op(node.op_type, inputs, name=f"{prefix}{node.name}")
         producer = output.producer()
         if producer is None:
@@ -299,9 +300,6 @@ def _copy_initializer(value: ir.Value) -> ir.Value:
 def weight_initializers(models: Iterable[ir.Model]) -> dict[str, ir.Value]:
     """Return one initializer of each name that a checkpoint has to fill, sorted by name."""
     found = {
-        name: value
-        for model in models
-        for name, value in model.graph.initializers.items()
-        if value.const_value is None
+        name: value for model in models for name, value in model.graph.initializers.items() if value.const_value is None
     }
     return dict(sorted(found.items()))

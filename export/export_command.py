@@ -48,7 +48,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--adapter", help="directory or Hugging Face id of a PEFT LoRA, or 'none'")
     parser.add_argument("--revision", help="branch, tag or commit of a Hugging Face model")
     parser.add_argument("--pooling", type=Pooling, choices=list(Pooling), default=Pooling.MEAN, metavar="mean|last")
-    parser.add_argument("--temperature", type=float, default=1.0, metavar="T", help="divisor of the logits (default: 1)")
+    parser.add_argument(
+        "--temperature", type=float, default=1.0, metavar="T", help="divisor of the logits (default: 1)"
+    )
     parser.add_argument("--max-tokens", type=int, default=512, metavar="N", help="longest prompt (default: 512)")
     parser.add_argument(
         "--layout",

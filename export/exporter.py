@@ -76,6 +76,11 @@ class ExportOptions:
     layout: Layout = Layout.UNROLLED
     force: bool = False
 
+    def __post_init__(self) -> None:
+        """Take plain strings for the enums; a ``ValueError`` names what they may be."""
+        object.__setattr__(self, "pooling", Pooling(self.pooling))
+        object.__setattr__(self, "layout", Layout(self.layout))
+
     @property
     def settings(self) -> RefinementSettings:
         """The part that the graphs compute."""
@@ -121,7 +126,7 @@ def export_bundle(options: ExportOptions, *, progress: StageProgress | None = No
             files = _write_graphs(directory, graphs, plan, options, source, progress)
             if golden_missing_reason is None:
                 _write_golden(directory, options, source, progress)
-            with progress.stage("hash, flush and publish the bundle"):
+            with progress.stage("hash the files"):
                 _write_manifest(directory, graphs, options, source, files, golden_missing_reason)
     except OSError as err:
         raise ExportError(
@@ -165,7 +170,7 @@ def _open_tokenizer(directory: Path) -> Tokenizer:
     path = directory / "tokenizer.json"
     if not path.is_file():
         raise CheckpointError(
-            f"{path}: missing | the fast tokenizer | make it once: python -c \"from transformers import AutoTokenizer; "
+            f'{path}: missing | the fast tokenizer | make it once: python -c "from transformers import AutoTokenizer; '
             f"AutoTokenizer.from_pretrained('{directory}').save_pretrained('{directory}')\""
         )
     return load_tokenizer(path)
@@ -291,7 +296,7 @@ def _write_manifest(
         tools={name: importlib.metadata.version(name) for name in TOOLS},
         files=dict(sorted(files.items())),
     )
-    (directory / MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8")
+    (directory / MANIFEST_NAME).write_bytes(manifest.to_json())
 
 
 def _graph_facts(options: ExportOptions, shape: DecoderShape) -> GraphFacts:

@@ -73,9 +73,7 @@ def write_golden(
     for row in range(len(CASES)):  # one by one: the reference owes nothing to padding
         batch = pad_batch((row,), token_ids, pad_token_id=pad_token_id)
         ids, mask = torch.from_numpy(batch.input_ids), torch.from_numpy(batch.attention_mask)
-        states.append(
-            step_states(model, ids, mask, steps=settings.steps, temperature=settings.temperature)[0].numpy()
-        )
+        states.append(step_states(model, ids, mask, steps=settings.steps, temperature=settings.temperature)[0].numpy())
         on_case()
     prompt, steps = np.stack(states)[:, 0], np.stack(states)[:, 1:]
     pooled = steps if settings.pooling is Pooling.LAST else prefix_means(steps)

@@ -14,7 +14,7 @@ class StageProgress:
     """Shows the stages of a long job, one after the other."""
 
     def __init__(self) -> None:
-        self._console = Console(stderr=True)
+        self._console = Console(stderr=True, soft_wrap=True)
 
     @contextlib.contextmanager
     def stage(self, title: str, *, total: float | None = None) -> Iterator[Advance]:
@@ -28,6 +28,10 @@ class StageProgress:
             A function that takes the amount of work just done.
         """
         start = time.perf_counter()
+        if not self._console.is_terminal:
+            yield lambda amount: None
+            self._console.print(f"✓ {title} {time.perf_counter() - start:.1f} s", highlight=False, markup=False)
+            return
         bar = [BarColumn(bar_width=24), TimeRemainingColumn()] if total is not None else []
         columns = (SpinnerColumn(), TextColumn("{task.description}"), *bar, TimeElapsedColumn())
         with Progress(*columns, console=self._console, transient=True) as progress:

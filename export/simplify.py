@@ -18,7 +18,7 @@ TRANSPOSED_SUFFIX = ".T"
 
 
 def simplify_decoder(graph: ir.Graph) -> dict[str, int]:
-    """Apply every rewrite in order and drop what they leave unused.
+    """Apply every rewrite in order.
 
     Returns:
         How often each one applied, by function name.
@@ -28,11 +28,11 @@ def simplify_decoder(graph: ir.Graph) -> dict[str, int]:
         cancel_transposes,
         collapse_reshapes,
         drop_identity_reshapes,
+        remove_unused_nodes,  # before the last, so that it counts only the reshapes that stay
         make_reshapes_static,
+        remove_unused_nodes,
     )
-    counts = {rewrite.__name__: rewrite(graph) for rewrite in rewrites}
-    RemoveUnusedNodesPass()(ir.Model(graph, ir_version=10))
-    return counts
+    return {rewrite.__name__: rewrite(graph) for rewrite in rewrites}
 
 
 def fold_weight_transposes(graph: ir.Graph) -> int:
@@ -105,12 +105,25 @@ def make_reshapes_static(graph: ir.Graph) -> int:
             continue
         shape = ir.tensor(np.array(dims, np.int64), name="shape_" + "_".join(map(str, dims)))
         if shape.name not in graph.initializers:
-            graph.initializers.add(ir.Value(name=shape.name, type=ir.TensorType(ir.DataType.INT64), const_value=shape,
-                                            shape=ir.Shape((len(dims),))))
+            graph.initializers.add(
+                ir.Value(
+                    name=shape.name,
+                    type=ir.TensorType(ir.DataType.INT64),
+                    const_value=shape,
+                    shape=ir.Shape((len(dims),)),
+                )
+            )
         node.replace_input_with(1, graph.initializers[str(shape.name)])
         node.attributes["allowzero"] = ir.AttrInt64("allowzero", 0)
         count += 1
     return count
+
+
+def remove_unused_nodes(graph: ir.Graph) -> int:
+    """Drop nodes and initializers that lead to no output."""
+    before = len(graph)
+    RemoveUnusedNodesPass()(ir.Model(graph, ir_version=10))
+    return before - len(graph)
 
 
 def _nodes(graph: ir.Graph, op_type: str) -> Iterable[ir.Node]:

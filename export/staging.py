@@ -43,18 +43,15 @@ def staged_directory(destination: Path, *, force: bool) -> Iterator[Path]:
     Raises:
         ExportError: the destination is taken, cannot be written, or another export to it is running.
     """
-    partial = destination.with_name(f".{destination.name}.partial")
     replaced = destination.with_name(f".{destination.name}.replaced")
-    with _lock(destination):
-        if replaced.exists():
-            if destination.exists():
-                shutil.rmtree(replaced)
-            else:
-                replaced.rename(destination)
-        check_destination(destination, force=force)
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
+    with _locked_directory(destination) as partial:
         try:
+            if replaced.exists():
+                if destination.exists():
+                    shutil.rmtree(replaced)
+                else:
+                    replaced.rename(destination)
+            check_destination(destination, force=force)
             yield partial
             _flush(partial)
             if destination.exists():
@@ -67,12 +64,15 @@ def staged_directory(destination: Path, *, force: bool) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def _lock(destination: Path) -> Iterator[None]:
-    """Hold the destination against a second export; the kernel lets go of the lock however this process ends."""
-    lock_path = destination.with_name(f".{destination.name}.lock")
+def _locked_directory(destination: Path) -> Iterator[Path]:
+    """Yield an empty ``.NAME.partial``, locked against a second export.
+
+    The kernel lets go of the lock however this process ends, so what a killed export left is free to be cleared.
+    """
+    partial = destination.with_name(f".{destination.name}.partial")
     try:
-        destination.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(lock_path, os.O_CREAT | os.O_RDWR, 0o600)
+        partial.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(partial, os.O_RDONLY)
     except OSError as err:
         raise ExportError(
             f"--output {destination}: {err.strerror} | a place that can be written | choose another --output"
@@ -80,12 +80,17 @@ def _lock(destination: Path) -> Iterator[None]:
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as err:
+            # Between open and lock the other export may have published or removed the directory.
+            ours = partial.exists() and os.path.samestat(os.fstat(descriptor), partial.stat())
+        except BlockingIOError:
+            ours = False
+        if not ours:
             raise ExportError(
                 f"--output {destination}: another export to it is running | one at a time | wait for it to end"
-            ) from err
-        yield
-        lock_path.unlink(missing_ok=True)
+            )
+        for leftover in partial.iterdir():
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+        yield partial
     finally:
         os.close(descriptor)
 

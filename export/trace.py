@@ -59,7 +59,9 @@ def trace_decoder(config: Any, shape: DecoderShape, *, positions: int) -> ir.Gra
     AttentionInterface.register(_ATTENTION_NAME, _onnx_attention)
     fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
     with fake_mode:
-        causal_lm = AutoModelForCausalLM.from_config(config, attn_implementation=_ATTENTION_NAME).eval()
+        causal_lm = AutoModelForCausalLM.from_config(
+            config, dtype=torch.float32, attn_implementation=_ATTENTION_NAME
+        ).eval()
     tables = rotary_tables(causal_lm.model, positions)
     with fake_mode, torch.no_grad(), _onnx_operators(causal_lm.model):
         causal_lm.model.rotary_emb = _RotaryLookup(*(torch.zeros_like(table) for table in tables))
@@ -143,6 +145,9 @@ class _ConcatCache:
 
 class _RotaryLookup(nn.Module):
     """Stands in for the rotary module: rows of a table instead of cosines computed in the graph."""
+
+    cos: Tensor
+    sin: Tensor
 
     def __init__(self, cos: Tensor, sin: Tensor) -> None:
         super().__init__()

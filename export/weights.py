@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
+import numpy as np
 import onnx_ir as ir
 import torch
 from safetensors import SafetensorError, safe_open
@@ -120,8 +121,16 @@ class LoraAdapter:
         wrong = [f"peft_type {config.get('peft_type')!r}"] if config.get("peft_type") != "LORA" else []
         wrong += [
             f"{field} {config[field]!r}"
-            for field in ("use_dora", "fan_in_fan_out", "use_qalora", "modules_to_save", "lora_bias",
-                          "trainable_token_indices", "target_parameters", "layer_replication")
+            for field in (
+                "use_dora",
+                "fan_in_fan_out",
+                "use_qalora",
+                "modules_to_save",
+                "lora_bias",
+                "trainable_token_indices",
+                "target_parameters",
+                "layer_replication",
+            )
             if config.get(field)
         ]
         if config.get("bias", "none") != "none":
@@ -285,7 +294,7 @@ def write_weights(plan: WeightPlan, path: Path, *, on_bytes: Callable[[int], Non
             file.write(padding)
             digest.update(padding)
             for block in plan.blocks(weight):
-                data = memoryview(block.numpy()).cast("B")
+                data = block.numpy().reshape(-1).view(np.uint8).data  # no copy
                 file.write(data)
                 digest.update(data)
                 on_bytes(len(data))

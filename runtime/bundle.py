@@ -4,16 +4,14 @@
 and SHA-256, so a bundle is whole exactly when every listed file is there with that hash.
 """
 
-import dataclasses
 import hashlib
-import json
-import types
-import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
+
+import msgspec
 
 from gircse.runtime.errors import BundleError
 
@@ -37,8 +35,11 @@ class Pooling(StrEnum):
     LAST = "last"
 
 
-@dataclass(frozen=True)
-class ModelSource:
+class _Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Base of what the manifest is made of: typed, immutable, and with no field that the schema lacks."""
+
+
+class ModelSource(_Record, frozen=True):
     """Where the backbone came from.
 
     Attributes:
@@ -52,8 +53,7 @@ class ModelSource:
     config_sha256: str
 
 
-@dataclass(frozen=True)
-class AdapterSource:
+class AdapterSource(_Record, frozen=True):
     """Where the LoRA adapter came from; ``sha256`` is that of adapter_model.safetensors."""
 
     name: str
@@ -61,16 +61,14 @@ class AdapterSource:
     sha256: str
 
 
-@dataclass(frozen=True)
-class FileEntry:
+class FileEntry(_Record, frozen=True):
     """Size and SHA-256 of one file of the bundle."""
 
     bytes: int
     sha256: str
 
 
-@dataclass(frozen=True)
-class GraphFacts:
+class GraphFacts(_Record, frozen=True):
     """What the graphs compute; every graph repeats it in its ONNX metadata (``identity``).
 
     Attributes:
@@ -116,11 +114,10 @@ class GraphFacts:
     @property
     def identity(self) -> str:
         """The facts as one line of JSON."""
-        return json.dumps(dataclasses.asdict(self), sort_keys=True)
+        return msgspec.json.encode(self).decode()
 
 
-@dataclass(frozen=True)
-class TensorSpec:
+class TensorSpec(_Record, frozen=True):
     """Name, element type and shape of a graph input or output; a word in the shape is a dynamic dimension."""
 
     name: str
@@ -128,8 +125,7 @@ class TensorSpec:
     shape: tuple[str | int, ...]
 
 
-@dataclass(frozen=True)
-class GraphFile:
+class GraphFile(_Record, frozen=True):
     """One ONNX graph: path in the bundle, inputs and outputs."""
 
     path: str
@@ -137,16 +133,14 @@ class GraphFile:
     outputs: tuple[TensorSpec, ...]
 
 
-@dataclass(frozen=True)
-class Variant:
+class Variant(_Record, frozen=True):
     """One precision of the bundle: its graphs by role (``model``, or ``prefill`` and ``step``) and their weights."""
 
     graphs: Mapping[str, GraphFile]
     weights: str
 
 
-@dataclass(frozen=True)
-class Manifest:
+class Manifest(_Record, frozen=True):
     """Everything a runtime must know of a bundle; the fields of ``gircse.json``.
 
     Attributes:
@@ -196,33 +190,33 @@ class Manifest:
                 "export the bundle again"
             )
 
-    def to_json(self) -> str:
-        """Return the manifest as the text of ``gircse.json``."""
-        return json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    def to_json(self) -> bytes:
+        """Return the manifest as the content of ``gircse.json``."""
+        return msgspec.json.format(msgspec.json.encode(self), indent=2) + b"\n"
 
     @classmethod
-    def from_json(cls, text: str) -> Self:
-        """Read the text of ``gircse.json``.
+    def from_json(cls, content: bytes) -> Self:
+        """Read the content of ``gircse.json``.
 
         Raises:
-            BundleError: the text is not JSON, from a newer schema, or has missing, unknown or ill-typed fields.
+            BundleError: no JSON, from a newer schema, or with missing, unknown or ill-typed fields.
         """
         try:
-            raw = json.loads(text)
-        except json.JSONDecodeError as err:
-            raise BundleError(f"{MANIFEST_NAME}: {err} | JSON | export the bundle again") from err
-        version = raw.get("schema_version") if isinstance(raw, dict) else None
-        if not isinstance(version, int):
-            raise BundleError(
-                f"{MANIFEST_NAME}: schema_version is {version!r} | a whole number | this is not a GIRCSE bundle"
-            )
-        if version > SCHEMA_VERSION:
-            raise BundleError(
-                f"{MANIFEST_NAME}: schema version {version} | this gircse-deploy reads up to {SCHEMA_VERSION} | "
-                "upgrade: pip install -U gircse-deploy"
-            )
-        manifest: Self = _from_plain(cls, raw, MANIFEST_NAME)
-        return manifest
+            version = msgspec.json.decode(content, type=_SchemaVersion).schema_version
+            if version > SCHEMA_VERSION:
+                raise BundleError(
+                    f"{MANIFEST_NAME}: schema version {version} | this gircse-deploy reads up to {SCHEMA_VERSION} | "
+                    "upgrade: pip install -U gircse-deploy"
+                )
+            return msgspec.json.decode(content, type=cls)
+        except msgspec.DecodeError as err:
+            raise BundleError(f"{MANIFEST_NAME}: {err} | the manifest of a bundle | export the bundle again") from err
+
+
+class _SchemaVersion(msgspec.Struct):
+    """The one field that every version of the manifest has."""
+
+    schema_version: int
 
 
 @dataclass(frozen=True)
@@ -253,10 +247,10 @@ class Bundle:
                 f"--output {directory}"
             )
         try:
-            text = manifest_path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as err:
-            raise BundleError(f"{manifest_path}: {err} | a readable UTF-8 file | export the bundle again") from err
-        bundle = cls(directory.resolve(), Manifest.from_json(text))
+            content = manifest_path.read_bytes()
+        except OSError as err:
+            raise BundleError(f"{manifest_path}: {err.strerror} | a readable file | check its permissions") from err
+        bundle = cls(directory.resolve(), Manifest.from_json(content))
         for relative, entry in bundle.manifest.files.items():
             bundle._check_size(relative, entry)
         return bundle
@@ -284,7 +278,7 @@ class Bundle:
         variants = self.manifest.variants
         if precision is None and len(variants) == 1:
             return next(iter(variants.items()))
-        if precision not in variants:
+        if precision is None or precision not in variants:
             raise BundleError(
                 f"{self.directory}: precision {precision!r} | it has {sorted(variants)} | name one of these"
             )
@@ -321,36 +315,3 @@ def file_sha256(path: Path) -> str:
         while block := file.read(HASH_BLOCK_BYTES):
             digest.update(block)
     return digest.hexdigest()
-
-
-def _from_plain(kind: Any, value: Any, where: str) -> Any:
-    """Build a value of the annotated type ``kind`` from what JSON gave, or say where it does not fit."""
-    origin, args = typing.get_origin(kind), typing.get_args(kind)
-    if dataclasses.is_dataclass(kind) and isinstance(kind, type) and isinstance(value, dict):
-        hints = typing.get_type_hints(kind)
-        if missing := set(hints) - set(value):
-            raise _misfit(where, f"lacks {sorted(missing)}", "every field of the schema")
-        if unknown := set(value) - set(hints):
-            raise _misfit(where, f"has unknown {sorted(unknown)}", "only fields of the schema")
-        return kind(**{name: _from_plain(hints[name], value[name], f"{where}: {name}") for name in hints})
-    if origin in (types.UnionType, typing.Union):
-        if value is None and type(None) in args:
-            return None
-        if isinstance(value, (str, int)) and type(value) in args:
-            return value
-        return _from_plain(next(arg for arg in args if arg is not type(None)), value, where)
-    if origin is tuple and isinstance(value, list):
-        return tuple(_from_plain(args[0], item, where) for item in value)
-    if origin is Mapping and isinstance(value, dict):
-        return {key: _from_plain(args[1], item, f"{where}: {key}") for key, item in value.items()}
-    if isinstance(kind, type) and issubclass(kind, StrEnum) and value in list(kind):
-        return kind(value)
-    if kind is float and type(value) in (int, float):
-        return float(value)
-    if type(value) is kind:
-        return value
-    raise _misfit(where, repr(value), getattr(kind, "__name__", str(kind)))
-
-
-def _misfit(where: str, came: str, expected: str) -> BundleError:
-    return BundleError(f"{where}: {came} | {expected} | export the bundle again")

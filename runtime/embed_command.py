@@ -47,7 +47,9 @@ def main(argv: list[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="gircse-embed", description="Embed one text a line with a bundle.")
     parser.add_argument("bundle", type=Path, help="bundle directory")
-    parser.add_argument("--input", default="-", metavar="FILE", help="UTF-8 text, one text a line; - is stdin (default)")
+    parser.add_argument(
+        "--input", default="-", metavar="FILE", help="UTF-8 text, one text a line; - is stdin (default)"
+    )
     parser.add_argument("--output", type=Path, metavar="FILE", help="x.npy or x.jsonl (default: JSON lines on stdout)")
     parser.add_argument("--instruction", default="", help="put before every text; leave out for documents")
     parser.add_argument("--steps", type=int, metavar="k", help="refinement steps, 0 to K (default: K)")

@@ -86,8 +86,10 @@ class Embedder:
         self._bundle = Bundle.open(path)
         precision, _ = self._bundle.variant(precision)
         self._tokenizer = token_batch.load_tokenizer(self._bundle.file("tokenizer.json"))
-        self._session = _load_verified(self._bundle, precision, threads) if verify else open_session(
-            self._bundle, precision, threads=threads
+        self._session = (
+            _load_verified(self._bundle, precision, threads)
+            if verify
+            else open_session(self._bundle, precision, threads=threads)
         )
 
     @property
@@ -133,11 +135,14 @@ class Embedder:
         steps = self._check_steps(steps)
         if batch_size < 1 or batch_tokens < 1:
             raise ValueError(f"batch_size {batch_size}, batch_tokens {batch_tokens} | at least 1 each | raise them")
+        token_batch.check_text("instruction", instruction)
         token_batch.check_texts(texts)
         token_ids = self._token_ids(texts, instruction, Overflow(on_overflow))
 
         manifest = self.manifest
-        shape = (len(texts), steps, manifest.graph.hidden_size) if all_steps else (len(texts), manifest.graph.hidden_size)
+        shape = (
+            (len(texts), steps, manifest.graph.hidden_size) if all_steps else (len(texts), manifest.graph.hidden_size)
+        )
         result = np.empty(shape, np.float32)
         buckets = token_batch.length_buckets(
             [len(ids) for ids in token_ids], batch_size=batch_size, batch_tokens=batch_tokens
@@ -168,9 +173,7 @@ class Embedder:
         outputs = self._run(tuple(range(len(cases))), [case["token_ids"] for case in cases], self.manifest.graph.steps)
         ours = np.concatenate([outputs.prompt_embedding[:, None], outputs.step_embeddings], axis=1)
         theirs = np.concatenate([expected["prompt_embedding"][:, None], expected["step_embeddings"]], axis=1)
-        return SelfTestReport(
-            len(cases), float(row_cosine(ours, theirs).min()), float(np.abs(ours - theirs).max())
-        )
+        return SelfTestReport(len(cases), float(row_cosine(ours, theirs).min()), float(np.abs(ours - theirs).max()))
 
     def _check_steps(self, steps: int | None) -> int:
         if steps is None:
@@ -184,9 +187,7 @@ class Embedder:
 
     def _token_ids(self, texts: Sequence[str], instruction: str, on_overflow: Overflow) -> list[list[int]]:
         manifest = self.manifest
-        prompts = [
-            token_batch.format_prompt(instruction, text, template=manifest.prompt_template) for text in texts
-        ]
+        prompts = [token_batch.format_prompt(instruction, text, template=manifest.prompt_template) for text in texts]
         token_ids = token_batch.tokenize(self._tokenizer, prompts, empty_token_id=manifest.pad_token_id)
         token_ids, cut = token_batch.truncate(token_ids, max_tokens=manifest.graph.max_tokens, on_overflow=on_overflow)
         if cut:

@@ -19,7 +19,8 @@ def l2_normalize(vectors: Float32) -> Float32:
         (..., dim) float32.
     """
     norms = np.linalg.norm(vectors, axis=-1, keepdims=True)
-    return vectors / np.maximum(norms, L2_EPSILON)
+    unit: Float32 = vectors / np.maximum(norms, L2_EPSILON)
+    return unit
 
 
 def prefix_means(states: Float32) -> Float32:
@@ -32,10 +33,11 @@ def prefix_means(states: Float32) -> Float32:
         (batch, K, dim) float32, row k-1 is mean(h_1..h_k), not normalised.
     """
     counts = np.arange(1, states.shape[1] + 1, dtype=np.float32)[:, None]
-    return np.cumsum(states, axis=1, dtype=np.float32) / counts
+    means: Float32 = np.divide(np.cumsum(states, axis=1, dtype=np.float32), counts, dtype=np.float32)
+    return means
 
 
-def row_cosine(a: Float32, b: Float32) -> Float32:
+def row_cosine(a: Float32, b: Float32) -> NDArray[np.float64]:
     """Cosine of each vector of ``a`` with its counterpart in ``b``.
 
     Args:
@@ -43,9 +45,10 @@ def row_cosine(a: Float32, b: Float32) -> Float32:
         b: (..., dim) float32.
 
     Returns:
-        (...) float32.
+        (...) float64, so that a cosine near 1 keeps its last digits.
     """
     a64, b64 = a.astype(np.float64), b.astype(np.float64)
     dots = (a64 * b64).sum(-1)
     norms = np.linalg.norm(a64, axis=-1) * np.linalg.norm(b64, axis=-1)
-    return (dots / np.maximum(norms, L2_EPSILON)).astype(np.float32)
+    cosines: NDArray[np.float64] = dots / np.maximum(norms, L2_EPSILON)
+    return cosines

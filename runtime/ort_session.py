@@ -40,15 +40,11 @@ class UnrolledSession:
     def __init__(self, graph: Any) -> None:
         """Take an ``onnxruntime.InferenceSession`` of the unrolled graph."""
         self._graph = graph
-        self._outputs = [
-            output.name for output in graph.get_outputs() if output.name != io_spec.EMBEDDING
-        ]
+        self._outputs = [output.name for output in graph.get_outputs() if output.name != io_spec.EMBEDDING]
 
     def run(self, input_ids: Int64, attention_mask: Int64, *, steps: int) -> StepOutputs:
         """Embed one batch; (batch, tokens) int64 each."""
-        values = self._graph.run(
-            self._outputs, {io_spec.INPUT_IDS: input_ids, io_spec.ATTENTION_MASK: attention_mask}
-        )
+        values = self._graph.run(self._outputs, {io_spec.INPUT_IDS: input_ids, io_spec.ATTENTION_MASK: attention_mask})
         outputs = dict(zip(self._outputs, values, strict=True))
         prompt = outputs[io_spec.PROMPT_EMBEDDING]
         nothing = np.empty((len(prompt), 0, prompt.shape[1]), np.float32)

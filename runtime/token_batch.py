@@ -74,12 +74,22 @@ def check_texts(texts: Sequence[str]) -> None:
     if isinstance(texts, (str, bytes)):
         raise TypeError(f"texts: one {type(texts).__name__} | a sequence of str | pass [text]")
     for row, text in enumerate(texts):
-        if not isinstance(text, str):
-            raise TypeError(f"texts[{row}]: {type(text).__name__} | str | convert or drop it")
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as err:
-            raise ValueError(f"texts[{row}]: {err} | text that UTF-8 can hold | repair the string") from err
+        check_text(f"texts[{row}]", text)
+
+
+def check_text(where: str, text: str) -> None:
+    """Refuse anything but a string that UTF-8 can hold; ``where`` names it in the error.
+
+    Raises:
+        TypeError: it is no string.
+        ValueError: it holds a lone surrogate.
+    """
+    if not isinstance(text, str):
+        raise TypeError(f"{where}: {type(text).__name__} | str | convert or drop it")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as err:
+        raise ValueError(f"{where}: {err} | text that UTF-8 can hold | repair the string") from err
 
 
 def tokenize(tokenizer: Tokenizer, prompts: Sequence[str], *, empty_token_id: int) -> list[list[int]]:

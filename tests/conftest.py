@@ -1,0 +1,139 @@
+"""Seeded two-layer models of every architecture, their bundles, and the verification material where it is present."""
+
+import functools
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+
+from gircse.export.exporter import ExportOptions, export_bundle
+
+DATA = Path(__file__).parent / "data"
+SHARED = Path(os.environ.get("GIRCSE_SHARED", Path(__file__).parents[2] / "shared"))
+
+SIZES: dict[str, Any] = {
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "vocab_size": 520,  # more rows than the tokenizer has tokens, as in Qwen2.5
+    "max_position_embeddings": 128,
+    "rms_norm_eps": 1e-5,
+    "initializer_range": 0.12,  # soft tokens differ from text to text, and FP32 still agrees with FP64 to 5e-6
+    "bos_token_id": None,
+    "eos_token_id": 0,
+    "pad_token_id": None,
+}
+
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+YARN_ROPE = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 32}
+LINEAR_ROPE = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}
+
+CONFIGS: dict[str, Callable[[], Any]] = {
+    "llama": lambda: LlamaConfig(**SIZES, tie_word_embeddings=True),
+    "llama-biased-llama3": lambda: LlamaConfig(
+        **SIZES, tie_word_embeddings=False, attention_bias=True, mlp_bias=True, rope_parameters=LLAMA3_ROPE
+    ),
+    "mistral-window": lambda: MistralConfig(**SIZES, tie_word_embeddings=False, head_dim=12, sliding_window=64),
+    "mistral-linear": lambda: MistralConfig(
+        **SIZES, tie_word_embeddings=False, sliding_window=None, rope_parameters=LINEAR_ROPE
+    ),
+    "qwen2": lambda: Qwen2Config(**SIZES, tie_word_embeddings=True),
+    "qwen2-yarn-bf16": lambda: Qwen2Config(
+        **SIZES, tie_word_embeddings=False, rope_parameters=YARN_ROPE, dtype="bfloat16"
+    ),
+    "qwen3": lambda: Qwen3Config(**SIZES, tie_word_embeddings=True, head_dim=16),
+    "qwen3-biased": lambda: Qwen3Config(**SIZES, tie_word_embeddings=False, head_dim=8, attention_bias=True),
+}
+
+
+@dataclass(frozen=True)
+class SmallModels:
+    """Makes small checkpoints and their bundles, each once a session."""
+
+    root: Path
+    bundles: dict[tuple[Any, ...], Path] = field(default_factory=dict)
+
+    def checkpoint(self, name: str) -> Path:
+        """Return the folder of a seeded model."""
+        directory = self.root / name
+        if not directory.exists():
+            config = CONFIGS[name]()
+            torch.manual_seed(7)
+            model = AutoModelForCausalLM.from_config(config, dtype=config.dtype or torch.float32)
+            randomise_vectors(model)
+            model.save_pretrained(directory)
+            shutil.copyfile(DATA / "tokenizer.json", directory / "tokenizer.json")
+        return directory
+
+    def load(self, name: str) -> Any:
+        """Return the model in FP32, ready to run."""
+        return AutoModelForCausalLM.from_pretrained(self.checkpoint(name), dtype=torch.float32).eval()
+
+    def bundle(self, name: str, *, steps: int = 5, layout: str = "unrolled", **options: Any) -> Path:
+        """Return the bundle of a seeded model."""
+        key = (name, steps, layout, *sorted(options.items()))
+        if key not in self.bundles:
+            output = self.root / f"bundle-{len(self.bundles)}"
+            options.setdefault("max_tokens", 48)
+            export_bundle(
+                ExportOptions(output=output, steps=steps, model=str(self.checkpoint(name)), layout=layout, **options)
+            )
+            self.bundles[key] = output
+        return self.bundles[key]
+
+
+@torch.no_grad()
+def randomise_vectors(model: torch.nn.Module) -> None:
+    """Give norms and biases values of their own: with ones and zeros a lost one would go unnoticed."""
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 1:
+            parameter.add_(torch.randn_like(parameter) * 0.2 if "bias" in name else torch.rand_like(parameter) * 0.5)
+
+
+@pytest.fixture(scope="session")
+def small_models(tmp_path_factory: pytest.TempPathFactory) -> SmallModels:
+    return SmallModels(tmp_path_factory.mktemp("small"))
+
+
+@pytest.fixture
+def small_bundle(small_models: SmallModels, tmp_path: Path) -> Path:
+    """A copy of a bundle, for tests that damage it."""
+    copy = tmp_path / "bundle"
+    shutil.copytree(small_models.bundle("qwen2"), copy)
+    return copy
+
+
+@pytest.fixture
+def small_checkpoint(small_models: SmallModels, tmp_path: Path) -> Path:
+    """A copy of a checkpoint, for tests that damage it."""
+    copy = tmp_path / "checkpoint"
+    shutil.copytree(small_models.checkpoint("qwen2"), copy)
+    return copy
+
+
+@functools.cache
+def _missing(relative: str) -> bool:
+    return not (SHARED / relative).exists()
+
+
+@pytest.fixture
+def golden_directory() -> Path:
+    """The official code's vectors; they are not part of the project."""
+    if _missing("golden"):
+        pytest.skip("the official golden vectors are not here (set GIRCSE_SHARED to the folder that holds golden/)")
+    return SHARED / "golden"

@@ -1,0 +1,66 @@
+"""Imports go one way, runtime <- calibration <- export, and the runtime never sees torch."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import SmallModels
+
+ROOT = Path(__file__).parents[1]
+MAY_IMPORT = {
+    "runtime": {"runtime"},
+    "calibration": {"runtime", "calibration"},
+    "export": {"runtime", "calibration", "export"},
+}
+HEAVY = {"torch", "transformers", "peft", "onnx", "onnx_ir", "onnxscript", "rich", "huggingface_hub"}
+
+
+def imported(path: Path) -> set[str]:
+    """Return every module that a file imports anywhere, functions included."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add(node.module or "")
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+@pytest.mark.parametrize("room", MAY_IMPORT)
+def test_rooms_import_one_way(room: str) -> None:
+    files = sorted((ROOT / room).glob("*.py"))
+    assert files
+    for path in files:
+        rooms = {name.split(".")[1] for name in imported(path) if name.startswith("gircse.")}
+        assert rooms <= MAY_IMPORT[room], path
+
+
+def test_runtime_imports_nothing_heavy() -> None:
+    for path in sorted((ROOT / "runtime").glob("*.py")):
+        assert not {name.split(".")[0] for name in imported(path)} & HEAVY, path
+
+
+def test_runtime_embeds_where_torch_cannot_be_imported(small_models: SmallModels) -> None:
+    """In a fresh interpreter that refuses torch and its company, a bundle loads, tests itself and embeds."""
+    code = f"""
+import sys
+for name in {sorted(HEAVY - {"huggingface_hub"})!r}:
+    sys.modules[name] = None
+from gircse.runtime import Embedder
+embedder = Embedder({str(small_models.bundle("qwen2"))!r})
+assert embedder.self_test().passed
+print(embedder.encode(["no torch here"]).shape)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "(1, 48)"
+
+
+def test_only_command_files_print() -> None:
+    for room in MAY_IMPORT:
+        for path in sorted((ROOT / room).glob("*.py")):
+            calls = [node.func for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+            prints = any(isinstance(call, ast.Name) and call.id == "print" for call in calls)
+            assert not prints or path.stem.endswith("_command"), path
