@@ -18,7 +18,7 @@ TRANSPOSED_SUFFIX = ".T"
 
 
 def simplify_decoder(graph: ir.Graph) -> dict[str, int]:
-    """Apply every rewrite in order.
+    """Apply every rewrite in order, and after each drop the nodes that it left unused.
 
     Returns:
         How often each one applied, by function name.
@@ -28,11 +28,13 @@ def simplify_decoder(graph: ir.Graph) -> dict[str, int]:
         cancel_transposes,
         collapse_reshapes,
         drop_identity_reshapes,
-        remove_unused_nodes,  # before the last, so that it counts only the reshapes that stay
         make_reshapes_static,
-        remove_unused_nodes,
     )
-    return {rewrite.__name__: rewrite(graph) for rewrite in rewrites}
+    counts = {}
+    for rewrite in rewrites:
+        counts[rewrite.__name__] = rewrite(graph)
+        RemoveUnusedNodesPass()(ir.Model(graph, ir_version=10))
+    return counts
 
 
 def fold_weight_transposes(graph: ir.Graph) -> int:
@@ -46,9 +48,7 @@ def fold_weight_transposes(graph: ir.Graph) -> int:
         if name not in graph.initializers:
             shape = ir.Shape(tuple(reversed(tuple(weight.shape))))
             graph.initializers.add(ir.Value(name=name, type=weight.type, shape=shape, const_value=weight.const_value))
-        _replace(node.outputs[0], graph.initializers[name])
-        if not weight.uses():
-            del graph.initializers[_name(weight)]
+        node.outputs[0].replace_all_uses_with(graph.initializers[name])
         count += 1
     return count
 
@@ -62,7 +62,7 @@ def cancel_transposes(graph: ir.Graph) -> int:
             continue
         first, second = (tuple(n.attributes["perm"].as_ints()) for n in (inner, node))
         if tuple(first[axis] for axis in second) == tuple(range(len(first))):
-            _replace(node.outputs[0], inner.inputs[0])
+            node.outputs[0].replace_all_uses_with(inner.inputs[0])
             count += 1
     return count
 
@@ -84,7 +84,7 @@ def drop_identity_reshapes(graph: ir.Graph) -> int:
     for node in _nodes(graph, "Reshape"):
         source, target = node.inputs[0], node.outputs[0]
         if source is not None and _dims(source) is not None and _dims(source) == _dims(target):
-            _replace(target, source)
+            target.replace_all_uses_with(source)
             count += 1
     return count
 
@@ -119,13 +119,6 @@ def make_reshapes_static(graph: ir.Graph) -> int:
     return count
 
 
-def remove_unused_nodes(graph: ir.Graph) -> int:
-    """Drop nodes and initializers that lead to no output."""
-    before = len(graph)
-    RemoveUnusedNodesPass()(ir.Model(graph, ir_version=10))
-    return before - len(graph)
-
-
 def _nodes(graph: ir.Graph, op_type: str) -> Iterable[ir.Node]:
     return [node for node in graph if node.op_type == op_type]
 
@@ -136,19 +129,9 @@ def _producer(node: ir.Node, op_type: str) -> ir.Node | None:
     return producer if producer is not None and producer.op_type == op_type else None
 
 
-def _replace(value: ir.Value, replacement: ir.Value) -> None:
-    value.replace_all_uses_with(replacement)
-
-
 def _dims(value: ir.Value) -> list[int | str] | None:
     """Return the symbolic shape, or None if a dimension is unknown."""
     if value.shape is None:
         return None
     dims = [dim if isinstance(dim, int) else dim.value for dim in value.shape]
     return None if None in dims else [dim for dim in dims if dim is not None]
-
-
-def _name(value: ir.Value) -> str:
-    if value.name is None:
-        raise ValueError("initializer without a name")
-    return value.name

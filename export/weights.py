@@ -1,27 +1,24 @@
 """Stream the weights of a checkpoint into one external data file, tensor by tensor, with the LoRA merged on the way.
 
-    merged = W + scaling * B @ A        scaling = alpha / r, or alpha / sqrt(r) with rsLoRA
-
-computed in FP32 and cast once. At no time is more than one tensor in memory; a tensor that is stored as it is in the
+The merge (``lora.py`` has the formula) is computed in FP32 and cast once. At no time is more than one tensor in memory; a tensor that is stored as it is in the
 checkpoint (the vocabulary, the largest) passes through in blocks of rows.
 """
 
 import hashlib
 import math
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Self
 
 import numpy as np
 import onnx_ir as ir
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from gircse.calibration.checkpoint import read_json
 from gircse.export.compose import EMBEDDING_TABLE, LM_HEAD
+from gircse.export.lora import LoraAdapter, LoraPair
+from gircse.export.safetensors_index import SafetensorsIndex
 from gircse.export.simplify import TRANSPOSED_SUFFIX
 from gircse.runtime.bundle import FileEntry
 from gircse.runtime.errors import CheckpointError
@@ -30,118 +27,7 @@ ALIGNMENT_BYTES = 4096
 """Tensors start on page boundaries, so that a runtime can map them."""
 
 BLOCK_ELEMENTS = 1 << 24
-_FLOAT_TYPES = ("F32", "F16", "BF16")
-
-
-@dataclass(frozen=True)
-class LoraPair:
-    """The two factors of one adapted weight: its file, the names of A (r, in) and B (out, r), and the scaling."""
-
-    file: Path
-    a: str
-    b: str
-    scaling: float
-
-
-class StoredTensor(NamedTuple):
-    """Where a tensor lies: file, name in the file, shape."""
-
-    file: Path
-    name: str
-    shape: tuple[int, ...]
-
-
-class SafetensorsIndex:
-    """The tensors of a set of safetensors files: where each one lies, its type and its shape."""
-
-    def __init__(self, files: Sequence[Path]) -> None:
-        """Read the headers.
-
-        Raises:
-            CheckpointError: a file is damaged or cut short, or holds a tensor that is no plain float.
-        """
-        self.entries: dict[str, StoredTensor] = {}
-        for path in files:
-            with _open(path) as file:
-                for name in file.keys():
-                    view = file.get_slice(name)
-                    if view.get_dtype() not in _FLOAT_TYPES:
-                        raise CheckpointError(
-                            f"{path}: {name} is {view.get_dtype()} | one of {', '.join(_FLOAT_TYPES)} | "
-                            "use a checkpoint that is not quantised"
-                        )
-                    self.entries[name] = StoredTensor(path, name, tuple(view.get_shape()))
-
-    def read_rows(self, name: str, rows: slice = slice(None)) -> Tensor:
-        """Read rows of a tensor as FP32. The file is closed again, so its pages do not stay mapped."""
-        stored = self.entries[name]
-        with _open(stored.file) as file:
-            block: Tensor = file.get_slice(stored.name)[rows]
-            return block.float().clone()
-
-
-class LoraAdapter:
-    """A PEFT LoRA adapter, by the checkpoint tensor that each pair changes."""
-
-    def __init__(self, directory: Path) -> None:
-        """Read the config and the header.
-
-        Raises:
-            CheckpointError: the adapter is no plain LoRA, or a tensor of it has no counterpart.
-        """
-        self.config = read_json(directory / "adapter_config.json")
-        self._refuse_other_kinds(directory)
-        self.index = SafetensorsIndex([directory / "adapter_model.safetensors"])
-        self.pairs = dict(self._pair(directory))
-
-    def _pair(self, directory: Path) -> Iterator[tuple[str, LoraPair]]:
-        names = set(self.index.entries)
-        if not names:
-            raise CheckpointError(f"{directory}: no tensors | LoRA factors | train or download the adapter again")
-        while names:
-            name = min(names)
-            stem = name.removeprefix("base_model.model.")
-            module, kind, _ = stem.rpartition(".lora_A.weight")
-            partner = name.replace(".lora_A.", ".lora_B.")
-            if not kind or partner not in names:
-                raise CheckpointError(
-                    f"{directory}: tensor {name} | pairs of lora_A.weight and lora_B.weight | only plain LoRA on linear "
-                    "layers can be merged here; merge the adapter with PEFT and export the merged model"
-                )
-            names -= {name, partner}
-            yield f"{module}.weight", LoraPair(self.index.entries[name].file, name, partner, self._scaling(module))
-
-    def _scaling(self, module: str) -> float:
-        rank = _by_pattern(self.config.get("rank_pattern"), module, self.config["r"])
-        alpha = _by_pattern(self.config.get("alpha_pattern"), module, self.config["lora_alpha"])
-        return float(alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank))
-
-    def _refuse_other_kinds(self, directory: Path) -> None:
-        config = self.config
-        wrong = [f"peft_type {config.get('peft_type')!r}"] if config.get("peft_type") != "LORA" else []
-        wrong += [
-            f"{field} {config[field]!r}"
-            for field in (
-                "use_dora",
-                "fan_in_fan_out",
-                "use_qalora",
-                "modules_to_save",
-                "lora_bias",
-                "trainable_token_indices",
-                "target_parameters",
-                "layer_replication",
-            )
-            if config.get(field)
-        ]
-        if config.get("bias", "none") != "none":
-            wrong.append(f"bias {config['bias']!r}")
-        if not all(isinstance(config.get(field), (int, float)) for field in ("r", "lora_alpha")):
-            wrong.append("no r or lora_alpha")
-        if wrong:
-            raise CheckpointError(
-                f"{directory / 'adapter_config.json'}: {', '.join(wrong)} | plain LoRA | "
-                "merge the adapter with PEFT and export the merged model"
-            )
+"""Most elements of a tensor that are in memory at once, unless it has to be transposed."""
 
 
 @dataclass(frozen=True)
@@ -359,20 +245,3 @@ def _check_leftovers(unused: set[str], *, tied: bool, shards: Sequence[Path]) ->
             f"{shards[0].parent}: tensor {unknown[0]} ({len(unknown)} such) has no place in the graph | exactly the "
             "weights that config.json describes | check that config and weights belong together"
         )
-
-
-def _by_pattern(patterns: Any, module: str, default: float) -> float:
-    """Look a module up in PEFT's ``rank_pattern`` or ``alpha_pattern``, whose keys are patterns of module name ends."""
-    for key, value in (patterns or {}).items():
-        if re.fullmatch(rf"(.*\.)?({key})", module):
-            return float(value)
-    return float(default)
-
-
-def _open(path: Path) -> Any:
-    try:
-        return safe_open(path, framework="pt")
-    except (SafetensorError, OSError) as err:
-        raise CheckpointError(
-            f"{path}: {err} | a whole safetensors file | it is cut short or damaged: download it again"
-        ) from err

@@ -120,8 +120,19 @@ exporter.export_bundle(exporter.ExportOptions(
 def test_disk_that_fills_up_while_writing(small_models: SmallModels, tmp_path: Path) -> None:
     """The kernel refuses every byte of a file beyond 100 kB, as a full disk would."""
     done = subprocess.run(
-        [sys.executable, "-m", "gircse.export.export_command", "--steps", "2", "--max-tokens", "48", "--model"]
-        + [str(small_models.checkpoint("qwen2")), "--output", str(tmp_path / "out")],  # noqa: RUF005
+        [
+            sys.executable,
+            "-m",
+            "gircse.export.export_command",
+            "--steps",
+            "2",
+            "--max-tokens",
+            "48",
+            "--model",
+            str(small_models.checkpoint("qwen2")),
+            "--output",
+            str(tmp_path / "out"),
+        ],
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)),
         capture_output=True,
         text=True,

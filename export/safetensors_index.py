@@ -1,0 +1,58 @@
+"""The tensors of a set of safetensors files, read a few rows at a time."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from gircse.runtime.errors import CheckpointError
+
+_FLOAT_TYPES = ("F32", "F16", "BF16")
+
+
+class StoredTensor(NamedTuple):
+    """Where a tensor lies: file, name in the file, shape."""
+
+    file: Path
+    name: str
+    shape: tuple[int, ...]
+
+
+class SafetensorsIndex:
+    """The tensors of a set of safetensors files: where each one lies, its type and its shape."""
+
+    def __init__(self, files: Sequence[Path]) -> None:
+        """Read the headers.
+
+        Raises:
+            CheckpointError: a file is damaged or cut short, or holds a tensor that is no plain float.
+        """
+        self.entries: dict[str, StoredTensor] = {}
+        for path in files:
+            with _open(path) as file:
+                for name in file.keys():
+                    view = file.get_slice(name)
+                    if view.get_dtype() not in _FLOAT_TYPES:
+                        raise CheckpointError(
+                            f"{path}: {name} is {view.get_dtype()} | one of {', '.join(_FLOAT_TYPES)} | "
+                            "use a checkpoint that is not quantised"
+                        )
+                    self.entries[name] = StoredTensor(path, name, tuple(view.get_shape()))
+
+    def read_rows(self, name: str, rows: slice = slice(None)) -> Tensor:
+        """Read rows of a tensor as FP32. The file is closed again, so its pages do not stay mapped."""
+        stored = self.entries[name]
+        with _open(stored.file) as file:
+            block: Tensor = file.get_slice(stored.name)[rows]
+            return block.float().clone()
+
+
+def _open(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as err:
+        raise CheckpointError(
+            f"{path}: {err} | a whole safetensors file | it is cut short or damaged: download it again"
+        ) from err
