@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterator
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 Advance = Callable[[float], None]
@@ -35,9 +36,9 @@ class StageProgress:
         bar = [BarColumn(bar_width=24), TimeRemainingColumn()] if total is not None else []
         columns = (SpinnerColumn(), TextColumn("{task.description}"), *bar, TimeElapsedColumn())
         with Progress(*columns, console=self._console, transient=True) as progress:
-            task = progress.add_task(title, total=total)
+            task = progress.add_task(escape(title), total=total)
             yield lambda amount: progress.advance(task, amount)
-        self._console.print(f"[green]✓[/] {title} [dim]{time.perf_counter() - start:.1f} s[/]", highlight=False)
+        self._console.print(f"[green]✓[/] {escape(title)} [dim]{time.perf_counter() - start:.1f} s[/]", highlight=False)
 
     def note(self, text: str) -> None:
         """Print one line between stages."""

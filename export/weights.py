@@ -6,7 +6,7 @@ checkpoint (the vocabulary, the largest) passes through in blocks of rows.
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -69,27 +69,21 @@ class WeightPlan:
         """Size of the data file."""
         return self.weights[-1].offset + self.weights[-1].bytes
 
-    @property
-    def largest_in_memory_bytes(self) -> int:
-        """FP32 bytes of the largest piece that is in memory at once."""
-        return max(4 * math.prod(w.shape[1:]) * _rows_at_once(w) for w in self.weights)
-
     @classmethod
     def build(
-        cls, initializers: Mapping[str, ir.Value], shards: Sequence[Path], adapter_directory: Path | None, *, tied: bool
+        cls, initializers: Mapping[str, ir.Value], base: SafetensorsIndex, adapter_directory: Path | None, *, tied: bool
     ) -> Self:
         """Match graph weights, checkpoint tensors and adapter tensors one to one.
 
         Args:
             initializers: the weights of the graphs by name.
-            shards: safetensors files of the checkpoint.
+            base: tensors of the checkpoint.
             adapter_directory: folder of the LoRA, or None.
             tied: whether lm_head is the embedding table, which the file may hold under either name.
 
         Raises:
             CheckpointError: a tensor is missing, left over, or of another shape; the message names it.
         """
-        base = SafetensorsIndex(shards)
         adapter = LoraAdapter(adapter_directory) if adapter_directory is not None else None
         pairs = dict(adapter.pairs) if adapter is not None else {}
         unused = set(base.entries)
@@ -105,7 +99,7 @@ class WeightPlan:
             weights.append(PlannedWeight(name, source, shape, transposed, pairs.pop(source, None), offset))
             offset += -(-weights[-1].bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
             unused.discard(source)
-        _check_leftovers(unused, tied=tied, shards=shards)
+        _check_leftovers(base, unused, tied=tied)
         if pairs:
             raise CheckpointError(
                 f"{adapter_directory}: adapts {min(pairs)} ({len(pairs)} such) | weights of this model | "
@@ -160,6 +154,13 @@ class WeightPlan:
             return None
         index = self.adapter.index
         return index.read_rows(weight.lora.a), index.read_rows(weight.lora.b) * weight.lora.scaling
+
+
+def estimate_bytes(base: SafetensorsIndex) -> tuple[int, int]:
+    """Return the FP32 bytes of all tensors together, and of the largest piece that is in memory at once."""
+    elements = {name: math.prod(stored.shape) for name, stored in base.entries.items()}
+    pieces = [min(n, BLOCK_ELEMENTS) if name in (EMBEDDING_TABLE, LM_HEAD) else n for name, n in elements.items()]
+    return 4 * sum(elements.values()), 4 * max(pieces, default=0)
 
 
 def write_weights(plan: WeightPlan, path: Path, *, on_bytes: Callable[[int], None]) -> FileEntry:
@@ -236,12 +237,12 @@ def _check_tensor(base: SafetensorsIndex, source: str, shape: tuple[int, ...]) -
         )
 
 
-def _check_leftovers(unused: set[str], *, tied: bool, shards: Sequence[Path]) -> None:
+def _check_leftovers(base: SafetensorsIndex, unused: set[str], *, tied: bool) -> None:
     # Old checkpoints store the rotary frequencies, which the config determines; a tied lm_head may be stored twice.
     known = {LM_HEAD} if tied else set()
     unknown = sorted(name for name in unused - known if not name.endswith("rotary_emb.inv_freq"))
     if unknown:
         raise CheckpointError(
-            f"{shards[0].parent}: tensor {unknown[0]} ({len(unknown)} such) has no place in the graph | exactly the "
+            f"{base.entries[unknown[0]].file}: tensor {unknown[0]} ({len(unknown)} such) has no place in the graph | exactly the "
             "weights that config.json describes | check that config and weights belong together"
         )

@@ -110,21 +110,12 @@ def open_session(bundle: Bundle, precision: str, *, threads: int | None) -> Sess
     )
 
 
-def installed_version() -> str:
-    """Return the version of onnxruntime.
-
-    Raises:
-        ProviderError: it is not installed.
-    """
-    return str(_onnxruntime().__version__)
-
-
 def _onnxruntime() -> Any:
     try:
         import onnxruntime
     except ImportError as err:
         raise ProviderError(
-            "provider cpu: onnxruntime is not installed | onnxruntime 1.26 or later | pip install 'gircse-deploy[cpu]'"
+            "provider cpu: onnxruntime is not installed | onnxruntime 1.31 or later | pip install 'gircse-deploy[cpu]'"
         ) from err
     return onnxruntime
 

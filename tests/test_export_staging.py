@@ -157,12 +157,21 @@ def test_too_little_disk_is_said_before_writing(
 def test_too_little_memory_for_the_reference(
     small_models: SmallModels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    memory = type("Memory", (), {"available": 1 << 28})
+    memory = type("Memory", (), {"available": (1 << 30) + (1 << 27)})
     monkeypatch.setattr("psutil.virtual_memory", lambda: memory)
     manifest = Bundle.open(export_bundle(options(small_models, tmp_path / "out"))).manifest
     assert not manifest.golden
     assert "PyTorch reference needs" in str(manifest.golden_missing_reason)
     assert "golden.json" not in manifest.files
+
+
+def test_too_little_memory_is_said_before_tracing(
+    small_models: SmallModels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("psutil.virtual_memory", lambda: type("Memory", (), {"available": 1 << 28}))
+    monkeypatch.setattr("gircse.export.exporter.trace_decoder", None)  # would fail if it were called
+    with pytest.raises(ExportError, match=r"memory: 0\.25 GiB available \| 1\.00 GiB"):
+        export_bundle(options(small_models, tmp_path / "out"))
 
 
 def test_output_that_cannot_be_made(small_models: SmallModels, tmp_path: Path) -> None:
