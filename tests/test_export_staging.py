@@ -174,12 +174,18 @@ def test_too_little_memory_is_said_before_tracing(
         export_bundle(options(small_models, tmp_path / "out"))
 
 
-def test_output_that_cannot_be_made(small_models: SmallModels, tmp_path: Path) -> None:
+def test_output_that_cannot_be_made(small_models: SmallModels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ExportError, match=r"Not a directory \| a place that can be written"):
         export_bundle(options(small_models, tmp_path / "file" / "out"))
-    with pytest.raises(ExportError, match=r"\| a place that can be written"):
-        export_bundle(options(small_models, Path("/proc/out")))  # nobody may write there, not even root
+    with (
+        pytest.raises(ExportError, match=r"\| a place that can be written"),
+        staged_directory(Path("/proc/out"), force=False),  # nobody may write there, not even root
+    ):
+        pass
+    monkeypatch.setattr("os.access", lambda path, mode: path != tmp_path)
+    with pytest.raises(ExportError, match=f"{tmp_path} cannot be written"):
+        export_bundle(options(small_models, tmp_path / "out"))
 
 
 def test_no_clock_in_the_manifest(small_models: SmallModels) -> None:
