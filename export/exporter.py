@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 from gircse.calibration.checkpoint import Checkpoint, pad_token_id, read_json, resolve_checkpoint
 from gircse.export.architecture import DecoderShape, check_limits, decoder_shape
 from gircse.export.compose import RefinementSettings, compose_graphs, weight_initializers
-from gircse.export.golden import CASES, write_golden
+from gircse.export.golden import write_golden
 from gircse.export.progress import StageProgress
 from gircse.export.safetensors_index import SafetensorsIndex
 from gircse.export.simplify import simplify_decoder
@@ -259,7 +259,7 @@ def _write_graphs(
 
 
 def _write_golden(directory: Path, options: ExportOptions, source: _Source, progress: StageProgress) -> None:
-    with progress.stage("compute golden vectors with PyTorch", total=len(CASES)) as advance:
+    with progress.stage("compute golden vectors with PyTorch"):
         write_golden(
             directory,
             source.checkpoint,
@@ -267,7 +267,6 @@ def _write_golden(directory: Path, options: ExportOptions, source: _Source, prog
             options.settings,
             pad_token_id=source.pad_token_id,
             max_tokens=options.max_tokens,
-            on_case=lambda: advance(1),
         )
 
 

@@ -4,7 +4,6 @@ A bundle carries them so that any runtime, anywhere, can check itself (``Embedde
 """
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -50,7 +49,6 @@ def write_golden(
     *,
     pad_token_id: int,
     max_tokens: int,
-    on_case: Callable[[], None],
 ) -> None:
     """Compute the golden vectors and write golden.json and golden.safetensors.
 
@@ -64,18 +62,14 @@ def write_golden(
         settings: K, pooling, temperature.
         pad_token_id: padding, and the stand-in for an empty prompt.
         max_tokens: longest prompt.
-        on_case: called after each text.
     """
     prompts = [format_prompt(instruction, text) for instruction, text in CASES]
     token_ids = [ids[:max_tokens] for ids in tokenize(tokenizer, prompts, empty_token_id=pad_token_id)]
     model = load_reference(checkpoint)
-    states = []
-    for row in range(len(CASES)):  # one by one: the reference owes nothing to padding
-        batch = pad_batch((row,), token_ids, pad_token_id=pad_token_id)
-        ids, mask = torch.from_numpy(batch.input_ids), torch.from_numpy(batch.attention_mask)
-        states.append(step_states(model, ids, mask, steps=settings.steps, temperature=settings.temperature)[0].numpy())
-        on_case()
-    prompt, steps = np.stack(states)[:, 0], np.stack(states)[:, 1:]
+    batch = pad_batch(tuple(range(len(CASES))), token_ids, pad_token_id=pad_token_id)
+    ids, mask = torch.from_numpy(batch.input_ids), torch.from_numpy(batch.attention_mask)
+    states = step_states(model, ids, mask, steps=settings.steps, temperature=settings.temperature).numpy()
+    prompt, steps = states[:, 0], states[:, 1:]
     pooled = steps if settings.pooling is Pooling.LAST else prefix_means(steps)
     cases = [
         {"instruction": instruction, "text": text, "token_ids": ids}

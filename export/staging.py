@@ -23,8 +23,10 @@ def check_destination(destination: Path, *, force: bool) -> None:
         ExportError: its folder cannot be written, or something stands there: no bundle, or one and no ``force``.
     """
     parent = next(path for path in destination.parents if path.exists())
-    if not os.access(parent, os.W_OK | os.X_OK):
-        raise ExportError(f"--output {destination}: {parent} cannot be written | a place that can | choose another")
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise ExportError(
+            f"--output {destination}: {parent} cannot be written | a directory that can | choose another --output"
+        )
     if not destination.exists() and not destination.is_symlink():
         return
     is_bundle = destination.is_dir() and (destination / MANIFEST_NAME).is_file()
