@@ -63,7 +63,7 @@ def resolve_checkpoint(model: str, *, adapter: str | None = None, revision: str 
         adapter = DEMO_NAME if model == DEMO_NAME else NO_ADAPTER
     adapter_directory, adapter_source = _resolve_adapter(adapter)
     config = directory / "config.json"
-    read_json(config)
+    read_json(config)  # missing or damaged: say so before it is hashed
     return Checkpoint(
         directory=directory,
         shards=_find_shards(directory),

@@ -14,6 +14,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
+from gircse.calibration.quiet import quiet_transformers
 from gircse.runtime.bundle import file_sha256
 from gircse.runtime.errors import CheckpointError
 
@@ -99,8 +100,6 @@ def _checkpoint_from_gguf(gguf: Path, destination: Path) -> None:
     import torch
     from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    from gircse.calibration.quiet import quiet_transformers
 
     with quiet_transformers():
         model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)

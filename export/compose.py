@@ -78,18 +78,13 @@ def _unrolled(decoder: ir.Graph, shape: DecoderShape, settings: RefinementSettin
         output, cache = g.decode(f"step{k + 1}/", g.soft_token(hidden), key_bias, positions, cache)
         states.append(output)
         hidden = g.op("Squeeze", output, g.indices([1]))
-    if not states:
+    if states:
+        embeddings = _pool(g, states)
+        last = g.op("Gather", embeddings, g.index(settings.steps - 1), axis=1)
+        g.output(last, io_spec.EMBEDDING, ["batch", shape.hidden_size])
+        g.output(embeddings, io_spec.STEP_EMBEDDINGS, ["batch", settings.steps, shape.hidden_size])
+    else:
         g.output(g.op("Identity", prompt_embedding), io_spec.EMBEDDING, ["batch", shape.hidden_size])
-        g.output(prompt_embedding, io_spec.PROMPT_EMBEDDING, ["batch", shape.hidden_size])
-        return g.model()
-    embeddings = _pool(g, states)
-    last = g.op(
-        "Squeeze",
-        g.op("Slice", embeddings, g.indices([-1]), g.indices([settings.steps]), g.indices([1])),
-        g.indices([1]),
-    )
-    g.output(last, io_spec.EMBEDDING, ["batch", shape.hidden_size])
-    g.output(embeddings, io_spec.STEP_EMBEDDINGS, ["batch", settings.steps, shape.hidden_size])
     g.output(prompt_embedding, io_spec.PROMPT_EMBEDDING, ["batch", shape.hidden_size])
     return g.model()
 

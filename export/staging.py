@@ -63,8 +63,9 @@ def staged_directory(destination: Path, *, force: bool) -> Iterator[Path]:
                 destination.rename(replaced)
             partial.rename(destination)
             _flush_directory(destination.parent)
-        finally:
+        except BaseException:  # only now: once published, a .partial belongs to the next export
             shutil.rmtree(partial, ignore_errors=True)
+            raise
         shutil.rmtree(replaced, ignore_errors=True)
 
 

@@ -52,7 +52,8 @@ def trace_decoder(config: Any, shape: DecoderShape, *, positions: int) -> ir.Gra
         positions: rows of the rotary tables, max_tokens + K.
 
     Returns:
-        The graph described in the module text. Its initializers carry no values, except the rotary tables: (positions, head_dim / 2) float32 each.
+        The graph described in the module text. Its initializers carry no values, except the rotary tables:
+        (positions, head_dim / 2) float32 each.
     """
     from transformers import AttentionInterface, AutoModelForCausalLM
 

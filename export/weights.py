@@ -1,7 +1,7 @@
 """Stream the weights of a checkpoint into one external data file, tensor by tensor, with the LoRA merged on the way.
 
-The merge (``lora.py`` has the formula) is computed in FP32 and cast once. At no time is more than one tensor in memory; a tensor that is stored as it is in the
-checkpoint (the vocabulary, the largest) passes through in blocks of rows.
+The merge (``lora.py`` has the formula) is computed in FP32 and cast once. At no time is more than one tensor in memory;
+a tensor that is stored as it is in the checkpoint (the vocabulary, the largest) passes through in blocks of rows.
 """
 
 import hashlib
@@ -87,16 +87,15 @@ class WeightPlan:
         adapter = LoraAdapter(adapter_directory) if adapter_directory is not None else None
         pairs = dict(adapter.pairs) if adapter is not None else {}
         unused = set(base.entries)
-        if tied and EMBEDDING_TABLE not in unused and LM_HEAD in unused:
-            base.entries[EMBEDDING_TABLE] = base.entries[LM_HEAD]
         weights: list[PlannedWeight] = []
         offset = 0
         for name, value in initializers.items():
-            source = name.removesuffix(TRANSPOSED_SUFFIX)
-            transposed = source != name
+            tensor = name.removesuffix(TRANSPOSED_SUFFIX)
+            transposed = tensor != name
             shape = _checkpoint_shape(value, transposed=transposed)
+            source = LM_HEAD if tied and tensor == EMBEDDING_TABLE and tensor not in base.entries else tensor
             _check_tensor(base, source, shape)
-            weights.append(PlannedWeight(name, source, shape, transposed, pairs.pop(source, None), offset))
+            weights.append(PlannedWeight(name, source, shape, transposed, pairs.pop(tensor, None), offset))
             offset += -(-weights[-1].bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
             unused.discard(source)
         _check_leftovers(base, unused, tied=tied)
@@ -164,7 +163,7 @@ def estimate_bytes(base: SafetensorsIndex) -> tuple[int, int]:
 
 
 def write_weights(plan: WeightPlan, path: Path, *, on_bytes: Callable[[int], None]) -> FileEntry:
-    """Write the data file and flush it to the disk.
+    """Write the data file.
 
     Args:
         plan: the matched weights.
@@ -243,6 +242,6 @@ def _check_leftovers(base: SafetensorsIndex, unused: set[str], *, tied: bool) ->
     unknown = sorted(name for name in unused - known if not name.endswith("rotary_emb.inv_freq"))
     if unknown:
         raise CheckpointError(
-            f"{base.entries[unknown[0]].file}: tensor {unknown[0]} ({len(unknown)} such) has no place in the graph | exactly the "
-            "weights that config.json describes | check that config and weights belong together"
+            f"{base.entries[unknown[0]].file}: tensor {unknown[0]} ({len(unknown)} such) has no place in the graph | "
+            "exactly the weights that config.json describes | check that config and weights belong together"
         )

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from gircse.runtime.embedder import DEFAULT_BATCH_TOKENS, Embedder
+from gircse.runtime.embedder import DEFAULT_BATCH_SIZE, DEFAULT_BATCH_TOKENS, Embedder
 from gircse.runtime.errors import GircseError
 from gircse.runtime.numerics import Float32
 from gircse.runtime.token_batch import Overflow
@@ -53,7 +53,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", type=Path, metavar="FILE", help="x.npy or x.jsonl (default: JSON lines on stdout)")
     parser.add_argument("--instruction", default="", help="put before every text; leave out for documents")
     parser.add_argument("--steps", type=int, metavar="k", help="refinement steps, 0 to K (default: K)")
-    parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="most texts of a batch (default: 32)")
+    parser.add_argument(
+        "--batch-size",
+        type=int,
+        default=DEFAULT_BATCH_SIZE,
+        metavar="N",
+        help=f"most texts of a batch (default: {DEFAULT_BATCH_SIZE})",
+    )
     parser.add_argument(
         "--batch-tokens",
         type=int,
