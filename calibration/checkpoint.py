@@ -59,6 +59,10 @@ def resolve_checkpoint(model: str, *, adapter: str | None = None, revision: str 
         CheckpointError: something is missing, cannot be downloaded, or is pickled.
     """
     directory, name, commit = _resolve_model(model, revision)
+    if revision is not None and commit is None:
+        raise CheckpointError(
+            f"--revision {revision}: {model} is no Hugging Face id | a revision only with one | leave --revision out"
+        )
     if adapter is None:
         adapter = DEMO_NAME if model == DEMO_NAME else NO_ADAPTER
     adapter_directory, adapter_source = _resolve_adapter(adapter)

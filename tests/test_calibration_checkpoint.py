@@ -55,6 +55,11 @@ def test_hub_download_passes_revision_and_never_asks_for_pickles(
     assert not any(pattern.endswith((".bin", ".pt", ".py", "*")) for pattern in patterns)
 
 
+def test_revision_of_a_local_model_is_not_ignored(small_models: SmallModels) -> None:
+    with pytest.raises(CheckpointError, match=r"--revision v2: .* is no Hugging Face id"):
+        resolve_checkpoint(str(small_models.checkpoint("llama")), revision="v2")
+
+
 def test_hub_out_of_reach(monkeypatch: pytest.MonkeyPatch) -> None:
     def snapshot_download(*_: object, **__: object) -> str:
         raise ConnectionError("no route to host\nlong trace")
