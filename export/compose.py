@@ -68,6 +68,7 @@ def _unrolled(decoder: ir.Graph, shape: DecoderShape, settings: RefinementSettin
     g = _GraphBuilder(decoder, shape, settings)
     input_ids, mask = g.prompt()
     hidden, cache, key_bias = _run_prompt(g, input_ids, mask)
+    hidden.name = io_spec.PROMPT_PREFIX + io_spec.STATE
     prompt_embedding = g.l2_normalize(hidden)
     tokens = g.op("ReduceSum", mask, g.indices([1]), keepdims=1)
     visible = g.zeros_of_batch(tokens)
@@ -75,7 +76,9 @@ def _unrolled(decoder: ir.Graph, shape: DecoderShape, settings: RefinementSettin
     for k in range(settings.steps):
         key_bias = g.op("Concat", key_bias, visible, axis=-1)
         positions = g.op("Add", tokens, g.indices([k]))
-        output, cache = g.decode(f"step{k + 1}/", g.soft_token(hidden), key_bias, positions, cache)
+        prefix = io_spec.step_prefix(k + 1)
+        output, cache = g.decode(prefix, g.soft_token(prefix, hidden), key_bias, positions, cache)
+        output.name = prefix + io_spec.STATE
         states.append(output)
         hidden = g.op("Squeeze", output, g.indices([1]))
     if states:
@@ -109,7 +112,8 @@ def _step(decoder: ir.Graph, shape: DecoderShape, settings: RefinementSettings) 
     ]
     tokens = g.op("ReduceSum", mask, g.indices([1]), keepdims=1)
     key_bias = g.op("Concat", g.key_bias(mask), g.zeros_of_batch(tokens), axis=-1)
-    output, cache = g.decode("step/", g.soft_token(hidden), key_bias, tokens, past)
+    prefix = io_spec.step_prefix(None)
+    output, cache = g.decode(prefix, g.soft_token(prefix, hidden), key_bias, tokens, past)
     g.output(g.op("Squeeze", output, g.indices([1])), io_spec.NEXT_HIDDEN, ["batch", shape.hidden_size])
     for value, name in zip(cache, io_spec.cache_names("present", shape.num_layers), strict=True):
         g.output(value, name, ["batch", "total", shape.kv_size])
@@ -128,7 +132,7 @@ def _run_prompt(g: "_GraphBuilder", input_ids: ir.Value, mask: ir.Value) -> tupl
     causal_bias = g.op("Mul", g.op("Cast", future, to=ir.DataType.FLOAT), g.number(MASKED))
     # Min, not Add: two masks at once would leave the range of FP16.
     bias = g.op("Min", key_bias, causal_bias)
-    states, cache = g.decode("prompt/", embeds, bias, positions, None)
+    states, cache = g.decode(io_spec.PROMPT_PREFIX, embeds, bias, positions, None)
     last = g.op("ReduceMax", g.op("Mul", mask, position), g.indices([1]), keepdims=1)  # index of the last real token
     at = g.op("Unsqueeze", last, g.indices([2]))
     hidden = g.op("GatherND", states, at, batch_dims=1)  # (batch, 1, hidden)
@@ -208,8 +212,8 @@ class _GraphBuilder:
         shape = self.op("Concat", batch, self.indices([1, 1, 1]), axis=0)
         return self.op("Expand", self.number(0.0), shape)
 
-    def soft_token(self, hidden: ir.Value) -> ir.Value:
-        """(batch, hidden) -> softmax(lm_head(h) / T) @ E as (batch, 1, hidden).
+    def soft_token(self, prefix: str, hidden: ir.Value) -> ir.Value:
+        """(batch, hidden) -> softmax(lm_head(h) / T) @ E as (batch, 1, hidden); ``prefix`` names the step.
 
         The vocabulary matrices are left operands, (vocab, hidden) @ (hidden, batch), because ONNX Runtime keeps a
         packed copy of every constant right operand: two more copies of the largest weight. The Squeeze after the
@@ -223,8 +227,11 @@ class _GraphBuilder:
         if self.settings.temperature != 1.0:
             logits = self.op("Div", logits, self.number(self.settings.temperature))
         probabilities = self.op("Softmax", logits, axis=0)  # (vocab, batch)
+        probabilities.name = prefix + io_spec.PROBABILITIES
         mixed = self.op("Transpose", self.op("Gemm", table, probabilities, transA=1), perm=[1, 0])
-        return self.op("Unsqueeze", mixed, self.indices([1]))
+        soft_token = self.op("Unsqueeze", mixed, self.indices([1]))
+        soft_token.name = prefix + io_spec.SOFT_TOKEN
+        return soft_token
 
     def l2_normalize(self, vectors: ir.Value) -> ir.Value:
         norms = self.op("ReduceL2", vectors, self.indices([-1]), keepdims=1)

@@ -12,10 +12,10 @@ import psutil
 from tokenizers import Tokenizer
 
 from gircse.calibration.checkpoint import Checkpoint, pad_token_id, read_json, resolve_checkpoint
+from gircse.calibration.progress import StageProgress
 from gircse.export.architecture import DecoderShape, check_limits, decoder_shape
 from gircse.export.compose import RefinementSettings, compose_graphs, weight_initializers
 from gircse.export.golden import write_golden
-from gircse.export.progress import StageProgress
 from gircse.export.safetensors_index import SafetensorsIndex
 from gircse.export.simplify import simplify_decoder
 from gircse.export.staging import check_destination, staged_directory

@@ -2,7 +2,8 @@
 
 import json
 import logging
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,6 +109,9 @@ class Embedder:
         all_steps: bool = False,
         on_overflow: Overflow | str = Overflow.TRUNCATE,
         show_progress: bool = False,
+        prompt: str | None = None,
+        convert_to_numpy: bool = True,
+        normalize_embeddings: bool = True,
     ) -> Float32:
         """Embed texts; row i belongs to ``texts[i]`` and does not depend on the other texts.
 
@@ -123,6 +127,9 @@ class Embedder:
             all_steps: return z_1..z_steps of every text.
             on_overflow: ``truncate`` or ``error`` for prompts that are too long.
             show_progress: show a progress bar on stderr.
+            prompt: put before every text as it stands, as sentence-transformers does; instead of ``instruction``.
+            convert_to_numpy: as in sentence-transformers; there is no other kind of result.
+            normalize_embeddings: as in sentence-transformers; the graphs give unit vectors only.
 
         Returns:
             (n, hidden) float32 unit vectors, or (n, steps, hidden) with ``all_steps``.
@@ -132,30 +139,99 @@ class Embedder:
             ValueError: an argument is out of range, a text cannot be UTF-8, or a prompt is too long and
                 ``on_overflow`` is ``error``.
         """
+        if not (convert_to_numpy and normalize_embeddings):
+            raise ValueError(
+                f"convert_to_numpy {convert_to_numpy}, normalize_embeddings {normalize_embeddings} | True: a bundle "
+                "gives unit vectors as numpy arrays | leave them out"
+            )
         steps = self._check_steps(steps)
-        if batch_size < 1 or batch_tokens < 1:
-            raise ValueError(f"batch_size {batch_size}, batch_tokens {batch_tokens} | at least 1 each | raise them")
-        token_batch.check_text("instruction", instruction)
-        token_batch.check_texts(texts)
-        token_ids = self._token_ids(texts, instruction, Overflow(on_overflow))
-
+        token_ids = self.tokenize(texts, instruction=instruction, prompt=prompt, on_overflow=on_overflow)
         manifest = self.manifest
         shape = (
             (len(texts), steps, manifest.graph.hidden_size) if all_steps else (len(texts), manifest.graph.hidden_size)
         )
         result = np.empty(shape, np.float32)
-        buckets = token_batch.length_buckets(
-            [len(ids) for ids in token_ids], batch_size=batch_size, batch_tokens=batch_tokens
-        )
         with tqdm(total=len(texts), unit="text", disable=not show_progress) as bar:
-            for rows in buckets:
-                outputs = self._run(rows, token_ids, steps)
+            for rows, outputs in self.run_batches(
+                token_ids, steps=steps, batch_size=batch_size, batch_tokens=batch_tokens
+            ):
                 if all_steps:
                     result[list(rows)] = outputs.step_embeddings
                 else:
                     result[list(rows)] = outputs.step_embeddings[:, -1] if steps else outputs.prompt_embedding
                 bar.update(len(rows))
         return result
+
+    def tokenize(
+        self,
+        texts: Sequence[str],
+        *,
+        instruction: str = "",
+        prompt: str | None = None,
+        on_overflow: Overflow | str = Overflow.TRUNCATE,
+    ) -> list[list[int]]:
+        """Return the token ids that the graphs see of each text: prompt template, no special tokens, cut to size.
+
+        Args:
+            texts: the texts.
+            instruction: as in ``encode``.
+            prompt: as in ``encode``.
+            on_overflow: as in ``encode``.
+
+        Raises:
+            TypeError: as in ``encode``.
+            ValueError: as in ``encode``, or both ``instruction`` and ``prompt``.
+        """
+        manifest = self.manifest
+        if instruction and prompt is not None:
+            raise ValueError(
+                f"instruction {instruction!r} and prompt {prompt!r} | one of them | use instruction, which the model "
+                "was trained with"
+            )
+        token_batch.check_text("instruction", instruction)
+        token_batch.check_text("prompt", prompt or "")
+        token_batch.check_texts(texts)
+        prompts = [
+            (prompt or "") + token_batch.format_prompt(instruction, text, template=manifest.prompt_template)
+            for text in texts
+        ]
+        token_ids = token_batch.tokenize(self._tokenizer, prompts, empty_token_id=manifest.pad_token_id)
+        token_ids, cut = token_batch.truncate(
+            token_ids, max_tokens=manifest.graph.max_tokens, on_overflow=Overflow(on_overflow)
+        )
+        if cut:
+            logger.warning("%d of %d texts were cut to %d tokens", cut, len(texts), manifest.graph.max_tokens)
+        return token_ids
+
+    def run_batches(
+        self,
+        token_ids: Sequence[list[int]],
+        *,
+        steps: int | None = None,
+        batch_size: int = DEFAULT_BATCH_SIZE,
+        batch_tokens: int = DEFAULT_BATCH_TOKENS,
+    ) -> Iterator[tuple[tuple[int, ...], StepOutputs]]:
+        """Run token ids batch by batch, longest first; the lower half of ``encode``.
+
+        Args:
+            token_ids: token ids of each text, at least one.
+            steps: as in ``encode``.
+            batch_size: as in ``encode``.
+            batch_tokens: as in ``encode``.
+
+        Yields:
+            The positions of a batch's texts, and their embeddings at every step.
+
+        Raises:
+            ValueError: an argument is out of range.
+        """
+        steps = self._check_steps(steps)
+        if batch_size < 1 or batch_tokens < 1:
+            raise ValueError(f"batch_size {batch_size}, batch_tokens {batch_tokens} | at least 1 each | raise them")
+        lengths = [len(ids) for ids in token_ids]
+        for rows in token_batch.length_buckets(lengths, batch_size=batch_size, batch_tokens=batch_tokens):
+            batch = token_batch.pad_batch(rows, token_ids, pad_token_id=self.manifest.pad_token_id)
+            yield rows, self._session.run(batch.input_ids, batch.attention_mask, steps=steps)
 
     def self_test(self) -> SelfTestReport:
         """Embed the golden texts and compare every step with the PyTorch reference in the bundle.
@@ -170,9 +246,13 @@ class Embedder:
             )
         cases = json.loads(self._bundle.file("golden.json").read_text(encoding="utf-8"))["cases"]
         expected = load_file(self._bundle.file("golden.safetensors"))
-        outputs = self._run(tuple(range(len(cases))), [case["token_ids"] for case in cases], self.manifest.graph.steps)
+        # One batch, whose rows come back longest first.
+        every = {"batch_size": len(cases), "batch_tokens": sys.maxsize}
+        ((rows, outputs),) = self.run_batches([case["token_ids"] for case in cases], **every)
         ours = np.concatenate([outputs.prompt_embedding[:, None], outputs.step_embeddings], axis=1)
-        theirs = np.concatenate([expected["prompt_embedding"][:, None], expected["step_embeddings"]], axis=1)
+        theirs = np.concatenate([expected["prompt_embedding"][:, None], expected["step_embeddings"]], axis=1)[
+            list(rows)
+        ]
         return SelfTestReport(len(cases), float(row_cosine(ours, theirs).min()), float(np.abs(ours - theirs).max()))
 
     def _check_steps(self, steps: int | None) -> int:
@@ -184,19 +264,6 @@ class Embedder:
                 f"choose one of these or export with --steps {steps}"
             )
         return steps
-
-    def _token_ids(self, texts: Sequence[str], instruction: str, on_overflow: Overflow) -> list[list[int]]:
-        manifest = self.manifest
-        prompts = [token_batch.format_prompt(instruction, text, template=manifest.prompt_template) for text in texts]
-        token_ids = token_batch.tokenize(self._tokenizer, prompts, empty_token_id=manifest.pad_token_id)
-        token_ids, cut = token_batch.truncate(token_ids, max_tokens=manifest.graph.max_tokens, on_overflow=on_overflow)
-        if cut:
-            logger.warning("%d of %d texts were cut to %d tokens", cut, len(texts), manifest.graph.max_tokens)
-        return token_ids
-
-    def _run(self, rows: tuple[int, ...], token_ids: list[list[int]], steps: int) -> StepOutputs:
-        batch = token_batch.pad_batch(rows, token_ids, pad_token_id=self.manifest.pad_token_id)
-        return self._session.run(batch.input_ids, batch.attention_mask, steps=steps)
 
 
 def _load_verified(bundle: Bundle, precision: str, threads: int | None) -> Session:

@@ -15,6 +15,12 @@ Prompt graph inputs, both layouts:
     attention_mask    (batch, past) int64 into the step: the prompt's mask, then a 1 for every step done
     past.i.key, past.i.value        (batch, past, kv_heads * head_dim) float32 into the step
     present.i.key, present.i.value  (batch, past + new, kv_heads * head_dim) float32 out of both
+
+Inner values that keep their names in every precision, so that a probe can read and replace them (prefix ``stepk/`` in
+the unrolled graph, ``step/`` in the stepwise one):
+    step/probabilities  (vocab, batch), softmax(lm_head(h_{k-1}) / T)
+    step/soft_token     (batch, 1, hidden), s_k
+    stepk/state         (batch, 1, hidden), h_k; ``prompt/state`` (batch, hidden), h_0 (unrolled only)
 """
 
 INPUT_IDS = "input_ids"
@@ -23,6 +29,11 @@ ATTENTION_MASK = "attention_mask"
 EMBEDDING = "embedding"
 STEP_EMBEDDINGS = "step_embeddings"
 PROMPT_EMBEDDING = "prompt_embedding"
+
+PROMPT_PREFIX = "prompt/"
+PROBABILITIES = "probabilities"
+SOFT_TOKEN = "soft_token"
+STATE = "state"
 
 HIDDEN = "hidden"
 NEXT_HIDDEN = "next_hidden"
@@ -39,3 +50,8 @@ def cache_names(prefix: str, num_layers: int) -> list[str]:
         num_layers: number of decoder layers.
     """
     return [f"{prefix}.{layer}.{kind}" for layer in range(num_layers) for kind in ("key", "value")]
+
+
+def step_prefix(step: int | None) -> str:
+    """Prefix of the inner names of a refinement step: k in the unrolled graph, None in the step graph."""
+    return "step/" if step is None else f"step{step}/"

@@ -1,4 +1,4 @@
-"""Imports go one way, runtime <- calibration <- export, and the runtime never sees torch."""
+"""Imports go one way, runtime <- calibration <- export and evaluation, and the runtime never sees torch."""
 
 import ast
 import subprocess
@@ -13,6 +13,7 @@ MAY_IMPORT = {
     "runtime": {"runtime"},
     "calibration": {"runtime", "calibration"},
     "export": {"runtime", "calibration", "export"},
+    "evaluation": {"runtime", "calibration", "evaluation"},
 }
 HEAVY = {"torch", "transformers", "peft", "onnx", "onnx_ir", "onnxscript", "rich", "huggingface_hub"}
 

@@ -1,4 +1,4 @@
-"""Progress of the export on stderr: a live line with a bar on a terminal, one line a stage elsewhere."""
+"""Progress of a long command on stderr: a live line with a bar on a terminal, one line a stage elsewhere."""
 
 import contextlib
 import time
