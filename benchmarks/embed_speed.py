@@ -109,7 +109,7 @@ def print_latency(embedders: dict[str, Embedder], reference: Reference, *, token
 def print_throughput(embedders: dict[str, Embedder], reference: Reference, texts: Sequence[str]) -> None:
     """Time all texts at several batch sizes, every side in turn, and compare the best."""
     first = next(iter(embedders.values()))
-    token_ids = first._token_ids(texts, "", on_overflow="truncate")
+    token_ids = first.tokenizer(texts)
     lengths = sorted(map(len, token_ids))
     print(f"{len(texts)} texts: {lengths[0]} to {lengths[-1]} tokens, median {lengths[len(lengths) // 2]}")
     by_length = sorted(token_ids, key=len)

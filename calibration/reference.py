@@ -11,6 +11,9 @@ Unlike the official code it passes explicit position ids, so padding does not sh
 K vocabulary projections, not K + 1.
 """
 
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import StrEnum
 from typing import Any
 
 import torch
@@ -21,8 +24,39 @@ from gircse.calibration.checkpoint import Checkpoint
 from gircse.calibration.quiet import quiet_transformers
 
 
-def load_reference(checkpoint: Checkpoint) -> Any:
-    """Load the causal LM in FP32 on the CPU with its adapter merged by PEFT.
+class Dtype(StrEnum):
+    """Precision that the reference computes in."""
+
+    FP32 = "fp32"
+    FP16 = "fp16"
+    BF16 = "bf16"
+
+
+_TORCH_DTYPES = {Dtype.FP32: torch.float32, Dtype.FP16: torch.float16, Dtype.BF16: torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class RefinementState:
+    """The loop after the prompt (step 0) or after a refinement step.
+
+    Attributes:
+        hidden: (batch, hidden), h_k.
+        probabilities: (batch, vocab), of the soft token that was fed; None for the prompt.
+        soft_token: (batch, hidden), s_k; None for the prompt.
+    """
+
+    hidden: Tensor
+    probabilities: Tensor | None = None
+    soft_token: Tensor | None = None
+
+
+def load_reference(checkpoint: Checkpoint, *, device: str = "cpu", dtype: Dtype = Dtype.FP32) -> Any:
+    """Load the causal LM with its adapter merged by PEFT, always in FP32, then move it to its device and precision.
+
+    Args:
+        checkpoint: model and adapter.
+        device: a torch device, such as ``cpu`` or ``cuda``.
+        dtype: precision of weights and arithmetic.
 
     Returns:
         A ``transformers`` causal LM in eval mode.
@@ -31,17 +65,16 @@ def load_reference(checkpoint: Checkpoint) -> Any:
     from transformers import AutoModelForCausalLM
 
     with quiet_transformers():
-        model = AutoModelForCausalLM.from_pretrained(
+        model: Any = AutoModelForCausalLM.from_pretrained(
             checkpoint.directory, dtype=torch.float32, attn_implementation="sdpa", use_safetensors=True
         )
         if checkpoint.adapter_directory is not None:
             model = PeftModel.from_pretrained(model, checkpoint.adapter_directory).merge_and_unload()
-    return model.eval()
+    return model.to(device=device, dtype=_TORCH_DTYPES[dtype]).eval()
 
 
-@torch.inference_mode()
 def step_states(model: Any, input_ids: Tensor, attention_mask: Tensor, *, steps: int, temperature: float) -> Tensor:
-    """Run the prompt and K refinement steps.
+    """Return the states of every step of one batch.
 
     Args:
         model: a ``transformers`` causal LM.
@@ -51,7 +84,19 @@ def step_states(model: Any, input_ids: Tensor, attention_mask: Tensor, *, steps:
         temperature: T.
 
     Returns:
-        (batch, K + 1, hidden) float32: h_0..h_K, not normalised.
+        (batch, K + 1, hidden): h_0..h_K, not normalised, in the model's precision.
+    """
+    states = refine(model, input_ids, attention_mask, steps=steps, temperature=temperature)
+    return torch.stack([state.hidden for state in states], dim=1)
+
+
+def refine(
+    model: Any, input_ids: Tensor, attention_mask: Tensor, *, steps: int, temperature: float
+) -> Iterator[RefinementState]:
+    """Run the prompt and K refinement steps of one batch; the arguments are those of ``step_states``.
+
+    Yields:
+        The state after the prompt and after each step, K + 1 in all.
     """
     from transformers import DynamicCache
 
@@ -59,15 +104,18 @@ def step_states(model: Any, input_ids: Tensor, attention_mask: Tensor, *, steps:
     cache = DynamicCache(config=model.config)
     positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)
     inputs: dict[str, Tensor] = {"input_ids": input_ids}
-    states = []
-    for _ in range(steps + 1):
-        output = model.model(
-            **inputs, attention_mask=attention_mask, position_ids=positions, past_key_values=cache, use_cache=True
-        )
-        states.append(output.last_hidden_state[:, -1:])
-        if len(states) <= steps:
-            soft_token = F.softmax(model.lm_head(states[-1]) / temperature, dim=-1) @ table
-            inputs = {"inputs_embeds": soft_token}
+    probabilities = soft_token = None
+    for step in range(steps + 1):
+        with torch.inference_mode():
+            output = model.model(
+                **inputs, attention_mask=attention_mask, position_ids=positions, past_key_values=cache, use_cache=True
+            )
+        hidden = output.last_hidden_state[:, -1]
+        yield RefinementState(hidden, probabilities, soft_token)
+        if step < steps:
+            with torch.inference_mode():
+                probabilities = F.softmax(model.lm_head(hidden) / temperature, dim=-1)
+                soft_token = probabilities @ table
+            inputs = {"inputs_embeds": soft_token[:, None]}
             positions = positions[:, -1:] + 1
             attention_mask = F.pad(attention_mask, (0, 1), value=1)
-    return torch.cat(states, dim=1)

@@ -51,6 +51,9 @@ class SelfTestReport:
 class Embedder:
     """Embeds texts with a bundle. One instance may be called from several threads.
 
+    Attributes:
+        tokenizer: gives the token ids of texts, as the graphs see them.
+
     Example:
         >>> embedder = Embedder("gircse-demo-8")
         >>> embedder.encode(["How do I reset my PIN?"]).shape
@@ -86,7 +89,7 @@ class Embedder:
             raise ValueError(f"threads: {threads} | at least 1 | leave it out to use every physical core")
         self._bundle = Bundle.open(path)
         precision, _ = self._bundle.variant(precision)
-        self._tokenizer = token_batch.load_tokenizer(self._bundle.file("tokenizer.json"))
+        self.tokenizer = token_batch.open_tokenizer(self._bundle)
         self._session = (
             _load_verified(self._bundle, precision, threads)
             if verify
@@ -145,7 +148,7 @@ class Embedder:
                 "gives unit vectors as numpy arrays | leave them out"
             )
         steps = self._check_steps(steps)
-        token_ids = self.tokenize(texts, instruction=instruction, prompt=prompt, on_overflow=on_overflow)
+        token_ids = self.tokenizer(texts, instruction=instruction, prompt=prompt, on_overflow=on_overflow)
         manifest = self.manifest
         shape = (
             (len(texts), steps, manifest.graph.hidden_size) if all_steps else (len(texts), manifest.graph.hidden_size)
@@ -161,47 +164,6 @@ class Embedder:
                     result[list(rows)] = outputs.step_embeddings[:, -1] if steps else outputs.prompt_embedding
                 bar.update(len(rows))
         return result
-
-    def tokenize(
-        self,
-        texts: Sequence[str],
-        *,
-        instruction: str = "",
-        prompt: str | None = None,
-        on_overflow: Overflow | str = Overflow.TRUNCATE,
-    ) -> list[list[int]]:
-        """Return the token ids that the graphs see of each text: prompt template, no special tokens, cut to size.
-
-        Args:
-            texts: the texts.
-            instruction: as in ``encode``.
-            prompt: as in ``encode``.
-            on_overflow: as in ``encode``.
-
-        Raises:
-            TypeError: as in ``encode``.
-            ValueError: as in ``encode``, or both ``instruction`` and ``prompt``.
-        """
-        manifest = self.manifest
-        if instruction and prompt is not None:
-            raise ValueError(
-                f"instruction {instruction!r} and prompt {prompt!r} | one of them | use instruction, which the model "
-                "was trained with"
-            )
-        token_batch.check_text("instruction", instruction)
-        token_batch.check_text("prompt", prompt or "")
-        token_batch.check_texts(texts)
-        prompts = [
-            (prompt or "") + token_batch.format_prompt(instruction, text, template=manifest.prompt_template)
-            for text in texts
-        ]
-        token_ids = token_batch.tokenize(self._tokenizer, prompts, empty_token_id=manifest.pad_token_id)
-        token_ids, cut = token_batch.truncate(
-            token_ids, max_tokens=manifest.graph.max_tokens, on_overflow=Overflow(on_overflow)
-        )
-        if cut:
-            logger.warning("%d of %d texts were cut to %d tokens", cut, len(texts), manifest.graph.max_tokens)
-        return token_ids
 
     def run_batches(
         self,

@@ -95,7 +95,7 @@ def open_session(bundle: Bundle, precision: str, *, threads: int | None) -> Sess
     """
     facts = bundle.manifest.graph
     graphs = bundle.manifest.variants[precision].graphs
-    sessions = {role: _load_graph(bundle.file(graph.path), threads) for role, graph in graphs.items()}
+    sessions = {role: load_graph(bundle.file(graph.path), threads=threads) for role, graph in graphs.items()}
     for role, session in sessions.items():
         found = session.get_modelmeta().custom_metadata_map.get(io_spec.GRAPH_IDENTITY_KEY)
         if found != facts.identity:
@@ -110,6 +110,33 @@ def open_session(bundle: Bundle, precision: str, *, threads: int | None) -> Sess
     )
 
 
+def load_graph(path: Path, *, threads: int | None, content: bytes | None = None) -> Any:
+    """Load one graph of a bundle as an ``onnxruntime.InferenceSession`` on the CPU.
+
+    Args:
+        path: the graph's file, beside its weights.
+        threads: threads of one run; None lets ONNX Runtime take the physical cores.
+        content: an edited graph to load in place of the file's own content.
+
+    Raises:
+        ProviderError: onnxruntime is not installed.
+        BundleError: the graph does not load.
+    """
+    ort = _onnxruntime()
+    options = ort.SessionOptions()
+    # The planner that reuses activation buffers is quadratic in nodes (minutes for an unrolled graph); the arena
+    # recycles the buffers anyway, so without it load is linear at the same speed and the same memory.
+    options.enable_mem_reuse = False
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    if content is not None:
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
+    try:
+        return ort.InferenceSession(content or str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as err:  # onnxruntime raises its own exceptions, which share only Exception
+        raise BundleError(f"{path}: {_first_line(str(err))} | a graph that ONNX Runtime loads | export again") from err
+
+
 def _onnxruntime() -> Any:
     try:
         import onnxruntime
@@ -118,20 +145,6 @@ def _onnxruntime() -> Any:
             "provider cpu: onnxruntime is not installed | onnxruntime 1.31 or later | pip install 'gircse-deploy[cpu]'"
         ) from err
     return onnxruntime
-
-
-def _load_graph(path: Path, threads: int | None) -> Any:
-    ort = _onnxruntime()
-    options = ort.SessionOptions()
-    # The planner that reuses activation buffers is quadratic in nodes (minutes for an unrolled graph); the arena
-    # recycles the buffers anyway, so without it load is linear at the same speed and the same memory.
-    options.enable_mem_reuse = False
-    if threads is not None:
-        options.intra_op_num_threads = threads
-    try:
-        return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    except Exception as err:  # onnxruntime raises its own exceptions, which share only Exception
-        raise BundleError(f"{path}: {_first_line(str(err))} | a graph that ONNX Runtime loads | export again") from err
 
 
 def _first_line(text: str) -> str:

@@ -1,5 +1,6 @@
 """From texts to padded batches of token ids: prompt template, tokens, truncation, length buckets."""
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -9,7 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
+from gircse.runtime.bundle import Bundle
 from gircse.runtime.errors import BundleError
+
+logger = logging.getLogger(__name__)
 
 Int64 = NDArray[np.int64]
 
@@ -36,6 +40,64 @@ class TokenBatch:
     rows: tuple[int, ...]
     input_ids: Int64
     attention_mask: Int64
+
+
+@dataclass(frozen=True)
+class PromptTokenizer:
+    """Turns texts into the token ids that the graphs see.
+
+    Attributes:
+        tokenizer: the model's tokenizer.
+        template: the bundle's prompt template.
+        pad_token_id: stands for an empty prompt.
+        max_tokens: longest prompt.
+    """
+
+    tokenizer: Tokenizer
+    template: str
+    pad_token_id: int
+    max_tokens: int
+
+    def __call__(
+        self,
+        texts: Sequence[str],
+        *,
+        instruction: str = "",
+        prompt: str | None = None,
+        on_overflow: Overflow | str = Overflow.TRUNCATE,
+    ) -> list[list[int]]:
+        """Return the token ids of each text; the arguments are those of ``Embedder.encode``.
+
+        Raises:
+            TypeError: ``texts`` is not a sequence of strings.
+            ValueError: a text cannot be UTF-8, both ``instruction`` and ``prompt`` are given, or a prompt is too long
+                and ``on_overflow`` is ``error``.
+        """
+        if instruction and prompt is not None:
+            raise ValueError(
+                f"instruction {instruction!r} and prompt {prompt!r} | one of them | use instruction, which the model "
+                "was trained with"
+            )
+        check_text("instruction", instruction)
+        check_text("prompt", prompt or "")
+        check_texts(texts)
+        prompts = [(prompt or "") + format_prompt(instruction, text, template=self.template) for text in texts]
+        token_ids = tokenize(self.tokenizer, prompts, empty_token_id=self.pad_token_id)
+        token_ids, cut = truncate(token_ids, max_tokens=self.max_tokens, on_overflow=Overflow(on_overflow))
+        if cut:
+            logger.warning("%d of %d texts were cut to %d tokens", cut, len(texts), self.max_tokens)
+        return token_ids
+
+
+def open_tokenizer(bundle: Bundle) -> PromptTokenizer:
+    """Load the tokenizer of a bundle.
+
+    Raises:
+        BundleError: the file cannot be read as a tokenizer.
+    """
+    manifest = bundle.manifest
+    tokenizer = load_tokenizer(bundle.file("tokenizer.json"))
+    return PromptTokenizer(tokenizer, manifest.prompt_template, manifest.pad_token_id, manifest.graph.max_tokens)
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
