@@ -2,7 +2,14 @@
 
 from gircse.runtime.bundle import Manifest
 from gircse.runtime.embedder import Embedder, SelfTestReport
-from gircse.runtime.errors import BundleError, CheckpointError, ExportError, GircseError, ProviderError
+from gircse.runtime.errors import (
+    BundleError,
+    CheckpointError,
+    ExportError,
+    GircseError,
+    MeasurementError,
+    ProviderError,
+)
 from gircse.runtime.token_batch import Overflow
 
 __all__ = [
@@ -12,6 +19,7 @@ __all__ = [
     "ExportError",
     "GircseError",
     "Manifest",
+    "MeasurementError",
     "Overflow",
     "ProviderError",
     "SelfTestReport",

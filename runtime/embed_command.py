@@ -3,9 +3,7 @@
 import argparse
 import json
 import logging
-import os
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,6 +13,7 @@ from gircse.runtime.embedder import DEFAULT_BATCH_SIZE, DEFAULT_BATCH_TOKENS, Em
 from gircse.runtime.errors import GircseError
 from gircse.runtime.numerics import Float32
 from gircse.runtime.token_batch import Overflow
+from gircse.runtime.whole_file import whole_file
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -113,18 +112,11 @@ def _write(output: Path | None, texts: Sequence[str], vectors: Float32) -> None:
     if output is None:
         sys.stdout.writelines(_json_lines(texts, vectors))
         return
-    descriptor, scratch = tempfile.mkstemp(dir=output.parent, prefix=f".{output.name}.")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            if output.suffix == ".npy":
-                np.save(file, vectors)
-            else:
-                file.writelines(line.encode("utf-8") for line in _json_lines(texts, vectors))
-        Path(scratch).chmod(0o644)
-        Path(scratch).replace(output)
-    except BaseException:
-        Path(scratch).unlink(missing_ok=True)
-        raise
+    with whole_file(output) as file:
+        if output.suffix == ".npy":
+            np.save(file, vectors)
+        else:
+            file.writelines(line.encode("utf-8") for line in _json_lines(texts, vectors))
     print(output)
 
 

@@ -23,3 +23,7 @@ class ExportError(GircseError):
 
 class ProviderError(GircseError):
     """The requested execution provider is not available."""
+
+
+class MeasurementError(GircseError):
+    """A measurement cannot be made: unusable texts or tasks, or values that are not finite."""

@@ -1,6 +1,8 @@
 """Seeded two-layer models of every architecture, their bundles, and the verification material where it is present."""
 
 import functools
+import hashlib
+import json
 import os
 import shutil
 from collections.abc import Callable
@@ -8,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
@@ -116,6 +119,24 @@ def small_bundle(small_models: SmallModels, tmp_path: Path) -> Path:
     copy = tmp_path / "bundle"
     shutil.copytree(small_models.bundle("qwen2"), copy)
     return copy
+
+
+def scale_weights(bundle: Path, start: float, end: float, factor: float) -> None:
+    """Multiply a part of the FP32 weights, given as fractions of the file, behind the manifest's back."""
+    path = bundle / "fp32" / "weights.bin"
+    weights = np.fromfile(path, np.float32)
+    weights[int(start * len(weights)) : int(end * len(weights))] *= factor
+    weights.tofile(path)
+    rehash(bundle)
+
+
+def rehash(bundle: Path) -> None:
+    """Make the manifest agree with the files again, as if they had been exported so."""
+    manifest = json.loads((bundle / "gircse.json").read_text())
+    for name, entry in manifest["files"].items():
+        path = bundle / name
+        entry.update(bytes=path.stat().st_size, sha256=hashlib.sha256(path.read_bytes()).hexdigest())
+    (bundle / "gircse.json").write_text(json.dumps(manifest))
 
 
 @pytest.fixture

@@ -1,0 +1,81 @@
+"""The limits that a candidate has to keep, by precision, and the verdicts."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import msgspec
+
+
+@dataclass(frozen=True)
+class GateLimits:
+    """What a candidate has to keep.
+
+    Attributes:
+        min_cosine: smallest cosine of a text's vector to the reference's, over every text and step.
+        min_rank_correlation: smallest Spearman correlation of pairwise similarities, over every step.
+        min_overlap: smallest mean share of common ten nearest neighbours, over every step.
+        max_task_drop: largest loss of score on a task, with all K steps.
+        max_batch_difference: largest difference of an element between a text alone and in a batch.
+    """
+
+    min_cosine: float
+    min_rank_correlation: float
+    min_overlap: float
+    max_task_drop: float
+    max_batch_difference: float
+
+
+FP32 = GateLimits(0.9999, 0.9999, 0.99, 0.001, 1e-3)
+_HALF = GateLimits(0.9995, 0.999, 0.98, 0.002, 5e-3)
+DEFAULT_LIMITS = {
+    "fp32": FP32,
+    "fp16": _HALF,
+    "bf16": _HALF,
+    "int8": GateLimits(0.98, 0.99, 0.93, 0.004, 5e-3),
+    "int8-weights": GateLimits(0.995, 0.9995, 0.98, 0.002, 1e-3),
+    "int8-dynamic": GateLimits(0.98, 0.995, 0.95, 0.003, 5e-3),
+}
+"""Limits of each precision; one that is not listed has to keep those of FP32."""
+
+
+@dataclass(frozen=True)
+class GateOverrides:
+    """Limits that replace the defaults of every precision; None keeps the default. The fields of ``GateLimits``."""
+
+    min_cosine: float | None = None
+    min_rank_correlation: float | None = None
+    min_overlap: float | None = None
+    max_task_drop: float | None = None
+    max_batch_difference: float | None = None
+
+
+class GateResult(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One gate: ``value`` has to be at least (``>=``) or at most (``<=``) ``limit``."""
+
+    name: str
+    value: float
+    comparison: str
+    limit: float
+    passed: bool
+
+
+def limits_of(precision: str, overrides: GateOverrides) -> GateLimits:
+    """Return the limits that hold for a precision."""
+    defaults = DEFAULT_LIMITS.get(precision, FP32)
+    chosen = {field.name: getattr(overrides, field.name) for field in fields(GateLimits)}
+    return GateLimits(**{name: getattr(defaults, name) if value is None else value for name, value in chosen.items()})
+
+
+def at_least(name: str, value: float, limit: float) -> GateResult:
+    """Judge a value that must not be smaller than its limit; NaN fails."""
+    return GateResult(name, value, ">=", limit, bool(value >= limit))
+
+
+def at_most(name: str, value: float, limit: float) -> GateResult:
+    """Judge a value that must not be larger than its limit; NaN fails."""
+    return GateResult(name, value, "<=", limit, bool(value <= limit))
+
+
+def all_passed(gates: Sequence[GateResult]) -> bool:
+    """Whether every gate has passed."""
+    return all(gate.passed for gate in gates)

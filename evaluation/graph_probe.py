@@ -1,0 +1,163 @@
+"""Look inside a bundle's own graphs: states, probabilities, and soft tokens that can be read and replaced.
+
+An ``onnxruntime`` session shows graph outputs only. So the graph is edited in memory, its weights staying where they
+are: inner values become outputs, and behind every soft token stands a switch::
+
+    soft_token = Where(force, forced soft token, computed soft token)
+
+With ``force`` off the graph computes what it always does; with it on, every step is fed the reference's soft token, and
+what is left of the difference is the error of that one step (teacher forcing).
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper
+
+from gircse.evaluation.step_trace import Batches, StepValues
+from gircse.runtime import io_spec
+from gircse.runtime.bundle import Bundle, Layout
+from gircse.runtime.embedder import DEFAULT_BATCH_SIZE, DEFAULT_BATCH_TOKENS
+from gircse.runtime.errors import BundleError
+from gircse.runtime.numerics import Float32
+from gircse.runtime.ort_session import load_graph
+from gircse.runtime.token_batch import length_buckets, pad_batch
+
+FORCE = "force"
+FORCED = ".forced"
+COMPUTED = ".computed"
+
+Feed = dict[str, Any]
+
+
+class GraphProbe:
+    """The graphs of one precision, opened for inspection; CPU only."""
+
+    def __init__(self, bundle: Bundle, precision: str, *, threads: int | None) -> None:
+        """Load the edited graphs.
+
+        Args:
+            bundle: an opened bundle.
+            precision: name of one of its variants.
+            threads: threads of one run; None lets ONNX Runtime take the physical cores.
+
+        Raises:
+            BundleError: the graphs lack the names of the inner values, or do not load.
+        """
+        self._facts = bundle.manifest.graph
+        self._pad_token_id = bundle.manifest.pad_token_id
+        steps = range(1, self._facts.steps + 1)
+        unrolled = self._facts.layout is Layout.UNROLLED
+        self._prefixes = [io_spec.step_prefix(step if unrolled else None) for step in steps]
+        self._graphs = {
+            role: _load(bundle.file(graph.path), self._inner_names(role), threads)
+            for role, graph in bundle.manifest.variants[precision].graphs.items()
+        }
+
+    def _inner_names(self, role: str) -> "_InnerNames":
+        """Return what the graph of a role has to show; states are outputs of the stepwise graphs already."""
+        steps = set() if role == "prefill" else set(self._prefixes)
+        states = {io_spec.PROMPT_PREFIX, *steps} if role == "model" else set()
+        return _InnerNames(
+            soft_tokens={prefix + io_spec.SOFT_TOKEN for prefix in steps},
+            read={prefix + io_spec.PROBABILITIES for prefix in steps} | {prefix + io_spec.STATE for prefix in states},
+        )
+
+    def refine(self, token_ids: Sequence[list[int]], *, forced: Float32 | None = None) -> Batches:
+        """Refine texts in batches of like length.
+
+        Args:
+            token_ids: token ids of each text.
+            forced: (n, K, hidden) float32, soft tokens to feed in place of the computed ones; None feeds those.
+        """
+        lengths = [len(ids) for ids in token_ids]
+        for rows in length_buckets(lengths, batch_size=DEFAULT_BATCH_SIZE, batch_tokens=DEFAULT_BATCH_TOKENS):
+            batch = pad_batch(rows, token_ids, pad_token_id=self._pad_token_id)
+            prompt = {io_spec.INPUT_IDS: batch.input_ids, io_spec.ATTENTION_MASK: batch.attention_mask}
+            run = self._run_unrolled if self._facts.layout is Layout.UNROLLED else self._run_stepwise
+            yield list(rows), run(prompt, forced if forced is None else forced[list(rows)])
+
+    def _run_unrolled(self, prompt: Feed, forced: Float32 | None) -> Iterator[StepValues]:
+        feed = dict(prompt)
+        names = [io_spec.PROMPT_PREFIX + io_spec.STATE]
+        for index, prefix in enumerate(self._prefixes):
+            feed |= _force(prefix, forced, index)
+            names += [prefix + io_spec.STATE, *_soft_token_names(prefix)]
+        hidden, *values = self._graphs["model"].run(names, feed)
+        yield StepValues(hidden)
+        for start in range(0, len(values), 3):
+            yield _step_values(*values[start : start + 3])
+
+    def _run_stepwise(self, prompt: Feed, forced: Float32 | None) -> Iterator[StepValues]:
+        past, present = (io_spec.cache_names(prefix, self._facts.num_layers) for prefix in ("past", "present"))
+        hidden, *cache = self._graphs["prefill"].run([io_spec.HIDDEN, *present], prompt)
+        yield StepValues(hidden)
+        mask = prompt[io_spec.ATTENTION_MASK]
+        for index, prefix in enumerate(self._prefixes):
+            feed = {io_spec.HIDDEN: hidden, io_spec.ATTENTION_MASK: mask, **dict(zip(past, cache, strict=True))}
+            names = [io_spec.NEXT_HIDDEN, *_soft_token_names(prefix), *present]
+            hidden, soft_token, probabilities, *cache = self._graphs["step"].run(
+                names, feed | _force(prefix, forced, index)
+            )
+            yield _step_values(hidden, soft_token, probabilities)
+            mask = np.pad(mask, ((0, 0), (0, 1)), constant_values=1)
+
+
+def _soft_token_names(prefix: str) -> list[str]:
+    return [prefix + io_spec.SOFT_TOKEN + COMPUTED, prefix + io_spec.PROBABILITIES]
+
+
+def _step_values(state: Float32, soft_token: Float32, probabilities: Float32) -> StepValues:
+    """Bring a step's values into one shape: the unrolled state is (batch, 1, hidden), probabilities (vocab, batch)."""
+    return StepValues(state.reshape(len(soft_token), -1), soft_token[:, 0], probabilities.T)
+
+
+def _force(prefix: str, forced: Float32 | None, index: int) -> Feed:
+    soft_token = np.zeros((1, 1, 1), np.float32) if forced is None else forced[:, index : index + 1]
+    return {FORCE: np.array(forced is not None), prefix + io_spec.SOFT_TOKEN + FORCED: soft_token}
+
+
+@dataclass(frozen=True)
+class _InnerNames:
+    """Inner values of a graph: soft tokens to be switched, and others to be read."""
+
+    soft_tokens: set[str]
+    read: set[str]
+
+
+def _load(path: Path, inner: _InnerNames, threads: int | None) -> Any:
+    if not inner.soft_tokens | inner.read:
+        return load_graph(path, threads=threads)
+    model = onnx.load(path, load_external_data=False)
+    found = {name for node in model.graph.node for name in node.output}
+    if missing := sorted((inner.soft_tokens | inner.read) - found):
+        raise BundleError(
+            f"{path}: no value {missing[0]} | graphs whose inner values are named | export the bundle again with this "
+            "version"
+        )
+    _instrument(model.graph, inner)
+    return load_graph(path, threads=threads, content=model.SerializeToString())
+
+
+def _instrument(graph: Any, inner: _InnerNames) -> None:
+    """Put the switch behind every soft token and make the inner values outputs."""
+    nodes = []
+    for node in graph.node:
+        nodes.append(node)
+        name = node.output[0]
+        if name in inner.soft_tokens:
+            node.output[0] = name + COMPUTED
+            graph.input.append(helper.make_tensor_value_info(name + FORCED, TensorProto.FLOAT, [None, 1, None]))
+            # CastLike: the reference's soft tokens are float32 whatever the graph computes in.
+            nodes.append(helper.make_node("CastLike", [name + FORCED, name + COMPUTED], [name + FORCED + ".cast"]))
+            nodes.append(helper.make_node("Where", [FORCE, name + FORCED + ".cast", name + COMPUTED], [name]))
+    del graph.node[:]
+    graph.node.extend(nodes)
+    if inner.soft_tokens:
+        graph.input.append(helper.make_tensor_value_info(FORCE, TensorProto.BOOL, []))
+    outputs = inner.read | {name + COMPUTED for name in inner.soft_tokens}
+    graph.output.extend(onnx.ValueInfoProto(name=name) for name in sorted(outputs))

@@ -1,0 +1,111 @@
+"""How alike two sets of embeddings are: free functions on arrays.
+
+A cosine between the two vectors of one text hides damage, because unrelated texts of a decoder LLM already have
+cosines of 0.9. So the order of the similarities *between* texts is compared too.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.stats import spearmanr
+
+from gircse.runtime.numerics import Float32
+
+Float64 = NDArray[np.float64]
+
+NEIGHBOURS = 10
+"""Neighbours compared for each text."""
+
+
+@dataclass(frozen=True)
+class SoftTokenHealth:
+    """What the softmax over the vocabulary looks like, text by text and step by step; (n, K) float32 each.
+
+    Attributes:
+        entropy: in nats; ln(vocab) for a uniform mixture, 0 for a single token.
+        top1_mass: probability of the likeliest token.
+        padded_mass: probability on vocabulary rows that belong to no token.
+        norm: length of the soft token s_k.
+    """
+
+    entropy: Float32
+    top1_mass: Float32
+    padded_mass: Float32
+    norm: Float32
+
+
+def pairwise_rank_correlation(a: Float32, b: Float32) -> float:
+    """Spearman correlation of the cosine similarities of all pairs of texts.
+
+    Args:
+        a: (n, dim) float32 unit vectors.
+        b: (n, dim') float32 unit vectors of the same texts.
+
+    Returns:
+        A correlation, or NaN where all similarities of a side are equal.
+    """
+    pairs = np.triu_indices(len(a), k=1)
+    return rank_correlation(similarities(a, a)[pairs], similarities(b, b)[pairs])
+
+
+def cross_rank_correlation(queries: Float32, documents: Float32, reference: Float32) -> float:
+    """Spearman correlation of query-document similarities with those of a reference, over all pairs of two texts.
+
+    Args:
+        queries: (n, dim) float32 unit vectors.
+        documents: (n, dim) float32 unit vectors of the same texts, from another number of steps.
+        reference: (n, dim) float32 unit vectors of the same texts.
+    """
+    pairs = ~np.eye(len(queries), dtype=bool)
+    return rank_correlation(similarities(queries, documents)[pairs], similarities(reference, reference)[pairs])
+
+
+def rank_correlation(a: Float64, b: Float64) -> float:
+    """Spearman correlation of two series; NaN where one of them is constant."""
+    if np.ptp(a) == 0 or np.ptp(b) == 0:
+        return float("nan")
+    return float(spearmanr(a, b).statistic)
+
+
+def neighbour_overlap(a: Float32, b: Float32) -> float:
+    """Mean share of each text's ten nearest neighbours that both sides agree on.
+
+    Args:
+        a: (n, dim) float32 unit vectors, n > 10.
+        b: (n, dim') float32 unit vectors of the same texts.
+    """
+    shared = [len(set(left) & set(right)) for left, right in zip(_neighbours(a), _neighbours(b), strict=True)]
+    return float(np.mean(shared)) / NEIGHBOURS
+
+
+def similarities(a: Float32, b: Float32) -> Float64:
+    """Cosines of all pairs (len(a), len(b)), in float64 so that near-equal ones keep their order."""
+    product: Float64 = a.astype(np.float64) @ b.astype(np.float64).T
+    return product
+
+
+def soft_token_health(probabilities: Float32, soft_tokens: Float32, *, tokens: int) -> SoftTokenHealth:
+    """Describe the soft tokens of one step.
+
+    Args:
+        probabilities: (n, vocab) float32.
+        soft_tokens: (n, hidden) float32.
+        tokens: tokens of the tokenizer; vocabulary rows from there on are padding.
+
+    Returns:
+        Arrays of shape (n,).
+    """
+    logs = np.log(np.where(probabilities > 0, probabilities, 1))
+    return SoftTokenHealth(
+        entropy=-(probabilities * logs).sum(1, dtype=np.float64).astype(np.float32),
+        top1_mass=probabilities.max(1),
+        padded_mass=probabilities[:, tokens:].sum(1),
+        norm=np.linalg.norm(soft_tokens, axis=1),
+    )
+
+
+def _neighbours(vectors: Float32) -> NDArray[np.intp]:
+    scores = similarities(vectors, vectors)
+    np.fill_diagonal(scores, -np.inf)
+    return np.argpartition(-scores, NEIGHBOURS - 1, axis=1)[:, :NEIGHBOURS]

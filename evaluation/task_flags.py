@@ -1,0 +1,30 @@
+"""The flags of the tasks, which ``gircse-parity`` and ``gircse-bench`` share."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+_TASKS = (
+    ("sts", "FILE", "scored pairs, TSV: score, sentence1, sentence2"),
+    ("retrieval", "DIR", "BEIR layout: corpus.jsonl, queries.jsonl, qrels/test.tsv"),
+    ("classification", "FILE", "labelled texts, TSV: label, text; scored by the nearest other text"),
+)
+
+
+def add_task_flags(parser: Any) -> None:
+    """Add a flag for each task, and one for its instruction, to a parser or to a group of one."""
+    for name, metavar, meaning in _TASKS:
+        parser.add_argument(f"--{name}", type=Path, metavar=metavar, help=meaning)
+    for name, _, _ in _TASKS:
+        # No default here: the one in TaskOptions stays in force.
+        parser.add_argument(
+            f"--{name}-instruction", default=argparse.SUPPRESS, metavar="I", help=f"for the texts of --{name}"
+        )
+
+
+def pop_task_options(args: dict[str, Any]) -> Any:
+    """Take the tasks out of parsed arguments, as ``TaskOptions``."""
+    from gircse.evaluation.tasks import TaskOptions
+
+    names = [key for name, _, _ in _TASKS for key in (name, f"{name}_instruction") if key in args]
+    return TaskOptions(**{name: args.pop(name) for name in names})
