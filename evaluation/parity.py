@@ -235,8 +235,9 @@ def _run_candidate(
 ) -> tuple[Float32, CandidateReport]:
     side = BundleSide(bundle, precision, threads=options.threads)
     alone_rows = _spread_by_length(inputs.text_ids)
-    total = len(inputs.text_ids) + len(inputs.task_ids) + len(alone_rows)
-    with progress.stage(f"embed {total} texts: {side.name}", total=total) as advance:
+    total = len(inputs.text_ids) + len(inputs.task_ids)
+    title = f"embed {total} texts, {len(alone_rows)} of them also alone: {side.name}"
+    with progress.stage(title, total=total + len(alone_rows)) as advance:
         embedder = side.open_embedder()
         vectors = side.embed_with(embedder, inputs.text_ids, advance)
         alone = side.embed_with(embedder, [inputs.text_ids[row] for row in alone_rows], advance, batch_size=1)

@@ -27,7 +27,7 @@ def terminal_tables(report: ParityReport) -> list[Table]:
 def _terminal_table(report: ParityReport, candidate: CandidateReport) -> Table:
     table = Table(
         title=f"{report.bundle}:{candidate.precision} against {report.reference}, {report.texts} texts",
-        caption="\n".join(_verdict(gate) for gate in candidate.gates),
+        caption="\n".join([*map(_scores, candidate.tasks), *map(_verdict, candidate.gates)]),
         caption_justify="left",
         caption_style="",
         box=box.SIMPLE_HEAD,
@@ -41,7 +41,14 @@ def _terminal_table(report: ParityReport, candidate: CandidateReport) -> Table:
 
 def _verdict(gate: GateResult) -> str:
     word = "[green]pass[/]" if gate.passed else "[bold red]FAIL[/]"
-    return f"{word}  {gate.name} {_number(gate.value)} {gate.comparison} {_number(gate.limit)}"
+    return f"{word}  {gate.name} {_number(gate.value)} {gate.comparison} {gate.limit:g}"
+
+
+def _scores(task: TaskParity) -> str:
+    return (
+        f"{task.task}, {task.metric}: {task.candidate[-1]:.4f}, reference {task.reference[-1]:.4f} (95 % of the "
+        f"difference {task.difference_low:+.4f} to {task.difference_high:+.4f})"
+    )
 
 
 def markdown(report: ParityReport, prompts: Sequence[Prompt]) -> str:
@@ -70,7 +77,7 @@ def _candidate_markdown(report: ParityReport, candidate: CandidateReport, prompt
             "pass" if gate.passed else "**FAIL**",
             gate.name,
             _number(gate.value),
-            f"{gate.comparison} {_number(gate.limit)}",
+            f"{gate.comparison} {gate.limit:g}",
         )
         for gate in candidate.gates
     ]
@@ -146,7 +153,7 @@ def junit(report: ParityReport) -> bytes:
         )
         for gate in candidate.gates:
             case = ET.SubElement(suite, "testcase", classname=name, name=gate.name)
-            statement = f"{gate.name}: {_number(gate.value)}, limit {gate.comparison} {_number(gate.limit)}"
+            statement = f"{gate.name}: {_number(gate.value)}, limit {gate.comparison} {gate.limit:g}"
             if not gate.passed:
                 ET.SubElement(case, "failure", message=statement)
             ET.SubElement(case, "system-out").text = statement

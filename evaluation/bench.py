@@ -1,0 +1,299 @@
+"""The benchmark from end to end: every side in turn (A B A B) on the same inputs, threads and warm-up."""
+
+import random
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import psutil
+
+from gircse.calibration.progress import StageProgress
+from gircse.evaluation.bandwidth import memory_bandwidth, weight_bytes_read
+from gircse.evaluation.bench_report import SCHEMA_VERSION, BenchReport, Latency, Quality, SideCost, Spread
+from gircse.evaluation.bench_worker import Int64, Kind, SideSpec, Worker
+from gircse.evaluation.environment import describe_environment
+from gircse.evaluation.prompts import tokenize_prompts
+from gircse.evaluation.sides import BundleSide, source_checkpoint
+from gircse.evaluation.tasks import Task, TaskOptions, read_tasks, score_steps
+from gircse.runtime.bundle import Bundle, Layout
+from gircse.runtime.errors import MeasurementError
+from gircse.runtime.numerics import Float32, row_cosine
+from gircse.runtime.token_batch import open_tokenizer
+
+DEFAULT_TOKENS = (16, 64, 256)
+DEFAULT_STEPS = (1, 2, 4, 8)
+LOADS = 3
+WARM_UP = 2
+MIN_REPEATS = 3
+PAUSE_S = 0.05
+"""Between two sides: idle threads of the one that just ran stop spinning (OpenBLAS and OpenMP do for milliseconds)."""
+
+
+@dataclass(frozen=True)
+class BenchOptions:
+    """What to measure; the fields are the flags of ``gircse-bench``.
+
+    Attributes:
+        bundles: bundle directories; the peers take K, pooling and checkpoint from the first.
+        precisions: variants; empty means every one.
+        batches: texts of a run.
+        tokens: tokens of each text; None takes 16, 64 and 256 as far as the first bundle goes.
+        steps: refinement steps; None takes 1, 2, 4, 8 and K as far as the first bundle goes.
+        against: ``torch``, ``llama.cpp``.
+        gguf: model file of llama.cpp; the demo has its own.
+        repeats: most runs of each side at each setting.
+        setting_s: seconds after which a setting gets no further repeats beyond three.
+        threads: threads of each side; None takes the physical cores.
+        tasks: tasks for the quality at each step.
+    """
+
+    bundles: Sequence[Path]
+    precisions: Sequence[str] = ()
+    batches: Sequence[int] = (1, 8, 32)
+    tokens: Sequence[int] | None = None
+    steps: Sequence[int] | None = None
+    against: Sequence[str] = ()
+    gguf: Path | None = None
+    repeats: int = 10
+    setting_s: float = 20.0
+    threads: int | None = None
+    tasks: TaskOptions = field(default_factory=TaskOptions)
+
+
+@dataclass(frozen=True)
+class _Setting:
+    batch: int
+    tokens: int
+    steps: int
+
+
+def run_bench(options: BenchOptions, *, progress: StageProgress | None = None) -> BenchReport:
+    """Measure bundles and their peers.
+
+    Raises:
+        GircseError: a bundle, peer or task cannot be used.
+        ValueError: an option is out of range.
+    """
+    progress = progress or StageProgress()
+    bundles = [Bundle.open(path) for path in options.bundles]
+    settings = _choose_settings(options, bundles[0])
+    _check(options, bundles, settings)
+    tasks = read_tasks(options.tasks)
+    threads = options.threads or psutil.cpu_count(logical=False) or 1
+    with progress.stage("measure the memory bandwidth"):
+        bandwidth = memory_bandwidth(threads)
+    specs = [*_bundle_specs(options, bundles, settings, threads), *_peer_specs(options, bundles[0], settings, threads)]
+    with ExitStack() as opened:
+        workers, loads = [], []
+        for spec in specs:
+            with progress.stage(f"load {spec.name}, {LOADS} times"):
+                worker, seconds = _load(spec)
+                workers.append(opened.enter_context(worker))
+                loads.append(_spread(seconds))
+        vocabulary = bundles[0].manifest.graph.vocab_size
+        latencies: list[Latency] = []
+        cosines = {spec.name: 1.0 for spec in specs}
+        with progress.stage(f"run {len(specs)} sides at {len(settings)} settings", total=len(settings)) as advance:
+            for setting in settings:
+                runs = _run_setting(setting, workers, options, vocabulary=vocabulary, cosines=cosines)
+                latencies += [_latency(setting, spec, seconds, bandwidth) for spec, seconds in runs]
+                advance(1)
+        costs = [
+            SideCost(spec.name, load, worker.peak_bytes(), _model_bytes(spec), cosines[spec.name])
+            for spec, load, worker in zip(specs, loads, workers, strict=True)
+        ]
+    quality = [
+        result
+        for spec in specs
+        if tasks and spec.kind is Kind.BUNDLE
+        for result in _measure_quality(spec, tasks, progress)
+    ]
+    return BenchReport(
+        schema_version=SCHEMA_VERSION,
+        threads=threads,
+        warm_up=WARM_UP,
+        bandwidth=bandwidth,
+        sides=tuple(costs),
+        latencies=tuple(latencies),
+        quality=tuple(quality),
+        environment=describe_environment(),
+    )
+
+
+def _choose_settings(options: BenchOptions, bundle: Bundle) -> list[_Setting]:
+    facts = bundle.manifest.graph
+    tokens = options.tokens or [size for size in DEFAULT_TOKENS if size <= facts.max_tokens] or [facts.max_tokens]
+    steps = options.steps or [step for step in DEFAULT_STEPS if step < facts.steps] + [facts.steps]
+    return [_Setting(*values) for values in product(options.batches, sorted(set(tokens)), sorted(set(steps)))]
+
+
+def _check(options: BenchOptions, bundles: Sequence[Bundle], settings: Sequence[_Setting]) -> None:
+    facts = bundles[0].manifest.graph
+    for name, values, low, high in (
+        ("--batch", options.batches, 1, 4096),
+        ("--tokens", [setting.tokens for setting in settings], 1, facts.max_tokens),
+        ("--steps", [setting.steps for setting in settings], 0, facts.steps),
+        ("--repeats", [options.repeats], MIN_REPEATS, 10000),
+        ("--threads", [1 if options.threads is None else options.threads], 1, 4096),
+    ):
+        for value in values:
+            if not low <= value <= high:
+                raise ValueError(f"{name}: {value} | {low} to {high} | choose values in this range")
+    if options.gguf is not None and not options.gguf.is_file():
+        raise MeasurementError(f"--gguf {options.gguf}: no such file | a GGUF file | check the path")
+    for bundle in bundles[1:]:
+        if bundle.manifest.graph.vocab_size != facts.vocab_size:
+            raise MeasurementError(
+                f"{bundle.directory}: {bundle.manifest.graph.vocab_size} tokens | {facts.vocab_size}, as "
+                f"{bundles[0].directory} has | compare bundles of one model"
+            )
+
+
+def _bundle_specs(
+    options: BenchOptions, bundles: Sequence[Bundle], settings: Sequence[_Setting], threads: int
+) -> list[SideSpec]:
+    specs = []
+    for path, bundle in zip(options.bundles, bundles, strict=True):
+        for precision in options.precisions or bundle.manifest.variants:
+            bundle.variant(precision)
+            name = f"{bundle.directory.name}:{precision}"
+            specs.append(_spec(name, Kind.BUNDLE, path, precision, settings, threads))
+    return specs
+
+
+def _peer_specs(options: BenchOptions, bundle: Bundle, settings: Sequence[_Setting], threads: int) -> list[SideSpec]:
+    specs = []
+    for peer in dict.fromkeys(Kind(name) for name in options.against):
+        precision = "Q8_0" if peer is Kind.LLAMA_CPP else "fp32"
+        spec = _spec(f"{peer} {precision}", peer, options.bundles[0], precision, settings, threads)
+        if peer is Kind.LLAMA_CPP:
+            from gircse.evaluation.gguf_weights import gguf_of
+
+            path = options.gguf or gguf_of(source_checkpoint(bundle.manifest))
+            spec = replace(spec, gguf=path, name=f"{peer} {path.stem}" if options.gguf else spec.name)
+        specs.append(spec)
+    return specs
+
+
+def _spec(name: str, kind: Kind, bundle: Path, precision: str, settings: Sequence[_Setting], threads: int) -> SideSpec:
+    return SideSpec(
+        name=name,
+        kind=kind,
+        bundle=bundle,
+        precision=precision,
+        threads=threads,
+        batch=max(setting.batch for setting in settings),
+        tokens=max(setting.tokens for setting in settings),
+        steps=max(setting.steps for setting in settings),
+    )
+
+
+def _load(spec: SideSpec) -> tuple[Worker, list[float]]:
+    """Load a side several times, each in a fresh process, and keep the last."""
+    seconds = []
+    for _ in range(LOADS - 1):
+        with Worker(spec) as worker:
+            seconds.append(worker.load_s)
+    worker = Worker(spec)
+    return worker, [*seconds, worker.load_s]
+
+
+def _run_setting(
+    setting: _Setting,
+    workers: Sequence[Worker],
+    options: BenchOptions,
+    *,
+    vocabulary: int,
+    cosines: dict[str, float],
+) -> list[tuple[SideSpec, list[float]]]:
+    """Run every side that can in turn; ``cosines`` keeps the worst agreement of each with the first."""
+    able = [worker for worker in workers if _runs(worker.spec, setting.steps)]
+    seconds: list[list[float]] = [[] for _ in able]
+    input_ids = _input_ids(setting, vocabulary)
+    start = time.perf_counter()
+    first: Float32 | None = None
+    for repeat in range(WARM_UP + options.repeats):
+        if repeat >= WARM_UP + MIN_REPEATS and time.perf_counter() - start > options.setting_s:
+            break
+        for worker, runs in zip(able, seconds, strict=True):
+            time.sleep(PAUSE_S)
+            elapsed, vectors = worker.run(input_ids, setting.steps)
+            runs.append(elapsed)
+            first = vectors if first is None else first
+            name = worker.spec.name
+            cosines[name] = min(cosines[name], float(row_cosine(vectors, first).min()))
+    return [(worker.spec, runs[WARM_UP:]) for worker, runs in zip(able, seconds, strict=True)]
+
+
+def _runs(spec: SideSpec, steps: int) -> bool:
+    """Whether a side can stop after so many steps: an unrolled graph always runs K, llama.cpp at least one."""
+    if spec.kind is Kind.LLAMA_CPP:
+        return steps > 0
+    facts = Bundle.open(spec.bundle).manifest.graph
+    return spec.kind is Kind.TORCH or facts.layout is Layout.STEPWISE or steps == facts.steps
+
+
+def _input_ids(setting: _Setting, vocabulary: int) -> Int64:
+    """Return the same random tokens (batch, tokens) int64 for every side: the cost does not depend on their meaning."""
+    draw = random.Random(0)
+    ids = [draw.choices(range(min(100, vocabulary - 1), vocabulary), k=setting.tokens) for _ in range(setting.batch)]
+    return np.array(ids, np.int64)
+
+
+def _latency(setting: _Setting, spec: SideSpec, seconds: Sequence[float], bandwidth: float) -> Latency:
+    spread = _spread(seconds)
+    roofline = None
+    if spec.kind is Kind.BUNDLE:
+        read = weight_bytes_read(Bundle.open(spec.bundle), spec.precision, steps=setting.steps)
+        roofline = read / bandwidth
+    return Latency(
+        side=spec.name,
+        batch=setting.batch,
+        tokens=setting.tokens,
+        steps=setting.steps,
+        seconds=spread,
+        texts_per_s=setting.batch / spread.median,
+        roofline_s=roofline,
+    )
+
+
+def _spread(seconds: Sequence[float]) -> Spread:
+    return Spread(
+        median=float(np.median(seconds)),
+        p95=float(np.percentile(seconds, 95)),
+        low=min(seconds),
+        high=max(seconds),
+        repeats=len(seconds),
+    )
+
+
+def _model_bytes(spec: SideSpec) -> int:
+    """Return the size of the files that a side loads."""
+    bundle = Bundle.open(spec.bundle)
+    if spec.gguf is not None:
+        return spec.gguf.stat().st_size
+    if spec.kind is Kind.BUNDLE:
+        variant = bundle.manifest.variants[spec.precision]
+        names = [variant.weights, *(graph.path for graph in variant.graphs.values())]
+        return sum(bundle.manifest.files[name].bytes for name in names)
+    checkpoint = source_checkpoint(bundle.manifest)
+    paths = [*checkpoint.shards]
+    if checkpoint.adapter_directory is not None:
+        paths.append(checkpoint.adapter_directory / "adapter_model.safetensors")
+    return sum(path.stat().st_size for path in paths)
+
+
+def _measure_quality(spec: SideSpec, tasks: Sequence[Task], progress: StageProgress) -> Iterator[Quality]:
+    bundle = Bundle.open(spec.bundle)
+    for task in tasks:
+        side = BundleSide(bundle, spec.precision, threads=spec.threads)
+        token_ids = tokenize_prompts(open_tokenizer(bundle), task.prompts)
+        with progress.stage(
+            f"embed {len(token_ids)} texts of {task.name}: {spec.name}", total=len(token_ids)
+        ) as advance:
+            vectors = side.embed(token_ids, advance)
+        yield Quality(spec.name, task.name, task.metric, score_steps(task, vectors))

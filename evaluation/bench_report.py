@@ -1,0 +1,105 @@
+"""The result of a benchmark as data: the content of ``bench.json``. Times are seconds, sizes are bytes."""
+
+import msgspec
+
+SCHEMA_VERSION = 1
+
+
+class _Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Base of the parts of a report."""
+
+
+class Spread(_Record, frozen=True):
+    """Repeated times of one thing.
+
+    Attributes:
+        median: of the repeats.
+        p95: their 95th percentile.
+        low: the shortest.
+        high: the longest.
+        repeats: how many, warm-up not counted.
+    """
+
+    median: float
+    p95: float
+    low: float
+    high: float
+    repeats: int
+
+
+class SideCost(_Record, frozen=True):
+    """What a side costs before and besides its runs.
+
+    Attributes:
+        side: name of the side.
+        load_s: time from the imported library to the loaded model, in fresh processes.
+        peak_bytes: most memory that its process has held at once, over the whole benchmark.
+        model_bytes: size of the files that it loads.
+        min_cosine: smallest cosine of its vectors to those of the first side, over every setting: do they compute
+            the same?
+    """
+
+    side: str
+    load_s: Spread
+    peak_bytes: int
+    model_bytes: int
+    min_cosine: float
+
+
+class Latency(_Record, frozen=True):
+    """One side at one setting.
+
+    Attributes:
+        side: name of the side.
+        batch: texts of a run.
+        tokens: tokens of each text.
+        steps: refinement steps.
+        seconds: of one run.
+        texts_per_s: batch over the median.
+        roofline_s: time that reading the weights alone takes at the measured memory bandwidth; bundles only.
+    """
+
+    side: str
+    batch: int
+    tokens: int
+    steps: int
+    seconds: Spread
+    texts_per_s: float
+    roofline_s: float | None
+
+
+class Quality(_Record, frozen=True):
+    """Scores of one bundle and precision on one task; ``scores`` holds the steps 0..K."""
+
+    side: str
+    task: str
+    metric: str
+    scores: tuple[float, ...]
+
+
+class BenchReport(_Record, frozen=True):
+    """A benchmark.
+
+    Attributes:
+        schema_version: version of these fields.
+        threads: threads of each side.
+        warm_up: runs of each side at each setting that are not counted.
+        bandwidth: bytes of memory read per second by so many threads, measured.
+        sides: what each side costs.
+        latencies: every side at every setting.
+        quality: where tasks were given.
+        environment: machine and versions.
+    """
+
+    schema_version: int
+    threads: int
+    warm_up: int
+    bandwidth: float
+    sides: tuple[SideCost, ...]
+    latencies: tuple[Latency, ...]
+    quality: tuple[Quality, ...]
+    environment: dict[str, str]
+
+    def to_json(self) -> bytes:
+        """Return the content of ``bench.json``."""
+        return msgspec.json.format(msgspec.json.encode(self), indent=1) + b"\n"
