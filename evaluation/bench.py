@@ -18,7 +18,8 @@ from gircse.evaluation.bench_worker import Int64, Kind, SideSpec, Worker
 from gircse.evaluation.environment import describe_environment
 from gircse.evaluation.prompts import tokenize_prompts
 from gircse.evaluation.sides import BundleSide, source_checkpoint
-from gircse.evaluation.tasks import Task, TaskOptions, read_tasks, score_steps
+from gircse.evaluation.task_files import TaskOptions, read_tasks
+from gircse.evaluation.tasks import Task, score_steps
 from gircse.runtime.bundle import Bundle, Layout
 from gircse.runtime.errors import MeasurementError
 from gircse.runtime.numerics import Float32, row_cosine

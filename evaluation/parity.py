@@ -7,25 +7,19 @@ from pathlib import Path
 import numpy as np
 
 from gircse.calibration.progress import StageProgress
+from gircse.evaluation.comparison import (
+    ReferenceRun,
+    compare_batches,
+    compare_cross_steps,
+    compare_steps,
+    compare_tasks,
+    compare_texts,
+    judge,
+    summarise_soft_tokens,
+)
 from gircse.evaluation.environment import describe_environment
-from gircse.evaluation.gates import GateLimits, GateOverrides, GateResult, all_passed, at_least, at_most, limits_of
-from gircse.evaluation.metrics import (
-    SoftTokenHealth,
-    cross_rank_correlation,
-    neighbour_overlap,
-    pairwise_rank_correlation,
-)
-from gircse.evaluation.parity_report import (
-    SCHEMA_VERSION,
-    BatchVariance,
-    CandidateReport,
-    CrossSteps,
-    ParityReport,
-    SoftTokens,
-    StepParity,
-    TaskParity,
-    TextParity,
-)
+from gircse.evaluation.gates import GateOverrides, all_passed, limits_of
+from gircse.evaluation.parity_report import SCHEMA_VERSION, CandidateReport, ParityReport
 from gircse.evaluation.prompts import Prompt, read_prompts, tokenize_prompts
 from gircse.evaluation.sides import (
     BundleSide,
@@ -37,17 +31,14 @@ from gircse.evaluation.sides import (
     parse_bundle_reference,
     source_checkpoint,
 )
-from gircse.evaluation.step_trace import StepTrace, pooled
-from gircse.evaluation.tasks import RetrievalTask, Task, TaskOptions, read_tasks, score_steps
+from gircse.evaluation.task_files import TaskOptions, read_tasks
+from gircse.evaluation.tasks import Task
 from gircse.runtime.bundle import MANIFEST_NAME, Bundle, file_sha256
 from gircse.runtime.errors import MeasurementError
-from gircse.runtime.numerics import Float32, row_cosine
+from gircse.runtime.numerics import Float32
 from gircse.runtime.token_batch import open_tokenizer
 
 TORCH = "torch"
-
-PAIRWISE_TEXTS = 2000
-"""Most texts whose pairs are compared; of a longer list, a seeded sample of so many."""
 
 ALONE_TEXTS = 32
 """Texts that are also run alone, from the shortest to the longest in even steps."""
@@ -115,16 +106,9 @@ class _Inputs:
     task_ids: TokenIds
     task_rows: Sequence[Sequence[int]]  # for each task, the row of each of its prompts in task_ids
 
-
-@dataclass(frozen=True)
-class _Reference:
-    """What a candidate is compared with."""
-
-    name: str
-    vectors: Float32
-    trace: StepTrace
-    task_vectors: Float32
-    token_mismatches: int | None  # None where both sides read the same tokenizer.json
+    def by_task(self, vectors: Float32) -> list[Float32]:
+        """Return the vectors of each task's prompts; a prompt that two tasks share was embedded once."""
+        return [vectors[rows] for rows in self.task_rows]
 
 
 def measure_parity(options: ParityOptions, *, progress: StageProgress | None = None) -> ParityResult:
@@ -155,7 +139,7 @@ def measure_parity(options: ParityOptions, *, progress: StageProgress | None = N
         texts=len(inputs.prompts),
         texts_source=str(options.texts or "built-in"),
         reference_soft_tokens=tuple(
-            _soft_tokens(reference.trace.health, step) for step in range(bundle.manifest.graph.steps)
+            summarise_soft_tokens(reference.trace.health, step) for step in range(1, bundle.manifest.graph.steps + 1)
         ),
         candidates=tuple(judged),
         environment=describe_environment(),
@@ -207,7 +191,7 @@ def _run_reference(
     reference_bundle: tuple[Bundle, str] | None,
     inputs: _Inputs,
     progress: StageProgress,
-) -> _Reference:
+) -> ReferenceRun:
     mismatches: int | None = None
     side: Side
     if reference_bundle is not None:
@@ -222,7 +206,7 @@ def _run_reference(
     with progress.stage(f"embed {total} texts: {side.name}", total=total) as advance:
         vectors, trace = side.embed_and_trace(inputs.text_ids, advance)
         task_vectors = side.embed(inputs.task_ids, advance) if inputs.tasks else vectors[:0]
-    return _Reference(side.name, vectors, trace, task_vectors, mismatches)
+    return ReferenceRun(side.name, vectors, trace, inputs.by_task(task_vectors), mismatches)
 
 
 def _run_candidate(
@@ -230,7 +214,7 @@ def _run_candidate(
     bundle: Bundle,
     precision: str,
     inputs: _Inputs,
-    reference: _Reference,
+    reference: ReferenceRun,
     progress: StageProgress,
 ) -> tuple[Float32, CandidateReport]:
     side = BundleSide(bundle, precision, threads=options.threads)
@@ -246,16 +230,13 @@ def _run_candidate(
     with progress.stage(f"look inside: {side.name}", total=2 * len(inputs.text_ids)) as advance:
         trace, forced = side.trace_and_force(inputs.text_ids, reference.trace.soft_tokens, advance)
     with progress.stage(f"compare {precision} with {reference.name}"):
-        texts = _compare_texts(vectors, trace, reference, bundle)
-        steps = _compare_steps(vectors, trace, forced, reference, texts)
-        variance = BatchVariance(
-            texts=len(alone),
-            max_difference=float(np.abs(alone - vectors[alone_rows]).max()),
-            cosine_min=float(row_cosine(alone, vectors[alone_rows]).min()),
-        )
-        tasks = _compare_tasks(task_vectors, reference, inputs)
-        cross = _cross_steps(vectors, task_vectors, reference, inputs) if options.cross_steps else None
-    gates = _judge(limits_of(precision, options.limits), steps, variance, tasks, reference.token_mismatches)
+        by_task = inputs.by_task(task_vectors)
+        texts = compare_texts(vectors, trace, reference, bundle.manifest.graph.pooling)
+        steps = compare_steps(vectors, trace, forced, reference, texts)
+        variance = compare_batches(alone, vectors[alone_rows])
+        tasks = compare_tasks(inputs.tasks, by_task, reference.task_vectors)
+        cross = compare_cross_steps(inputs.tasks, by_task, vectors, reference) if options.cross_steps else None
+    gates = judge(limits_of(precision, options.limits), steps, variance, tasks, reference.token_mismatches)
     return vectors, CandidateReport(
         precision=precision,
         passed=all_passed(gates),
@@ -272,118 +253,3 @@ def _spread_by_length(token_ids: TokenIds) -> list[int]:
     by_length = sorted(range(len(token_ids)), key=lambda row: len(token_ids[row]))
     at = np.linspace(0, len(by_length) - 1, min(ALONE_TEXTS, len(by_length))).round().astype(int)
     return [by_length[index] for index in at]
-
-
-def _compare_texts(vectors: Float32, trace: StepTrace, reference: _Reference, bundle: Bundle) -> list[TextParity]:
-    pooling = bundle.manifest.graph.pooling
-    cosines = row_cosine(vectors, reference.vectors)
-    differences = np.abs(vectors - reference.vectors).max(-1)
-    norms = [np.linalg.norm(pooled(states, pooling), axis=-1) for states in (trace.states, reference.trace.states)]
-    ratios = norms[0] / norms[1]
-    return [
-        TextParity(*(tuple(map(float, row)) for row in rows)) for rows in zip(cosines, ratios, differences, strict=True)
-    ]
-
-
-def _compare_steps(
-    vectors: Float32, trace: StepTrace, forced: Float32, reference: _Reference, texts: Sequence[TextParity]
-) -> list[StepParity]:
-    rows = _pairwise_sample(len(vectors))
-    free_cosines = row_cosine(trace.states, reference.trace.states)
-    forced_cosines = row_cosine(forced, reference.trace.states)
-    steps = []
-    for step in range(vectors.shape[1]):
-        ours, theirs = vectors[rows, step], reference.vectors[rows, step]
-        correlation = pairwise_rank_correlation(ours, theirs)
-        if np.isnan(correlation):
-            raise MeasurementError(
-                f"step {step}: all texts have the same similarity to each other | texts that differ | choose other "
-                "--texts; if these do differ, the model is broken"
-            )
-        cosines = [text.cosine[step] for text in texts]
-        ratios = [text.norm_ratio[step] for text in texts]
-        steps.append(
-            StepParity(
-                step=step,
-                cosine_min=min(cosines),
-                cosine_mean=float(np.mean(cosines)),
-                norm_ratio_min=min(ratios),
-                norm_ratio_max=max(ratios),
-                max_difference=max(text.max_difference[step] for text in texts),
-                rank_correlation=correlation,
-                neighbour_overlap=neighbour_overlap(ours, theirs),
-                state_cosine_min=float(free_cosines[:, step].min()),
-                forced_state_cosine_min=float(forced_cosines[:, step].min()),
-                soft_tokens=_soft_tokens(trace.health, step - 1) if step else None,
-            )
-        )
-    return steps
-
-
-def _pairwise_sample(texts: int) -> list[int]:
-    if texts <= PAIRWISE_TEXTS:
-        return list(range(texts))
-    return sorted(np.random.default_rng(0).choice(texts, PAIRWISE_TEXTS, replace=False).tolist())
-
-
-def _soft_tokens(health: SoftTokenHealth, index: int) -> SoftTokens:
-    return SoftTokens(
-        entropy=float(health.entropy[:, index].mean()),
-        top1_mass=float(health.top1_mass[:, index].mean()),
-        padded_mass=float(health.padded_mass[:, index].max()),
-        norm=float(health.norm[:, index].mean()),
-    )
-
-
-def _compare_tasks(task_vectors: Float32, reference: _Reference, inputs: _Inputs) -> list[TaskParity]:
-    results = []
-    for task, rows in zip(inputs.tasks, inputs.task_rows, strict=True):
-        ours, theirs = task_vectors[rows], reference.task_vectors[rows]
-        interval = task.difference_interval(ours[:, -1], theirs[:, -1])
-        results.append(
-            TaskParity(
-                task=task.name,
-                metric=task.metric,
-                reference=score_steps(task, theirs),
-                candidate=score_steps(task, ours),
-                difference_low=interval.low,
-                difference_high=interval.high,
-            )
-        )
-    return results
-
-
-def _cross_steps(vectors: Float32, task_vectors: Float32, reference: _Reference, inputs: _Inputs) -> CrossSteps:
-    steps = range(1, vectors.shape[1])
-    for task, rows in zip(inputs.tasks, inputs.task_rows, strict=True):
-        if isinstance(task, RetrievalTask):
-            ours = task_vectors[rows]
-            matrix = tuple(tuple(task.score_of_steps(ours[:, k], ours[:, j]) for j in steps) for k in steps)
-            return CrossSteps(task.metric, task.name, matrix)
-    chosen = _pairwise_sample(len(vectors))
-    ours, wanted = vectors[chosen], reference.vectors[chosen, -1]
-    matrix = tuple(tuple(cross_rank_correlation(ours[:, k], ours[:, j], wanted) for j in steps) for k in steps)
-    return CrossSteps("rank correlation", None, matrix)
-
-
-def _judge(
-    limits: GateLimits,
-    steps: Sequence[StepParity],
-    variance: BatchVariance,
-    tasks: Sequence[TaskParity],
-    token_mismatches: int | None,
-) -> list[GateResult]:
-    refined = steps[1:] or steps  # a bundle of K = 0 is judged by its prompt vectors
-    gates = [
-        at_least("cosine", min(step.cosine_min for step in refined), limits.min_cosine),
-        at_least("rank correlation", min(step.rank_correlation for step in refined), limits.min_rank_correlation),
-        at_least("neighbour overlap", min(step.neighbour_overlap for step in refined), limits.min_overlap),
-        at_most("batch difference", variance.max_difference, limits.max_batch_difference),
-    ]
-    gates += [
-        at_most(f"drop of {task.metric}, {task.task}", task.reference[-1] - task.candidate[-1], limits.max_task_drop)
-        for task in tasks
-    ]
-    if token_mismatches is not None:
-        gates.append(at_most("texts with other token ids", token_mismatches, 0))
-    return gates

@@ -24,7 +24,7 @@ def add_task_flags(parser: Any) -> None:
 
 def pop_task_options(args: dict[str, Any]) -> Any:
     """Take the tasks out of parsed arguments, as ``TaskOptions``."""
-    from gircse.evaluation.tasks import TaskOptions
+    from gircse.evaluation.task_files import TaskOptions
 
     names = [key for name, _, _ in _TASKS for key in (name, f"{name}_instruction") if key in args]
     return TaskOptions(**{name: args.pop(name) for name in names})

@@ -16,7 +16,7 @@ from gircse.evaluation.metrics import (
     soft_token_health,
 )
 from gircse.evaluation.prompts import Prompt, read_prompts
-from gircse.evaluation.tasks import TaskOptions, read_tasks
+from gircse.evaluation.task_files import TaskOptions, read_tasks
 from gircse.runtime import GircseError
 from gircse.runtime.numerics import l2_normalize
 

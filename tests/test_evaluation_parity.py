@@ -25,7 +25,7 @@ from gircse.evaluation.parity_report import ParityReport
 from gircse.evaluation.prompts import read_prompts, tokenize_prompts
 from gircse.evaluation.sides import BundleSide, TorchSide, parse_bundle_reference, source_checkpoint, token_count
 from gircse.evaluation.step_trace import StepTrace, pooled
-from gircse.evaluation.tasks import TaskOptions, read_tasks
+from gircse.evaluation.task_files import TaskOptions, read_tasks
 from gircse.runtime import Embedder, MeasurementError
 from gircse.runtime.bundle import Bundle, Pooling
 from gircse.runtime.numerics import l2_normalize
