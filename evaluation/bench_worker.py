@@ -6,9 +6,11 @@ decides whose turn it is, so the sides run in turn all the same.
 """
 
 import contextlib
+import importlib
 import multiprocessing
 import os
 import resource
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -21,7 +23,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from gircse.evaluation.llama_cpp_peer import PEER_ENVIRONMENT
+from gircse.evaluation.llama_cpp_peer import CRASH_HINT, PEER_ENVIRONMENT
 from gircse.runtime.bundle import Bundle, Pooling
 from gircse.runtime.errors import GircseError, MeasurementError
 from gircse.runtime.numerics import Float32, l2_normalize, prefix_means
@@ -126,9 +128,10 @@ class Worker:
             answer = self._connection.recv()
         except (EOFError, OSError) as err:
             self._process.join(timeout=10)
+            crashed = self.spec.kind is Kind.LLAMA_CPP and self._process.exitcode == -signal.SIGSEGV
+            advice = CRASH_HINT if crashed else "out of memory? try a smaller batch, or leave this side out"
             raise MeasurementError(
-                f"{self.spec.name}: its process ended with code {self._process.exitcode} | a run to its end | out of "
-                "memory, or a crash of the library: try a smaller batch, or leave this side out"
+                f"{self.spec.name}: its process ended with code {self._process.exitcode} | a run to its end | {advice}"
             ) from err
         if isinstance(answer, BaseException):
             raise answer
@@ -156,16 +159,18 @@ def _serve(connection: Connection, spec: SideSpec) -> None:
         connection.send(err)
 
 
-def _import(kind: Kind) -> None:
-    """Import the libraries beforehand: load time is that of the model."""
-    if kind is Kind.BUNDLE:
-        import onnxruntime  # noqa: F401
-    else:
-        import torch
-        import transformers
-        from transformers import AutoModelForCausalLM  # noqa: F401
+_LIBRARIES = {
+    Kind.BUNDLE: ("onnxruntime",),
+    Kind.TORCH: ("torch", "peft", "transformers.models.auto.modeling_auto"),
+    Kind.LLAMA_CPP: ("llama_cpp",),
+}
 
-        del torch, transformers
+
+def _import(kind: Kind) -> None:
+    """Import the libraries beforehand: load time is that of the model. A missing one is reported by who needs it."""
+    with contextlib.suppress(ImportError):
+        for name in _LIBRARIES[kind]:
+            importlib.import_module(name)
 
 
 def _open(spec: SideSpec) -> Run:
@@ -223,6 +228,7 @@ def _open_llama_cpp(spec: SideSpec) -> Run:
         steps=spec.steps,
         threads=spec.threads,
         temperature=manifest.graph.temperature,
+        pooling=manifest.graph.pooling,
     )
     return lambda input_ids, steps: peer.run(input_ids, steps=steps)
 

@@ -48,17 +48,24 @@ def test_every_flag_is_explained(program: str) -> None:
 
 @pytest.mark.slow
 def test_main_commands_run(tmp_path: Path) -> None:
-    """Export the demo, then everything under "Embed a file" and "Use it from Python", as they stand."""
+    """Export the demo, then all of "Embed a file", "Use it from Python" and "Prove it", as it stands."""
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     export = next(command for command in commands() if command.startswith("gircse-export"))
     (embed,) = [block for block in blocks("bash") if "--self-test" in block]
+    (parity,) = [block for block in blocks("bash") if "gircse-parity" in block]
     done = subprocess.run(
-        ["bash", "-e", "-c", f"{export}\n{embed}"], cwd=tmp_path, env=environment, capture_output=True, text=True
+        ["bash", "-e", "-c", f"{export}\n{embed}\n{parity}"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
     assert "self-test passed" in done.stdout
     assert (tmp_path / "vectors.npy").exists()
     assert (tmp_path / "vectors.jsonl").exists()
+    assert "pass  texts with other token ids 0 <= 0" in done.stdout
+    assert (tmp_path / "parity" / "parity.xml").exists()
     (example,) = blocks("python")
     check = "assert every_step.shape == (1, 8, 576) and (queries @ documents.T)[0].argmax() == 0"
     subprocess.run([sys.executable, "-c", f"{example}\n{check}"], cwd=tmp_path, check=True)

@@ -60,6 +60,31 @@ def test_instruction_is_the_prompt_template(embedder: Embedder) -> None:
     assert np.abs(with_instruction - embedder.encode(["ok"])).max() > 0.01
 
 
+def test_arguments_of_sentence_transformers(embedder: Embedder) -> None:
+    wanted = embedder.encode(["query: ok"])
+    np.testing.assert_array_equal(
+        embedder.encode(["ok"], prompt="query: ", convert_to_numpy=True, normalize_embeddings=True), wanted
+    )
+    with pytest.raises(ValueError, match=r"instruction 'Find' and prompt 'query: ' \| one of them"):
+        embedder.encode(["ok"], prompt="query: ", instruction="Find")
+    for name in ("convert_to_numpy", "normalize_embeddings"):
+        with pytest.raises(ValueError, match=f"{name} False"):
+            embedder.encode(["ok"], **{name: False})
+
+
+def test_batches_of_token_ids(embedder: Embedder) -> None:
+    token_ids = embedder.tokenizer(TEXTS, instruction="Find")
+    wanted = embedder.encode(TEXTS, instruction="Find", all_steps=True)
+    seen = []
+    for rows, outputs in embedder.run_batches(token_ids, batch_size=3):
+        np.testing.assert_array_equal(np.shape(outputs.prompt_embedding), (len(rows), 48))
+        assert np.abs(outputs.step_embeddings - wanted[list(rows)]).max() < BATCH_MAX_DIFFERENCE
+        seen += rows
+    assert sorted(seen) == list(range(7))
+    with pytest.raises(ValueError, match="steps: 6"):
+        next(embedder.run_batches(token_ids, steps=6))
+
+
 def test_empty_inputs(embedder: Embedder) -> None:
     assert embedder.encode([]).shape == (0, 48)
     assert embedder.encode([], all_steps=True).shape == (0, 5, 48)
