@@ -39,4 +39,5 @@ LLAMA_CPP_MIN_COSINE_DEMO = 0.997
 """llama.cpp in Q8_0 against our reference in FP32, the demo, K = 8. Measured over 44 texts: 0.9988, with AMX 0.9985."""
 
 PROBE_MAX_DIFFERENCE = 2e-4
-"""States, soft tokens and entropies of the seeded small models, not normalised: probe or PyTorch against plain torch."""
+"""States, soft tokens and entropies of the seeded small models, not normalised: probe or PyTorch against plain
+torch. Measured: 3.4e-5 (states, of length 9), 1.4e-6 (entropy)."""
