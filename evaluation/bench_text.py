@@ -46,7 +46,7 @@ def markdown(report: BenchReport) -> str:
         markdown_table(COST_COLUMNS, [_cost_cells(cost) for cost in report.sides]),
         "## Median time of a run (p95)",
         markdown_table(header, rows),
-        "A ratio is how many times faster the first side is.",
+        "A ratio is the time over that of the first side in the row.",
     ]
     if report.quality:
         parts += ["## Quality by step", markdown_table(*_quality_rows(report.quality))]
@@ -74,23 +74,23 @@ def _cost_cells(cost: SideCost) -> tuple[str, ...]:
 
 
 def _latency_rows(report: BenchReport) -> tuple[list[str], list[list[str]]]:
-    """One row a setting, one column a side; peers with the ratio to the first."""
+    """One row a setting, one column a side; the others with their ratio to the first that ran."""
     sides = [cost.side for cost in report.sides]
     found: dict[tuple[int, int, int], dict[str, Latency]] = {}
     for entry in report.latencies:
         found.setdefault((entry.batch, entry.tokens, entry.steps), {})[entry.side] = entry
     rows = []
     for (batch, tokens, steps), by_side in found.items():
-        first = by_side.get(sides[0])
+        first = next(by_side[side] for side in sides if side in by_side)
         rows.append([f"{batch} x {tokens}", str(steps), *(_latency_cell(by_side.get(side), first) for side in sides)])
     return ["batch x tokens", "k", *sides], rows
 
 
-def _latency_cell(entry: Latency | None, first: Latency | None) -> str:
+def _latency_cell(entry: Latency | None, first: Latency) -> str:
     if entry is None:
         return "-"
     cell = f"{_time(entry.seconds.median)} ({_time(entry.seconds.p95)})"
-    if first is None or entry is first:
+    if entry is first:
         return cell
     return f"{cell}, {entry.seconds.median / first.seconds.median:.2f} x"
 

@@ -85,7 +85,11 @@ class Worker:
         with _environment(PEER_ENVIRONMENT if spec.kind is Kind.LLAMA_CPP else {}):
             self._process.start()
         theirs.close()
-        self.load_s: float = self._receive()
+        try:
+            self.load_s: float = self._receive()
+        except BaseException:
+            self.close()
+            raise
 
     def __enter__(self) -> Self:
         """Return the worker."""

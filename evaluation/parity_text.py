@@ -10,11 +10,12 @@ from gircse.evaluation.gates import GateResult
 from gircse.evaluation.parity_report import CandidateReport, CrossSteps, ParityReport, StepParity, TaskParity
 from gircse.evaluation.prompts import Prompt
 
-STEP_COLUMNS = ("k", "cosine min", "mean", "norm ratio", "max diff", "rank corr", "top-10", "h_k free", "h_k forced")
+STEP_COLUMNS = ("k", "1-cos max", "mean", "norm ratio", "max diff", "rank corr", "top-10", "h_k free", "h_k forced")
 STEP_LEGEND = (
-    "cosine, norm ratio (before normalisation) and largest difference: z_k of each text against the reference; rank "
-    "corr: Spearman of the similarities of all pairs of texts; top-10: common nearest neighbours; h_k: smallest cosine "
-    "of the state, running freely and fed the reference's soft tokens (teacher-forced); k = 0 is the prompt"
+    "1-cos (1 - cosine), norm ratio (before normalisation) and largest difference: z_k of each text against the "
+    "reference; rank corr: Spearman of the similarities of all pairs of texts; top-10: common nearest neighbours; h_k: "
+    "largest 1 - cosine of the state, running freely and fed the reference's soft tokens (teacher-forced); k = 0 is "
+    "the prompt"
 )
 WORST_TEXTS = 5
 
@@ -88,17 +89,17 @@ def _candidate_markdown(report: ParityReport, candidate: CandidateReport, prompt
         markdown_table(STEP_COLUMNS, [_step_cells(step) for step in candidate.steps]),
         f"{STEP_LEGEND}.",
         f"Batch variance: {variance.texts} texts alone against in batches: largest difference "
-        f"{_number(variance.max_difference)}, smallest cosine {_number(variance.cosine_min)}.",
+        f"{variance.max_difference:.1e}, largest 1 - cosine {_error(variance.cosine_min)}.",
     ]
     parts += [_task_table(task) for task in candidate.tasks]
     if candidate.cross_steps:
         parts.append(_cross_table(candidate.cross_steps))
     worst = sorted(range(len(prompts)), key=lambda row: candidate.texts[row].cosine[-1])[:WORST_TEXTS]
-    rows = [(str(row), _number(candidate.texts[row].cosine[-1]), _excerpt(prompts[row].text)) for row in worst]
+    rows = [(str(row), _error(candidate.texts[row].cosine[-1]), _excerpt(prompts[row].text)) for row in worst]
     return [
         *parts,
         f"Texts furthest from the reference, K = {report.steps}:",
-        markdown_table(("text", "cosine", "begins"), rows),
+        markdown_table(("text", "1-cos", "begins"), rows),
     ]
 
 
@@ -165,15 +166,20 @@ def junit(report: ParityReport) -> bytes:
 def _step_cells(step: StepParity) -> tuple[str, ...]:
     return (
         str(step.step),
-        _number(step.cosine_min),
-        _number(step.cosine_mean),
+        _error(step.cosine_min),
+        _error(step.cosine_mean),
         f"{step.norm_ratio_min:.3f}..{step.norm_ratio_max:.3f}",
         f"{step.max_difference:.1e}",
         f"{step.rank_correlation:.5f}",
         f"{step.neighbour_overlap:.3f}",
-        _number(step.state_cosine_min),
-        _number(step.forced_state_cosine_min),
+        _error(step.state_cosine_min),
+        _error(step.forced_state_cosine_min),
     )
+
+
+def _error(cosine: float) -> str:
+    """How far a cosine is from 1, which shows at every scale; rounding may put it above 1."""
+    return f"{max(0.0, 1 - cosine):.1e}"
 
 
 def _number(value: float) -> str:

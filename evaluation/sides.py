@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+import psutil
 
 from gircse.calibration.checkpoint import Checkpoint, resolve_checkpoint
 from gircse.calibration.quiet import quiet_transformers
@@ -31,6 +32,9 @@ from gircse.runtime.numerics import Float32, l2_normalize
 from gircse.runtime.token_batch import format_prompt, length_buckets, open_tokenizer, pad_batch
 
 TokenIds = Sequence[list[int]]
+
+TORCH_BYTES = 5 << 28
+"""Memory of torch, transformers and one batch besides the weights."""
 
 
 class Side(Protocol):
@@ -61,7 +65,7 @@ class TorchSide:
             threads: threads on the CPU; None leaves it to torch.
 
         Raises:
-            MeasurementError: the device is not there.
+            MeasurementError: the device is not there, or memory does not suffice.
         """
         import torch
 
@@ -71,6 +75,7 @@ class TorchSide:
             torch.set_num_threads(threads)
         self._manifest, self._tokens = bundle.manifest, token_count(bundle)
         self._device = device
+        _check_memory(bundle.manifest)
         try:
             self._model = load_reference(checkpoint, device=device, dtype=Dtype(dtype))
         except (RuntimeError, AssertionError) as err:  # what torch raises for a device that is not there
@@ -170,6 +175,20 @@ class BundleSide:
         batches = probe.refine(token_ids)
         return collect_trace(
             self.name, batches, self._facts, texts=len(token_ids), tokens=self._tokens, advance=advance
+        )
+
+
+def _check_memory(manifest: Manifest) -> None:
+    """Refuse to load a model that cannot fit, where the FP32 weights of the bundle tell its size."""
+    variant = manifest.variants.get("fp32")
+    if variant is None:
+        return
+    needed = TORCH_BYTES + int(1.2 * manifest.files[variant.weights].bytes)  # PEFT merges layer by layer
+    free = psutil.virtual_memory().available
+    if needed > free:
+        raise MeasurementError(
+            f"memory: {free / 2**30:.1f} GiB available | {needed / 2**30:.1f} GiB for the PyTorch model in FP32 | use a "
+            "larger machine, or another bundle or precision as --reference"
         )
 
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import xml.etree.ElementTree as ET
 from pathlib import Path
+from types import SimpleNamespace
 
 import msgspec
 import numpy as np
@@ -258,7 +259,8 @@ def test_command_writes_the_report(
     assert suite.attrib["failures"] == "0"
     text = (report / "parity.md").read_text(encoding="utf-8")
     assert "# Parity of" in text
-    assert "| 5 | 1.0000000 |" in text
+    last = found.candidates[0].steps[-1]
+    assert f"| 5 | {1 - last.cosine_min:.1e} | {1 - last.cosine_mean:.1e} |" in text
     assert "![error-by-step](error-by-step.png)" in text
 
 
@@ -307,6 +309,14 @@ def test_command_cannot_measure(
     err = capsys.readouterr().err
     assert "gircse-parity: error: " in err
     assert message in err
+
+
+def test_too_little_memory_is_said_beforehand(
+    small_models: SmallModels, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=1 << 30))
+    assert parity_command.main([str(small_models.bundle(MODEL))]) == 2
+    assert "memory: 1.0 GiB available | 1.3 GiB for the PyTorch model" in capsys.readouterr().err
 
 
 def test_reference_bundle_needs_no_torch(small_models: SmallModels) -> None:
