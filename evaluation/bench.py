@@ -88,25 +88,8 @@ def run_bench(options: BenchOptions, *, progress: StageProgress | None = None) -
     with progress.stage("measure the memory bandwidth"):
         bandwidth = memory_bandwidth(threads)
     specs = [*_bundle_specs(options, bundles, settings, threads), *_peer_specs(options, bundles[0], settings, threads)]
-    with ExitStack() as opened:
-        workers, loads = [], []
-        for spec in specs:
-            with progress.stage(f"load {spec.name}, {LOADS} times"):
-                worker, seconds = _load(spec)
-                workers.append(opened.enter_context(worker))
-                loads.append(_spread(seconds))
-        vocabulary = bundles[0].manifest.graph.vocab_size
-        latencies: list[Latency] = []
-        cosines = {spec.name: 1.0 for spec in specs}
-        with progress.stage(f"run {len(specs)} sides at {len(settings)} settings", total=len(settings)) as advance:
-            for setting in settings:
-                runs = _run_setting(setting, workers, options, vocabulary=vocabulary, cosines=cosines)
-                latencies += [_latency(setting, spec, seconds, bandwidth) for spec, seconds in runs]
-                advance(1)
-        costs = [
-            SideCost(spec.name, load, worker.peak_bytes(), _model_bytes(spec), cosines[spec.name])
-            for spec, load, worker in zip(specs, loads, workers, strict=True)
-        ]
+    _check_names(specs)
+    costs, latencies = _run_sides(specs, settings, options, bandwidth, progress)
     quality = [
         result
         for spec in specs
@@ -152,6 +135,42 @@ def _check(options: BenchOptions, bundles: Sequence[Bundle], settings: Sequence[
                 f"{bundle.directory}: {bundle.manifest.graph.vocab_size} tokens | {facts.vocab_size}, as "
                 f"{bundles[0].directory} has | compare bundles of one model"
             )
+
+
+def _check_names(specs: Sequence[SideSpec]) -> None:
+    names = [spec.name for spec in specs]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"sides: two called {name} | a name for each | rename one of the bundle directories")
+
+
+def _run_sides(
+    specs: Sequence[SideSpec],
+    settings: Sequence[_Setting],
+    options: BenchOptions,
+    bandwidth: float,
+    progress: StageProgress,
+) -> tuple[list[SideCost], list[Latency]]:
+    """Load every side, run all of them at every setting, and see what each has cost."""
+    latencies: list[Latency] = []
+    cosines = {spec.name: 1.0 for spec in specs}
+    with ExitStack() as opened:
+        workers, loads = [], []
+        for spec in specs:
+            with progress.stage(f"load {spec.name}, {LOADS} times"):
+                worker, seconds = _load(spec)
+                workers.append(opened.enter_context(worker))
+                loads.append(_spread(seconds))
+        with progress.stage(f"run {len(specs)} sides at {len(settings)} settings", total=len(settings)) as advance:
+            for setting in settings:
+                runs = _run_setting(setting, workers, options, cosines=cosines)
+                latencies += [_latency(setting, spec, seconds, bandwidth) for spec, seconds in runs]
+                advance(1)
+        costs = [
+            SideCost(spec.name, load, worker.peak_bytes(), _model_bytes(spec), cosines[spec.name])
+            for spec, load, worker in zip(specs, loads, workers, strict=True)
+        ]
+    return costs, latencies
 
 
 def _bundle_specs(
@@ -208,13 +227,12 @@ def _run_setting(
     workers: Sequence[Worker],
     options: BenchOptions,
     *,
-    vocabulary: int,
     cosines: dict[str, float],
 ) -> list[tuple[SideSpec, list[float]]]:
     """Run every side that can in turn; ``cosines`` keeps the worst agreement of each with the first."""
     able = [worker for worker in workers if _runs(worker.spec, setting.steps)]
     seconds: list[list[float]] = [[] for _ in able]
-    input_ids = _input_ids(setting, vocabulary)
+    input_ids = _input_ids(setting, Bundle.open(workers[0].spec.bundle).manifest.graph.vocab_size)
     start = time.perf_counter()
     first: Float32 | None = None
     for repeat in range(WARM_UP + options.repeats):
@@ -235,7 +253,7 @@ def _runs(spec: SideSpec, steps: int) -> bool:
     if spec.kind is Kind.LLAMA_CPP:
         return steps > 0
     facts = Bundle.open(spec.bundle).manifest.graph
-    return spec.kind is Kind.TORCH or facts.layout is Layout.STEPWISE or steps == facts.steps
+    return spec.kind is Kind.TORCH or steps == facts.steps or (facts.layout is Layout.STEPWISE and steps < facts.steps)
 
 
 def _input_ids(setting: _Setting, vocabulary: int) -> Int64:

@@ -109,6 +109,16 @@ def test_command_errors(
     assert message in err
 
 
+def test_sides_need_names_of_their_own(
+    small_models: SmallModels, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bundle = small_models.bundle("llama")
+    same_name = tmp_path / bundle.name
+    same_name.symlink_to(bundle)
+    assert bench_command.main([str(bundle), str(same_name)]) == 2
+    assert f"two called {bundle.name}:fp32" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("arguments", [["--against", "vllm"], ["--batch", "a"], []])
 def test_usage_errors(arguments: list[str]) -> None:
     with pytest.raises(SystemExit) as caught:
