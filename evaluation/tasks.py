@@ -81,7 +81,8 @@ class StsTask:
         def difference(gold: Float64, a: Float64, b: Float64, axis: int) -> Float64:
             ranks = [rankdata(series, axis=axis) for series in (gold, a, b)]
             centred = [rank - rank.mean(axis=axis, keepdims=True) for rank in ranks]
-            unit = [rank / np.linalg.norm(rank, axis=axis, keepdims=True) for rank in centred]
+            # A resample may draw equal scores only: it says nothing, so it counts as no difference.
+            unit = [rank / np.maximum(np.linalg.norm(rank, axis=axis, keepdims=True), 1e-12) for rank in centred]
             result: Float64 = (unit[0] * (unit[1] - unit[2])).sum(axis=axis)
             return result
 

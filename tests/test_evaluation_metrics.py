@@ -90,6 +90,12 @@ def test_sts(tmp_path: Path, name: str) -> None:
     assert task.difference_interval(ours, ours) == (0, 0)
 
 
+def test_sts_interval_of_scores_that_hardly_differ(tmp_path: Path) -> None:
+    rows = "".join(f"{int(i == 3)}\tleft {i}\tright {i}\n" for i in range(6))
+    (task,) = read_tasks(TaskOptions(sts=write(tmp_path / "x.tsv", "score\tsentence1\tsentence2\n" + rows)))
+    assert np.isfinite(task.difference_interval(unit_vectors(12), unit_vectors(12, seed=1))).all()
+
+
 def beir(directory: Path, *, qrels: str = "qrels/test.tsv") -> Path:
     documents = [{"_id": f"d{i}", "title": f"T{i}" if i % 2 else "", "text": f"document {i}"} for i in range(15)]
     queries = [{"_id": f"q{i}", "text": f"query {i}"} for i in range(5)]
