@@ -15,7 +15,19 @@ MAY_IMPORT = {
     "export": {"runtime", "calibration", "export"},
     "evaluation": {"runtime", "calibration", "evaluation"},
 }
-HEAVY = {"torch", "transformers", "peft", "onnx", "onnx_ir", "onnxscript", "rich", "huggingface_hub"}
+HEAVY = {
+    "torch",
+    "transformers",
+    "peft",
+    "onnx",
+    "onnx_ir",
+    "onnxscript",
+    "rich",
+    "huggingface_hub",
+    "scipy",
+    "matplotlib",
+    "psutil",
+}
 
 
 def imported(path: Path) -> set[str]:
