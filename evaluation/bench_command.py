@@ -4,9 +4,8 @@ import argparse
 import logging
 import sys
 from pathlib import Path
-from typing import Any
 
-from gircse.evaluation.task_flags import add_task_flags, pop_task_options
+from gircse.evaluation.command_line import add_task_flags, pop_task_options, show_tables
 from gircse.runtime.errors import GircseError
 
 EXTRAS = "pip install 'gircse-deploy[cpu,evaluation]', and [export,demo] or [llama-cpp] for the peers"
@@ -21,6 +20,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         # Here, not above: scipy and matplotlib take seconds to import, and --help should not.
         from gircse.evaluation.bench import BenchOptions, run_bench
+        from gircse.evaluation.bench_text import terminal_tables
         from gircse.evaluation.report_files import open_report_directory, write_bench_report
 
         open_report_directory(report_directory)
@@ -36,20 +36,10 @@ def main(argv: list[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
-    _print_tables(report)
+    show_tables(terminal_tables(report), width=160)
     for path in written:
         print(path)
     return 0
-
-
-def _print_tables(report: Any) -> None:
-    from rich.console import Console
-
-    from gircse.evaluation.bench_text import terminal_tables
-
-    console = Console() if sys.stdout.isatty() else Console(width=160)
-    for table in terminal_tables(report):
-        console.print(table)
 
 
 def _parser() -> argparse.ArgumentParser:

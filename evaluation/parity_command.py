@@ -5,9 +5,8 @@ import logging
 import sys
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
 
-from gircse.evaluation.task_flags import add_task_flags, pop_task_options
+from gircse.evaluation.command_line import add_task_flags, pop_task_options, show_tables
 from gircse.runtime.errors import GircseError
 
 EXTRAS = "pip install 'gircse-deploy[cpu,evaluation]', and [export,demo] for the PyTorch reference"
@@ -22,6 +21,7 @@ def main(argv: list[str] | None = None) -> int:
         # Here, not above: scipy and matplotlib take seconds to import, and --help should not.
         from gircse.evaluation.gates import GateOverrides
         from gircse.evaluation.parity import ParityOptions, measure_parity
+        from gircse.evaluation.parity_text import terminal_tables
         from gircse.evaluation.report_files import open_report_directory, write_parity_report
 
         limits = GateOverrides(**{field.name: args.pop(field.name) for field in fields(GateOverrides)})
@@ -38,21 +38,10 @@ def main(argv: list[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
-    _print_tables(result.report)
+    show_tables(terminal_tables(result.report), width=120)
     for path in written:
         print(path)
     return 0 if result.report.passed else 1
-
-
-def _print_tables(report: Any) -> None:
-    from rich.console import Console
-
-    from gircse.evaluation.parity_text import terminal_tables
-
-    # A table cut to fit a log file of 80 columns would hide numbers; a terminal knows its own width.
-    console = Console() if sys.stdout.isatty() else Console(width=120)
-    for table in terminal_tables(report):
-        console.print(table)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -1,6 +1,8 @@
-"""The flags of the tasks, which ``gircse-parity`` and ``gircse-bench`` share."""
+"""What ``gircse-parity`` and ``gircse-bench`` share: the flags of the tasks, and tables on the terminal."""
 
 import argparse
+import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -28,3 +30,12 @@ def pop_task_options(args: dict[str, Any]) -> Any:
 
     names = [key for name, _, _ in _TASKS for key in (name, f"{name}_instruction") if key in args]
     return TaskOptions(**{name: args.pop(name) for name in names})
+
+
+def show_tables(tables: Iterable[Any], *, width: int) -> None:
+    """Print ``rich`` tables; a file or a pipe, whose lines have no end, gets ``width`` columns."""
+    from rich.console import Console
+
+    console = Console() if sys.stdout.isatty() else Console(width=width)
+    for table in tables:
+        console.print(table)
