@@ -12,8 +12,8 @@ from gircse.evaluation.prompts import Prompt
 
 STEP_COLUMNS = ("k", "1-cos max", "mean", "norm ratio", "max diff", "rank corr", "top-10", "h_k free", "h_k forced")
 STEP_LEGEND = (
-    "1-cos (1 - cosine), norm ratio (before normalisation) and largest difference: z_k of each text against the "
-    "reference; rank corr: Spearman of the similarities of all pairs of texts; top-10: common nearest neighbours; h_k: "
+    "1-cos (1 - cosine), norm ratio (before normalisation, the one farthest from 1) and largest difference: z_k of "
+    "each text against the reference; rank corr: Spearman of the similarities of all pairs of texts; top-10: common nearest neighbours; h_k: "
     "largest 1 - cosine of the state, running freely and fed the reference's soft tokens (teacher-forced); k = 0 is "
     "the prompt"
 )
@@ -32,9 +32,10 @@ def _terminal_table(report: ParityReport, candidate: CandidateReport) -> Table:
         caption_justify="left",
         caption_style="",
         box=box.SIMPLE_HEAD,
+        collapse_padding=True,  # with headers on two lines, it fits a terminal of 80 columns
     )
     for column in STEP_COLUMNS:
-        table.add_column(column, justify="right", no_wrap=True)
+        table.add_column(column, justify="right")
     for step in candidate.steps:
         table.add_row(*_step_cells(step))
     return table
@@ -168,7 +169,7 @@ def _step_cells(step: StepParity) -> tuple[str, ...]:
         str(step.step),
         _error(step.cosine_min),
         _error(step.cosine_mean),
-        f"{step.norm_ratio_min:.3f}..{step.norm_ratio_max:.3f}",
+        f"{max(step.norm_ratio_min, step.norm_ratio_max, key=lambda ratio: abs(ratio - 1)):.4f}",
         f"{step.max_difference:.1e}",
         f"{step.rank_correlation:.5f}",
         f"{step.neighbour_overlap:.3f}",
