@@ -1,5 +1,6 @@
 """The roofline of small batches: bytes of weights that a run must read, over what the memory can deliver."""
 
+import functools
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -45,6 +46,7 @@ def weight_bytes_read(bundle: Bundle, precision: str, *, steps: int) -> int:
     return counts["prefill"] + steps * counts.get("step", 0)
 
 
+@functools.cache  # the same few graphs are asked for at every setting
 def _bytes_read(path: Path) -> int:
     graph = onnx.load(path, load_external_data=False).graph
     sizes = {tensor.name: _tensor_bytes(tensor) for tensor in graph.initializer}

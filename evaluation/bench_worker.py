@@ -24,9 +24,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gircse.evaluation.llama_cpp_peer import CRASH_HINT, PEER_ENVIRONMENT
-from gircse.runtime.bundle import Bundle, Pooling
+from gircse.runtime.bundle import Bundle
 from gircse.runtime.errors import GircseError, MeasurementError
-from gircse.runtime.numerics import Float32, l2_normalize, prefix_means
+from gircse.runtime.numerics import Float32, l2_normalize
 
 Int64 = NDArray[np.int64]
 Run = Callable[[Int64, int], Float32]
@@ -200,6 +200,7 @@ def _open_torch(spec: SideSpec) -> Run:
 
     from gircse.calibration.reference import Dtype, load_reference, step_states
     from gircse.evaluation.sides import source_checkpoint
+    from gircse.evaluation.step_trace import pooled
 
     torch.set_num_threads(spec.threads)
     manifest = Bundle.open(spec.bundle).manifest
@@ -209,9 +210,7 @@ def _open_torch(spec: SideSpec) -> Run:
         ids = torch.from_numpy(input_ids)
         mask = torch.ones_like(ids)
         states = step_states(model, ids, mask, steps=steps, temperature=manifest.graph.temperature).float().numpy()
-        if steps == 0 or manifest.graph.pooling is Pooling.LAST:
-            return l2_normalize(states[:, -1])
-        return l2_normalize(prefix_means(states[:, 1:])[:, -1])
+        return l2_normalize(pooled(states, manifest.graph.pooling)[:, -1])
 
     return run
 

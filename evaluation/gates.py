@@ -1,7 +1,7 @@
 """The limits that a candidate has to keep, by precision, and the verdicts."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import msgspec
 
@@ -38,17 +38,6 @@ DEFAULT_LIMITS = {
 """Limits of each precision; one that is not listed has to keep those of FP32."""
 
 
-@dataclass(frozen=True)
-class GateOverrides:
-    """Limits that replace the defaults of every precision; None keeps the default. The fields of ``GateLimits``."""
-
-    min_cosine: float | None = None
-    min_rank_correlation: float | None = None
-    min_overlap: float | None = None
-    max_task_drop: float | None = None
-    max_batch_difference: float | None = None
-
-
 class GateResult(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One gate: ``value`` has to be at least (``>=``) or at most (``<=``) ``limit``."""
 
@@ -59,11 +48,9 @@ class GateResult(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     passed: bool
 
 
-def limits_of(precision: str, overrides: GateOverrides) -> GateLimits:
-    """Return the limits that hold for a precision."""
-    defaults = DEFAULT_LIMITS.get(precision, FP32)
-    chosen = {field.name: getattr(overrides, field.name) for field in fields(GateLimits)}
-    return GateLimits(**{name: getattr(defaults, name) if value is None else value for name, value in chosen.items()})
+def limits_of(precision: str, overrides: Mapping[str, float]) -> GateLimits:
+    """Return the limits that hold for a precision; ``overrides`` replaces defaults by the name of the field."""
+    return replace(DEFAULT_LIMITS.get(precision, FP32), **overrides)
 
 
 def at_least(name: str, value: float, limit: float) -> GateResult:

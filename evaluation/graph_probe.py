@@ -25,7 +25,7 @@ from gircse.runtime.embedder import DEFAULT_BATCH_SIZE, DEFAULT_BATCH_TOKENS
 from gircse.runtime.errors import BundleError
 from gircse.runtime.numerics import Float32
 from gircse.runtime.ort_session import load_graph
-from gircse.runtime.token_batch import length_buckets, pad_batch
+from gircse.runtime.token_batch import padded_batches
 
 FORCE = "force"
 FORCED = ".forced"
@@ -74,12 +74,16 @@ class GraphProbe:
             token_ids: token ids of each text.
             forced: (n, K, hidden) float32, soft tokens to feed in place of the computed ones; None feeds those.
         """
-        lengths = [len(ids) for ids in token_ids]
-        for rows in length_buckets(lengths, batch_size=DEFAULT_BATCH_SIZE, batch_tokens=DEFAULT_BATCH_TOKENS):
-            batch = pad_batch(rows, token_ids, pad_token_id=self._pad_token_id)
+        run = self._run_unrolled if self._facts.layout is Layout.UNROLLED else self._run_stepwise
+        for batch in padded_batches(
+            token_ids,
+            pad_token_id=self._pad_token_id,
+            batch_size=DEFAULT_BATCH_SIZE,
+            batch_tokens=DEFAULT_BATCH_TOKENS,
+        ):
+            rows = list(batch.rows)
             prompt = {io_spec.INPUT_IDS: batch.input_ids, io_spec.ATTENTION_MASK: batch.attention_mask}
-            run = self._run_unrolled if self._facts.layout is Layout.UNROLLED else self._run_stepwise
-            yield list(rows), run(prompt, forced if forced is None else forced[list(rows)])
+            yield rows, run(prompt, None if forced is None else forced[rows])
 
     def _run_unrolled(self, prompt: Feed, forced: Float32 | None) -> Iterator[StepValues]:
         feed = dict(prompt)

@@ -1,6 +1,6 @@
 """The parity run from end to end: a reference, one or more candidates, and what lies between them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from gircse.evaluation.comparison import (
     summarise_soft_tokens,
 )
 from gircse.evaluation.environment import describe_environment
-from gircse.evaluation.gates import GateOverrides, all_passed, limits_of
+from gircse.evaluation.gates import all_passed, limits_of
 from gircse.evaluation.parity_report import SCHEMA_VERSION, CandidateReport, ParityReport
 from gircse.evaluation.prompts import Prompt, read_prompts, tokenize_prompts
 from gircse.evaluation.sides import (
@@ -60,7 +60,7 @@ class ParityOptions:
         instruction: for texts that bring none.
         tasks: tasks that both sides are scored on.
         cross_steps: compute the matrix of query steps against document steps.
-        limits: limits that replace the defaults.
+        limits: limits that replace the defaults, by the name of the field of ``GateLimits``.
         threads: threads of both sides; None leaves it to each.
     """
 
@@ -75,7 +75,7 @@ class ParityOptions:
     instruction: str = ""
     tasks: TaskOptions = field(default_factory=TaskOptions)
     cross_steps: bool = False
-    limits: GateOverrides = field(default_factory=GateOverrides)
+    limits: Mapping[str, float] = field(default_factory=dict)
     threads: int | None = None
 
 

@@ -19,12 +19,13 @@ def main(argv: list[str] | None = None) -> int:
     report_directory: Path | None = args.pop("report")
     try:
         # Here, not above: scipy and matplotlib take seconds to import, and --help should not.
-        from gircse.evaluation.gates import GateOverrides
+        from gircse.evaluation.gates import GateLimits
         from gircse.evaluation.parity import ParityOptions, measure_parity
         from gircse.evaluation.parity_text import terminal_tables
         from gircse.evaluation.report_files import open_report_directory, write_parity_report
 
-        limits = GateOverrides(**{field.name: args.pop(field.name) for field in fields(GateOverrides)})
+        chosen = {field.name: args.pop(field.name) for field in fields(GateLimits)}
+        limits = {name: limit for name, limit in chosen.items() if limit is not None}
         tasks = pop_task_options(args)
         open_report_directory(report_directory)
         result = measure_parity(ParityOptions(**args, limits=limits, tasks=tasks))

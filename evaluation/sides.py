@@ -29,7 +29,7 @@ from gircse.runtime.bundle import Bundle, Manifest
 from gircse.runtime.embedder import DEFAULT_BATCH_SIZE, DEFAULT_BATCH_TOKENS
 from gircse.runtime.errors import MeasurementError
 from gircse.runtime.numerics import Float32, l2_normalize
-from gircse.runtime.token_batch import format_prompt, length_buckets, open_tokenizer, pad_batch
+from gircse.runtime.token_batch import format_prompt, open_tokenizer, padded_batches
 
 TokenIds = Sequence[list[int]]
 
@@ -98,10 +98,13 @@ class TorchSide:
         return l2_normalize(pooled(trace.states, facts.pooling)), trace
 
     def _refine(self, token_ids: TokenIds) -> Batches:
-        lengths = [len(ids) for ids in token_ids]
-        for rows in length_buckets(lengths, batch_size=DEFAULT_BATCH_SIZE, batch_tokens=DEFAULT_BATCH_TOKENS):
-            batch = pad_batch(rows, token_ids, pad_token_id=self._manifest.pad_token_id)
-            yield list(rows), self._run(batch.input_ids, batch.attention_mask)
+        for batch in padded_batches(
+            token_ids,
+            pad_token_id=self._manifest.pad_token_id,
+            batch_size=DEFAULT_BATCH_SIZE,
+            batch_tokens=DEFAULT_BATCH_TOKENS,
+        ):
+            yield list(batch.rows), self._run(batch.input_ids, batch.attention_mask)
 
     def _run(self, input_ids: Any, attention_mask: Any) -> Iterator[StepValues]:
         import torch
@@ -137,7 +140,9 @@ class BundleSide:
         """Return z_0..z_K (n, K + 1, hidden) float32."""
         return self.embed_with(self.open_embedder(), token_ids, advance)
 
-    def embed_with(self, embedder: Embedder, token_ids: TokenIds, advance: Advance, *, batch_size: int = 32) -> Float32:
+    def embed_with(
+        self, embedder: Embedder, token_ids: TokenIds, advance: Advance, *, batch_size: int = DEFAULT_BATCH_SIZE
+    ) -> Float32:
         """Return z_0..z_K (n, K + 1, hidden) float32 of an embedder that is open already."""
         result = np.empty((len(token_ids), self._facts.steps + 1, self._facts.hidden_size), np.float32)
         for rows, outputs in embedder.run_batches(token_ids, batch_size=batch_size):

@@ -190,10 +190,10 @@ class Embedder:
         steps = self._check_steps(steps)
         if batch_size < 1 or batch_tokens < 1:
             raise ValueError(f"batch_size {batch_size}, batch_tokens {batch_tokens} | at least 1 each | raise them")
-        lengths = [len(ids) for ids in token_ids]
-        for rows in token_batch.length_buckets(lengths, batch_size=batch_size, batch_tokens=batch_tokens):
-            batch = token_batch.pad_batch(rows, token_ids, pad_token_id=self.manifest.pad_token_id)
-            yield rows, self._session.run(batch.input_ids, batch.attention_mask, steps=steps)
+        for batch in token_batch.padded_batches(
+            token_ids, pad_token_id=self.manifest.pad_token_id, batch_size=batch_size, batch_tokens=batch_tokens
+        ):
+            yield batch.rows, self._session.run(batch.input_ids, batch.attention_mask, steps=steps)
 
     def self_test(self) -> SelfTestReport:
         """Embed the golden texts and compare every step with the PyTorch reference in the bundle.

@@ -214,3 +214,12 @@ def pad_batch(rows: tuple[int, ...], token_ids: Sequence[list[int]], *, pad_toke
         input_ids[i, longest - len(ids) :] = ids
         attention_mask[i, longest - len(ids) :] = 1
     return TokenBatch(rows, input_ids, attention_mask)
+
+
+def padded_batches(
+    token_ids: Sequence[list[int]], *, pad_token_id: int, batch_size: int, batch_tokens: int
+) -> Iterator[TokenBatch]:
+    """Group token ids by length and pad each group; the arguments are those of ``length_buckets`` and ``pad_batch``."""
+    lengths = [len(ids) for ids in token_ids]
+    for rows in length_buckets(lengths, batch_size=batch_size, batch_tokens=batch_tokens):
+        yield pad_batch(rows, token_ids, pad_token_id=pad_token_id)

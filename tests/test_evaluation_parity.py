@@ -19,7 +19,7 @@ from tolerances import CONTROL_MIN_DIFFERENCE, PROBE_MAX_DIFFERENCE, SMALL_MODEL
 
 from gircse.calibration.progress import StageProgress
 from gircse.evaluation import parity_command
-from gircse.evaluation.gates import DEFAULT_LIMITS, GateOverrides, at_least, at_most, limits_of
+from gircse.evaluation.gates import DEFAULT_LIMITS, at_least, at_most, limits_of
 from gircse.evaluation.graph_probe import GraphProbe
 from gircse.evaluation.parity import ParityOptions, measure_parity
 from gircse.evaluation.parity_report import ParityReport
@@ -194,7 +194,7 @@ def test_task_scores_are_those_of_the_vectors(small_models: SmallModels, bundle_
     tasks = TaskOptions(sts=write(tmp_path / "pairs.tsv", STS), retrieval=beir(tmp_path / "found"))
     reference = f"{small_models.bundle(MODEL)}:fp32"
     options = ParityOptions(
-        bundle_copy, reference=reference, tasks=tasks, cross_steps=True, limits=GateOverrides(max_task_drop=-1.0)
+        bundle_copy, reference=reference, tasks=tasks, cross_steps=True, limits={"max_task_drop": -1.0}
     )
     (candidate,) = measure_parity(options).report.candidates
     sts, retrieval = candidate.tasks
@@ -347,9 +347,9 @@ def test_gates() -> None:
     assert at_least("x", 0.5, 0.5).passed
     assert not at_least("x", float("nan"), 0.5).passed
     assert not at_most("x", float("nan"), 0.5).passed
-    assert limits_of("fp16", GateOverrides()) == DEFAULT_LIMITS["fp16"]
-    assert limits_of("unheard-of", GateOverrides()) == DEFAULT_LIMITS["fp32"]
-    changed = limits_of("int8", GateOverrides(min_overlap=0.5, max_task_drop=0.0))
+    assert limits_of("fp16", {}) == DEFAULT_LIMITS["fp16"]
+    assert limits_of("unheard-of", {}) == DEFAULT_LIMITS["fp32"]
+    changed = limits_of("int8", {"min_overlap": 0.5, "max_task_drop": 0.0})
     assert (changed.min_overlap, changed.max_task_drop) == (0.5, 0.0)
     assert changed.min_cosine == DEFAULT_LIMITS["int8"].min_cosine
 
