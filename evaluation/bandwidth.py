@@ -29,7 +29,7 @@ def memory_bandwidth(threads: int) -> float:
     return BUFFER_BYTES / min(seconds)
 
 
-def weight_bytes_read(bundle: Bundle, precision: str, *, steps: int) -> int:
+def weight_bytes_read(bundle: Bundle, precision: str, *, layout: Layout | None = None, steps: int) -> int:
     """Return the bytes of weights that one run reads, each as often as a node takes it as an input.
 
     Rows looked up by Gather, which reads a few of them, are not counted.
@@ -37,20 +37,25 @@ def weight_bytes_read(bundle: Bundle, precision: str, *, steps: int) -> int:
     Args:
         bundle: an opened bundle.
         precision: name of one of its variants.
+        layout: graph; None is the bundle's default.
         steps: k; an unrolled graph reads for all K.
     """
-    graphs = bundle.manifest.variants[precision].graphs
-    counts = {role: _bytes_read(bundle.file(graph.path)) for role, graph in graphs.items()}
-    if bundle.manifest.graph.layout is Layout.UNROLLED:
-        return counts["model"]
-    return counts["prefill"] + steps * counts.get("step", 0)
+    facts = bundle.manifest.graph
+    layout = layout or facts.layout
+    decoder, vocabulary = _bytes_read(bundle.graph(precision, layout), facts.vocab_size)
+    if layout is Layout.UNROLLED:
+        return decoder + vocabulary
+    return (1 + steps) * decoder + steps * vocabulary
 
 
 @functools.cache  # the same few graphs are asked for at every setting
-def _bytes_read(path: Path) -> int:
+def _bytes_read(path: Path, vocab_size: int) -> tuple[int, int]:
+    """Return the bytes of decoder weights and of vocabulary weights that the nodes of a graph read."""
     graph = onnx.load(path, load_external_data=False).graph
-    sizes = {tensor.name: _tensor_bytes(tensor) for tensor in graph.initializer}
-    return sum(sizes.get(name, 0) for node in graph.node if node.op_type != "Gather" for name in node.input)
+    weights = {tensor.name: tensor for tensor in graph.initializer}
+    read = [weights[name] for node in graph.node if node.op_type != "Gather" for name in node.input if name in weights]
+    vocabulary = sum(_tensor_bytes(tensor) for tensor in read if vocab_size in tensor.dims)
+    return sum(map(_tensor_bytes, read)) - vocabulary, vocabulary
 
 
 def _tensor_bytes(tensor: Any) -> int:

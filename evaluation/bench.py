@@ -20,9 +20,10 @@ from gircse.evaluation.prompts import tokenize_prompts
 from gircse.evaluation.sides import BundleSide, source_checkpoint
 from gircse.evaluation.task_files import TaskOptions, read_tasks
 from gircse.evaluation.tasks import Task, score_steps
-from gircse.runtime.bundle import Bundle, Layout
+from gircse.runtime.bundle import Bundle, Layout, Precision
 from gircse.runtime.errors import MeasurementError
 from gircse.runtime.numerics import Float32, row_cosine
+from gircse.runtime.provider import Provider
 from gircse.runtime.token_batch import open_tokenizer
 
 DEFAULT_TOKENS = (16, 64, 256)
@@ -40,7 +41,7 @@ class BenchOptions:
 
     Attributes:
         bundles: bundle directories; the peers take K, pooling and checkpoint from the first.
-        precisions: variants; empty means every one.
+        precisions: variants; empty means every one that the provider runs.
         batches: texts of a run.
         tokens: tokens of each text; None takes 16, 64 and 256 as far as the first bundle goes.
         steps: refinement steps; None takes 1, 2, 4, 8 and K as far as the first bundle goes.
@@ -48,6 +49,10 @@ class BenchOptions:
         gguf: model file of llama.cpp; the demo has its own.
         repeats: most runs of each side at each setting.
         setting_s: seconds after which a setting gets no further repeats beyond three.
+        layout: graph to run; None is each bundle's default.
+        provider: where the bundles run.
+        device: where PyTorch runs.
+        dtype: precision of PyTorch.
         threads: threads of each side; None takes the physical cores.
         tasks: tasks for the quality at each step.
     """
@@ -61,6 +66,10 @@ class BenchOptions:
     gguf: Path | None = None
     repeats: int = 10
     setting_s: float = 20.0
+    layout: Layout | None = None
+    provider: Provider = Provider.CPU
+    device: str = "cpu"
+    dtype: str = "fp32"
     threads: int | None = None
     tasks: TaskOptions = field(default_factory=TaskOptions)
 
@@ -178,18 +187,23 @@ def _bundle_specs(
 ) -> list[SideSpec]:
     specs = []
     for path, bundle in zip(options.bundles, bundles, strict=True):
-        for precision in options.precisions or bundle.manifest.variants:
+        on_cpu = options.provider is Provider.CPU
+        able = [name for name in bundle.manifest.variants if not (on_cpu and name == Precision.BF16)]
+        for precision in options.precisions or able:
             bundle.variant(precision)
-            name = f"{bundle.directory.name}:{precision}"
-            specs.append(_spec(name, Kind.BUNDLE, path, precision, settings, threads))
+            place = "" if on_cpu else f" on {options.provider}"
+            spec = _spec(f"{bundle.directory.name}:{precision}{place}", Kind.BUNDLE, path, precision, settings, threads)
+            specs.append(replace(spec, layout=options.layout, provider=options.provider))
     return specs
 
 
 def _peer_specs(options: BenchOptions, bundle: Bundle, settings: Sequence[_Setting], threads: int) -> list[SideSpec]:
     specs = []
     for peer in dict.fromkeys(Kind(name) for name in options.against):
-        precision = "Q8_0" if peer is Kind.LLAMA_CPP else "fp32"
-        spec = _spec(f"{peer} {precision}", peer, options.bundles[0], precision, settings, threads)
+        precision = "Q8_0" if peer is Kind.LLAMA_CPP else options.dtype
+        place = f" on {options.device}" if peer is Kind.TORCH and options.device != "cpu" else ""
+        spec = _spec(f"{peer} {precision}{place}", peer, options.bundles[0], precision, settings, threads)
+        spec = replace(spec, device=options.device)
         if peer is Kind.LLAMA_CPP:
             from gircse.evaluation.gguf_weights import gguf_of
 
@@ -253,7 +267,8 @@ def _runs(spec: SideSpec, steps: int) -> bool:
     if spec.kind is Kind.LLAMA_CPP:
         return steps > 0
     facts = Bundle.open(spec.bundle).manifest.graph
-    return spec.kind is Kind.TORCH or steps == facts.steps or (facts.layout is Layout.STEPWISE and steps < facts.steps)
+    stepwise = (spec.layout or facts.layout) is Layout.STEPWISE
+    return spec.kind is Kind.TORCH or steps == facts.steps or (stepwise and steps < facts.steps)
 
 
 def _input_ids(setting: _Setting, vocabulary: int) -> Int64:
@@ -266,8 +281,8 @@ def _input_ids(setting: _Setting, vocabulary: int) -> Int64:
 def _latency(setting: _Setting, spec: SideSpec, seconds: Sequence[float], bandwidth: float) -> Latency:
     spread = _spread(seconds)
     roofline = None
-    if spec.kind is Kind.BUNDLE:
-        read = weight_bytes_read(Bundle.open(spec.bundle), spec.precision, steps=setting.steps)
+    if spec.kind is Kind.BUNDLE and spec.provider is Provider.CPU:
+        read = weight_bytes_read(Bundle.open(spec.bundle), spec.precision, layout=spec.layout, steps=setting.steps)
         roofline = read / bandwidth
     return Latency(
         side=spec.name,
@@ -297,7 +312,7 @@ def _model_bytes(spec: SideSpec) -> int:
         return spec.gguf.stat().st_size
     if spec.kind is Kind.BUNDLE:
         variant = bundle.manifest.variants[spec.precision]
-        names = [variant.weights, *(graph.path for graph in variant.graphs.values())]
+        names = [variant.weights, variant.graphs[spec.layout or bundle.manifest.graph.layout].path]
         return sum(bundle.manifest.files[name].bytes for name in names)
     checkpoint = source_checkpoint(bundle.manifest)
     paths = [*checkpoint.shards]
@@ -309,7 +324,7 @@ def _model_bytes(spec: SideSpec) -> int:
 def _measure_quality(spec: SideSpec, tasks: Sequence[Task], progress: StageProgress) -> Iterator[Quality]:
     bundle = Bundle.open(spec.bundle)
     for task in tasks:
-        side = BundleSide(bundle, spec.precision, threads=spec.threads)
+        side = BundleSide(bundle, spec.precision, layout=spec.layout, provider=spec.provider, threads=spec.threads)
         token_ids = tokenize_prompts(open_tokenizer(bundle), task.prompts)
         with progress.stage(
             f"embed {len(token_ids)} texts of {task.name}: {spec.name}", total=len(token_ids)

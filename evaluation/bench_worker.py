@@ -24,9 +24,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gircse.evaluation.llama_cpp_peer import CRASH_HINT, PEER_ENVIRONMENT
-from gircse.runtime.bundle import Bundle
+from gircse.runtime.bundle import Bundle, Layout
 from gircse.runtime.errors import GircseError, MeasurementError
 from gircse.runtime.numerics import Float32, l2_normalize
+from gircse.runtime.provider import Provider
 
 Int64 = NDArray[np.int64]
 Run = Callable[[Int64, int], Float32]
@@ -65,6 +66,9 @@ class SideSpec:
     batch: int
     tokens: int
     steps: int
+    layout: Layout | None = None
+    provider: Provider = Provider.CPU
+    device: str = "cpu"
     gguf: Path | None = None
 
 
@@ -185,7 +189,9 @@ def _open(spec: SideSpec) -> Run:
 def _open_bundle(spec: SideSpec) -> Run:
     from gircse.runtime import Embedder
 
-    embedder = Embedder(spec.bundle, precision=spec.precision, threads=spec.threads)
+    embedder = Embedder(
+        spec.bundle, precision=spec.precision, provider=spec.provider, layout=spec.layout, threads=spec.threads
+    )
 
     def run(input_ids: Int64, steps: int) -> Float32:
         whole = {"batch_size": len(input_ids), "batch_tokens": input_ids.size}
@@ -204,13 +210,13 @@ def _open_torch(spec: SideSpec) -> Run:
 
     torch.set_num_threads(spec.threads)
     manifest = Bundle.open(spec.bundle).manifest
-    model = load_reference(source_checkpoint(manifest), dtype=Dtype(spec.precision))
+    model = load_reference(source_checkpoint(manifest), device=spec.device, dtype=Dtype(spec.precision))
 
     def run(input_ids: Int64, steps: int) -> Float32:
-        ids = torch.from_numpy(input_ids)
+        ids = torch.from_numpy(input_ids).to(spec.device)
         mask = torch.ones_like(ids)
-        states = step_states(model, ids, mask, steps=steps, temperature=manifest.graph.temperature).float().numpy()
-        return l2_normalize(pooled(states, manifest.graph.pooling)[:, -1])
+        states = step_states(model, ids, mask, steps=steps, temperature=manifest.graph.temperature)
+        return l2_normalize(pooled(states.float().cpu().numpy(), manifest.graph.pooling)[:, -1])
 
     return run
 

@@ -18,9 +18,10 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
+from gircse.evaluation.bf16_emulation import emulated_graph
 from gircse.evaluation.step_trace import Batches, StepValues
 from gircse.runtime import io_spec
-from gircse.runtime.bundle import Bundle, Layout
+from gircse.runtime.bundle import Bundle, Layout, Precision
 from gircse.runtime.embedder import DEFAULT_BATCH_SIZE, DEFAULT_BATCH_TOKENS
 from gircse.runtime.errors import BundleError
 from gircse.runtime.numerics import Float32
@@ -37,12 +38,15 @@ Feed = dict[str, Any]
 class GraphProbe:
     """The graphs of one precision, opened for inspection; CPU only."""
 
-    def __init__(self, bundle: Bundle, precision: str, *, threads: int | None) -> None:
+    def __init__(
+        self, bundle: Bundle, precision: str, *, layout: Layout | None = None, threads: int | None = None
+    ) -> None:
         """Load the edited graphs.
 
         Args:
             bundle: an opened bundle.
             precision: name of one of its variants.
+            layout: which of its graphs; None is the bundle's default.
             threads: threads of one run; None lets ONNX Runtime take the physical cores.
 
         Raises:
@@ -50,22 +54,22 @@ class GraphProbe:
         """
         self._facts = bundle.manifest.graph
         self._pad_token_id = bundle.manifest.pad_token_id
+        layout = layout or self._facts.layout
+        self._unrolled = layout is Layout.UNROLLED
         steps = range(1, self._facts.steps + 1)
-        unrolled = self._facts.layout is Layout.UNROLLED
-        self._prefixes = [io_spec.step_prefix(step if unrolled else None) for step in steps]
-        self._graphs = {
-            role: _load(bundle.file(graph.path), self._inner_names(role), threads)
-            for role, graph in bundle.manifest.variants[precision].graphs.items()
-        }
-
-    def _inner_names(self, role: str) -> "_InnerNames":
-        """Return what the graph of a role has to show; states are outputs of the stepwise graphs already."""
-        steps = set() if role == "prefill" else set(self._prefixes)
-        states = {io_spec.PROMPT_PREFIX, *steps} if role == "model" else set()
-        return _InnerNames(
-            soft_tokens={prefix + io_spec.SOFT_TOKEN for prefix in steps},
-            read={prefix + io_spec.PROBABILITIES for prefix in steps} | {prefix + io_spec.STATE for prefix in states},
+        self._prefixes = [io_spec.step_prefix(step if self._unrolled else None) for step in steps]
+        prefixes = set(self._prefixes)
+        # The states of the stepwise graph are outputs already.
+        states = {io_spec.PROMPT_PREFIX, *prefixes} if self._unrolled else set()
+        inner = _InnerNames(
+            soft_tokens={prefix + io_spec.SOFT_TOKEN for prefix in prefixes},
+            read={prefix + io_spec.PROBABILITIES for prefix in prefixes}
+            | {prefix + io_spec.STATE for prefix in states},
         )
+        path = bundle.graph(precision, layout)
+        # ONNX Runtime has no BF16 kernels on the CPU, where the probe runs.
+        model = emulated_graph(path) if precision == Precision.BF16 else onnx.load(path, load_external_data=False)
+        self._graph = _load(path, model, inner, threads)
 
     def refine(self, token_ids: Sequence[list[int]], *, forced: Float32 | None = None) -> Batches:
         """Refine texts in batches of like length.
@@ -74,7 +78,7 @@ class GraphProbe:
             token_ids: token ids of each text.
             forced: (n, K, hidden) float32, soft tokens to feed in place of the computed ones; None feeds those.
         """
-        run = self._run_unrolled if self._facts.layout is Layout.UNROLLED else self._run_stepwise
+        run = self._run_unrolled if self._unrolled else self._run_stepwise
         for batch in padded_batches(
             token_ids,
             pad_token_id=self._pad_token_id,
@@ -91,24 +95,30 @@ class GraphProbe:
         for index, prefix in enumerate(self._prefixes):
             feed |= _force(prefix, forced, index)
             names += [prefix + io_spec.STATE, *_soft_token_names(prefix)]
-        hidden, *values = self._graphs["model"].run(names, feed)
+        hidden, *values = self._graph.run(names, feed)
         yield StepValues(hidden)
         for start in range(0, len(values), 3):
             yield _step_values(*values[start : start + 3])
 
     def _run_stepwise(self, prompt: Feed, forced: Float32 | None) -> Iterator[StepValues]:
         past, present = (io_spec.cache_names(prefix, self._facts.num_layers) for prefix in ("past", "present"))
-        hidden, *cache = self._graphs["prefill"].run([io_spec.HIDDEN, *present], prompt)
-        yield StepValues(hidden)
-        mask = prompt[io_spec.ATTENTION_MASK]
+        ids, mask = prompt[io_spec.INPUT_IDS], prompt[io_spec.ATTENTION_MASK]
+        types = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+        cache_type = next(types[spec.type] for spec in self._graph.get_inputs() if spec.name == past[0])
+        no_past = np.empty((len(ids), 0, self._facts.kv_size), cache_type)
+        feed = {**prompt, **dict.fromkeys(past, no_past)}
+        if self._prefixes:
+            feed[io_spec.HIDDEN] = np.empty((len(ids), 0, self._facts.hidden_size), np.float32)
+            feed |= _force(self._prefixes[0], None, 0)
+        hidden, *cache = self._graph.run([io_spec.NEXT_HIDDEN, *present], feed)
+        yield StepValues(hidden[:, 0])
         for index, prefix in enumerate(self._prefixes):
-            feed = {io_spec.HIDDEN: hidden, io_spec.ATTENTION_MASK: mask, **dict(zip(past, cache, strict=True))}
-            names = [io_spec.NEXT_HIDDEN, *_soft_token_names(prefix), *present]
-            hidden, soft_token, probabilities, *cache = self._graphs["step"].run(
-                names, feed | _force(prefix, forced, index)
-            )
-            yield _step_values(hidden, soft_token, probabilities)
             mask = np.pad(mask, ((0, 0), (0, 1)), constant_values=1)
+            feed = {io_spec.INPUT_IDS: ids[:, :0], io_spec.HIDDEN: hidden, io_spec.ATTENTION_MASK: mask}
+            feed |= dict(zip(past, cache, strict=True)) | _force(prefix, forced, index)
+            names = [io_spec.NEXT_HIDDEN, *_soft_token_names(prefix), *present]
+            hidden, soft_token, probabilities, *cache = self._graph.run(names, feed)
+            yield _step_values(hidden, soft_token, probabilities)
 
 
 def _soft_token_names(prefix: str) -> list[str]:
@@ -133,10 +143,7 @@ class _InnerNames:
     read: set[str]
 
 
-def _load(path: Path, inner: _InnerNames, threads: int | None) -> Any:
-    if not inner.soft_tokens | inner.read:
-        return load_graph(path, threads=threads)
-    model = onnx.load(path, load_external_data=False)
+def _load(path: Path, model: Any, inner: _InnerNames, threads: int | None) -> Any:
     found = {name for node in model.graph.node for name in node.output}
     if missing := sorted((inner.soft_tokens | inner.read) - found):
         raise BundleError(

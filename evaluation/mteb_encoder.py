@@ -63,21 +63,20 @@ class MtebEncoder(AbsEncoder):
 
         Raises:
             BundleError: the bundle cannot be used.
-            ValueError: ``steps`` is out of range, or it cannot be known which precision the embedder has.
+            ValueError: ``steps`` is out of range, or an open embedder is to change its precision.
         """
         self.model = bundle if isinstance(bundle, Embedder) else Embedder(bundle, precision=precision)
-        variants = sorted(self.model.manifest.variants)
-        if self.model is bundle and (precision is not None or len(variants) > 1):
+        if self.model is bundle and precision is not None:
             raise ValueError(
-                f"bundle: an open embedder, precision {precision!r}, variants {variants} | with an embedder no "
-                "precision and a bundle of one variant | pass the path of the bundle, and precision"
+                f"bundle: an open embedder, precision {precision!r} | with an embedder no precision | pass the path of "
+                "the bundle, and precision"
             )
         self.model.encode([], steps=steps)  # a wrong number shows here, not after the download of a task's data
         self._steps = steps
         self._prompts = dict(prompts or {})
         self.validate_task_to_prompt_name(self._prompts, raise_for_invalid_keys=False)
         self.mteb_model_meta = model_meta_from_manifest(
-            self.model.manifest, precision=precision or variants[0], steps=steps, prompts=self._prompts
+            self.model.manifest, precision=self.model.precision, steps=steps, prompts=self._prompts
         )
 
     def encode(

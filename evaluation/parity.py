@@ -33,9 +33,11 @@ from gircse.evaluation.sides import (
 )
 from gircse.evaluation.task_files import TaskOptions, read_tasks
 from gircse.evaluation.tasks import Task
-from gircse.runtime.bundle import MANIFEST_NAME, Bundle, file_sha256
+from gircse.runtime.bundle import MANIFEST_NAME, Bundle, Layout, file_sha256
 from gircse.runtime.errors import MeasurementError
 from gircse.runtime.numerics import Float32
+from gircse.runtime.provider import Provider
+from gircse.runtime.provider_choice import CPU_PRECISIONS
 from gircse.runtime.token_batch import open_tokenizer
 
 TORCH = "torch"
@@ -61,6 +63,8 @@ class ParityOptions:
         tasks: tasks that both sides are scored on.
         cross_steps: compute the matrix of query steps against document steps.
         limits: limits that replace the defaults, by the name of the field of ``GateLimits``.
+        layout: graph to judge; None is the bundle's default.
+        provider: where the judged variants run; a bundle as reference runs on the CPU.
         threads: threads of both sides; None leaves it to each.
     """
 
@@ -76,6 +80,8 @@ class ParityOptions:
     tasks: TaskOptions = field(default_factory=TaskOptions)
     cross_steps: bool = False
     limits: Mapping[str, float] = field(default_factory=dict)
+    layout: Layout | None = None
+    provider: Provider = Provider.CPU
     threads: int | None = None
 
 
@@ -153,7 +159,9 @@ def _open_reference_bundle(options: ParityOptions, bundle: Bundle) -> tuple[Bund
     path, precision = parse_bundle_reference(options.reference)
     reference = Bundle.open(path)
     check_same_task(bundle, reference)
-    return reference, reference.variant(precision)[0]
+    precision = precision or reference.default_variant(CPU_PRECISIONS)
+    reference.variant(precision)
+    return reference, precision
 
 
 def _choose_precisions(options: ParityOptions, bundle: Bundle, reference: tuple[Bundle, str] | None) -> Sequence[str]:
@@ -217,7 +225,7 @@ def _run_candidate(
     reference: ReferenceRun,
     progress: StageProgress,
 ) -> tuple[Float32, CandidateReport]:
-    side = BundleSide(bundle, precision, threads=options.threads)
+    side = BundleSide(bundle, precision, layout=options.layout, provider=options.provider, threads=options.threads)
     alone_rows = _spread_by_length(inputs.text_ids)
     total = len(inputs.text_ids) + len(inputs.task_ids)
     title = f"embed {total} texts, {len(alone_rows)} of them also alone: {side.name}"

@@ -12,6 +12,7 @@ import psutil
 
 from gircse.calibration.checkpoint import Checkpoint, resolve_checkpoint
 from gircse.calibration.quiet import quiet_transformers
+from gircse.evaluation.bf16_emulation import emulated_graph
 from gircse.evaluation.graph_probe import GraphProbe
 from gircse.evaluation.prompts import Prompt
 from gircse.evaluation.step_trace import (
@@ -25,10 +26,12 @@ from gircse.evaluation.step_trace import (
     pooled,
 )
 from gircse.runtime import Embedder
-from gircse.runtime.bundle import Bundle, Manifest
+from gircse.runtime.bundle import Bundle, Layout, Manifest, Precision
 from gircse.runtime.embedder import DEFAULT_BATCH_SIZE, DEFAULT_BATCH_TOKENS
 from gircse.runtime.errors import MeasurementError
 from gircse.runtime.numerics import Float32, l2_normalize
+from gircse.runtime.ort_session import open_session
+from gircse.runtime.provider import Provider
 from gircse.runtime.token_batch import format_prompt, open_tokenizer, padded_batches
 
 TokenIds = Sequence[list[int]]
@@ -120,21 +123,46 @@ class TorchSide:
 class BundleSide:
     """One precision of a bundle: embeddings from the runtime itself, the rest from a probe of the same graphs."""
 
-    def __init__(self, bundle: Bundle, precision: str, *, threads: int | None) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        precision: str,
+        *,
+        layout: Layout | None = None,
+        provider: Provider = Provider.CPU,
+        threads: int | None = None,
+    ) -> None:
         """Load nothing yet: the runtime and the probe are opened when they are needed, and dropped.
 
         Args:
             bundle: an opened bundle.
-            precision: name of one of its variants.
+            precision: name of one of its variants. On the CPU, BF16 is emulated.
+            layout: which of its graphs; None is the bundle's default.
+            provider: where the runtime runs; the probe runs on the CPU.
             threads: threads of one run; None lets ONNX Runtime take the physical cores.
         """
-        self.name = f"{bundle.directory.name}:{precision}"
-        self._bundle, self._precision, self._threads = bundle, precision, threads
+        self._emulated = precision == Precision.BF16 and provider is Provider.CPU
+        place = ", emulated" if self._emulated else "" if provider is Provider.CPU else f" on {provider}"
+        self.name = f"{bundle.directory.name}:{precision}{place}"
+        self._bundle, self._precision, self._layout = bundle, precision, layout
+        self._provider, self._threads = provider, threads
         self._facts, self._tokens = bundle.manifest.graph, token_count(bundle)
 
     def open_embedder(self) -> Embedder:
         """Load the runtime."""
-        return Embedder(self._bundle.directory, precision=self._precision, threads=self._threads)
+        session = None
+        if self._emulated:
+            layout = self._layout or self._facts.layout
+            content = emulated_graph(self._bundle.graph(self._precision, layout)).SerializeToString()
+            session = open_session(self._bundle, self._precision, layout=layout, threads=self._threads, content=content)
+        return Embedder(
+            self._bundle.directory,
+            precision=self._precision,
+            provider=self._provider,
+            layout=self._layout,
+            threads=self._threads,
+            session=session,
+        )
 
     def embed(self, token_ids: TokenIds, advance: Advance) -> Float32:
         """Return z_0..z_K (n, K + 1, hidden) float32."""
@@ -174,7 +202,7 @@ class BundleSide:
         return trace, collect_states(name, batches, self._facts, texts=len(token_ids), advance=advance)
 
     def _open_probe(self) -> GraphProbe:
-        return GraphProbe(self._bundle, self._precision, threads=self._threads)
+        return GraphProbe(self._bundle, self._precision, layout=self._layout, threads=self._threads)
 
     def _trace(self, probe: GraphProbe, token_ids: TokenIds, advance: Advance) -> StepTrace:
         batches = probe.refine(token_ids)

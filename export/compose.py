@@ -1,8 +1,14 @@
-"""Compose the traced decoder into the graphs of a bundle: unrolled, or prefill and step.
+"""Compose the traced decoder into the graphs of a bundle: unrolled, or stepwise.
+
+``unrolled`` stamps the decoder K + 1 times: one call, all steps. ``stepwise`` stamps it once, for the prompt pass and
+every step alike, each weight read by one node. Empty tensors choose between the two::
+
+    prompt pass   input_ids (batch, tokens)   hidden (batch, 0, hidden)   past (batch, 0, kv_size)
+    step          input_ids (batch, 0)        hidden (batch, 1, hidden)   past (batch, past, kv_size)
 
 Around the decoder stand four small pieces, written directly in ONNX operators::
 
-    prompt_inputs     ids, mask -> embeddings, attention bias, positions; left and right padding give the same vectors
+    inputs            ids, mask -> embeddings, attention bias, positions; left and right padding give the same vectors
     last_state        -> h_0, the state of each prompt's last real token
     soft_token        h -> softmax(lm_head(h) / T) @ E
     pool              h_1..h_K -> z_1..z_K
@@ -13,6 +19,7 @@ there are more keys than queries (microsoft/onnxruntime#29020); finite, so that 
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import onnx_ir as ir
@@ -28,6 +35,9 @@ IR_VERSION = 10
 EMBEDDING_TABLE = "model.embed_tokens.weight"
 LM_HEAD = "lm_head.weight"
 
+LAST = (1 << 31) - 1
+"""End of a slice that takes everything to the end."""
+
 MASKED = -30000.0
 """Bias of a masked position: makes its attention weight exactly 0, and leaves FP16 room for the score itself."""
 
@@ -41,10 +51,8 @@ class RefinementSettings:
     temperature: float
 
 
-def compose_graphs(
-    decoder: ir.Graph, shape: DecoderShape, settings: RefinementSettings, *, layout: Layout
-) -> dict[str, ir.Model]:
-    """Build the graphs of a layout.
+def compose_graph(decoder: ir.Graph, shape: DecoderShape, settings: RefinementSettings, *, layout: Layout) -> ir.Model:
+    """Build the graph of a layout.
 
     Args:
         decoder: the simplified graph of ``trace_decoder``.
@@ -53,90 +61,111 @@ def compose_graphs(
         layout: ``unrolled`` or ``stepwise``.
 
     Returns:
-        ``{"model": ...}``, or ``{"prefill": ..., "step": ...}`` (no step when K = 0). Weights are initializers without
-        usable values, one for each tensor of the checkpoint.
+        The graph in FP32. Weights are initializers without usable values, one for each tensor of the checkpoint.
     """
-    if layout is Layout.UNROLLED:
-        return {"model": _unrolled(decoder, shape, settings)}
-    graphs = {"prefill": _prefill(decoder, shape, settings)}
-    if settings.steps:
-        graphs["step"] = _step(decoder, shape, settings)
-    return graphs
-
-
-def _unrolled(decoder: ir.Graph, shape: DecoderShape, settings: RefinementSettings) -> ir.Model:
     g = _GraphBuilder(decoder, shape, settings)
+    (_unrolled if layout is Layout.UNROLLED else _stepwise)(g)
+    return g.model()
+
+
+def _unrolled(g: "_GraphBuilder") -> None:
+    hidden_size, steps = g.shape.hidden_size, g.settings.steps
     input_ids, mask = g.prompt()
-    hidden, cache, key_bias = _run_prompt(g, input_ids, mask)
+    prompt = _inputs(g, input_ids, mask, start=None)
+    embeds = g.op("Gather", g.weight(EMBEDDING_TABLE), input_ids)
+    states, cache = g.decode(io_spec.PROMPT_PREFIX, embeds, prompt.bias, prompt.positions, None)
+    hidden = g.op("Squeeze", _last_state(g, states, mask, prompt.position), g.indices([1]))
     hidden.name = io_spec.PROMPT_PREFIX + io_spec.STATE
     prompt_embedding = g.l2_normalize(hidden)
     tokens = g.op("ReduceSum", mask, g.indices([1]), keepdims=1)
-    visible = g.zeros_of_batch(tokens)
-    states = []
-    for k in range(settings.steps):
+    visible, key_bias = g.zeros_of_batch(tokens), prompt.key_bias
+    outputs = []
+    for k in range(steps):
         key_bias = g.op("Concat", key_bias, visible, axis=-1)
         positions = g.op("Add", tokens, g.indices([k]))
         prefix = io_spec.step_prefix(k + 1)
-        output, cache = g.decode(prefix, g.soft_token(prefix, hidden), key_bias, positions, cache)
+        soft_token = g.op("Unsqueeze", g.mixture(prefix, hidden), g.indices([1]))
+        soft_token.name = prefix + io_spec.SOFT_TOKEN
+        output, cache = g.decode(prefix, soft_token, key_bias, positions, cache)
         output.name = prefix + io_spec.STATE
-        states.append(output)
+        outputs.append(output)
         hidden = g.op("Squeeze", output, g.indices([1]))
-    if states:
-        embeddings = _pool(g, states)
-        last = g.op("Gather", embeddings, g.index(settings.steps - 1), axis=1)
-        g.output(last, io_spec.EMBEDDING, ["batch", shape.hidden_size])
-        g.output(embeddings, io_spec.STEP_EMBEDDINGS, ["batch", settings.steps, shape.hidden_size])
+    if outputs:
+        embeddings = _pool(g, outputs)
+        last = g.op("Gather", embeddings, g.index(steps - 1), axis=1)
+        g.output(last, io_spec.EMBEDDING, ["batch", hidden_size])
+        g.output(embeddings, io_spec.STEP_EMBEDDINGS, ["batch", steps, hidden_size])
     else:
-        g.output(g.op("Identity", prompt_embedding), io_spec.EMBEDDING, ["batch", shape.hidden_size])
-    g.output(prompt_embedding, io_spec.PROMPT_EMBEDDING, ["batch", shape.hidden_size])
-    return g.model()
+        g.output(g.op("Identity", prompt_embedding), io_spec.EMBEDDING, ["batch", hidden_size])
+    g.output(prompt_embedding, io_spec.PROMPT_EMBEDDING, ["batch", hidden_size])
 
 
-def _prefill(decoder: ir.Graph, shape: DecoderShape, settings: RefinementSettings) -> ir.Model:
-    g = _GraphBuilder(decoder, shape, settings)
-    input_ids, mask = g.prompt()
-    hidden, cache, _ = _run_prompt(g, input_ids, mask)
-    g.output(hidden, io_spec.HIDDEN, ["batch", shape.hidden_size])
-    for value, name in zip(cache, io_spec.cache_names("present", shape.num_layers), strict=True):
-        g.output(value, name, ["batch", "tokens", shape.kv_size])
-    return g.model()
-
-
-def _step(decoder: ir.Graph, shape: DecoderShape, settings: RefinementSettings) -> ir.Model:
-    g = _GraphBuilder(decoder, shape, settings)
-    hidden = g.input(io_spec.HIDDEN, ir.DataType.FLOAT, ["batch", shape.hidden_size])
-    mask = g.input(io_spec.ATTENTION_MASK, ir.DataType.INT64, ["batch", "past"])
+def _stepwise(g: "_GraphBuilder") -> None:
+    shape = g.shape
+    input_ids, mask = g.prompt(mask_width="total")
+    width = shape.hidden_size
+    hidden = g.input(io_spec.HIDDEN, ir.DataType.FLOAT, ["batch", "soft", width]) if g.settings.steps else None
     past = [
         g.input(name, ir.DataType.FLOAT, ["batch", "past", shape.kv_size])
         for name in io_spec.cache_names("past", shape.num_layers)
     ]
-    tokens = g.op("ReduceSum", mask, g.indices([1]), keepdims=1)
-    key_bias = g.op("Concat", g.key_bias(mask), g.zeros_of_batch(tokens), axis=-1)
-    prefix = io_spec.step_prefix(None)
-    output, cache = g.decode(prefix, g.soft_token(prefix, hidden), key_bias, tokens, past)
-    g.output(g.op("Squeeze", output, g.indices([1])), io_spec.NEXT_HIDDEN, ["batch", shape.hidden_size])
+    start = g.op("Shape", past[0], start=1, end=2)
+    inputs = _inputs(g, input_ids, mask, start=start)
+    embeds = g.op("Gather", g.weight(EMBEDDING_TABLE), input_ids)
+    if hidden is not None:
+        prefix = io_spec.step_prefix(None)
+        # Explicit shapes: in the prompt pass there are no rows, which leaves nothing to infer a -1 from.
+        rows = g.op("Mul", g.op("Shape", hidden, start=0, end=1), g.op("Shape", hidden, start=1, end=2))
+        flat = g.op("Reshape", hidden, g.op("Concat", rows, g.indices([width]), axis=0), allowzero=1)
+        soft_token = g.op("Reshape", g.mixture(prefix, flat), g.op("Shape", hidden), allowzero=1)
+        soft_token.name = prefix + io_spec.SOFT_TOKEN
+        embeds = g.op("Concat", embeds, soft_token, axis=1)
+    states, cache = g.decode(io_spec.DECODER_PREFIX, embeds, inputs.bias, inputs.positions, past)
+    last = _last_state(g, states, g.op("Slice", mask, start, g.indices([LAST]), g.indices([1])), inputs.position)
+    g.output(last, io_spec.NEXT_HIDDEN, ["batch", 1, width])
     for value, name in zip(cache, io_spec.cache_names("present", shape.num_layers), strict=True):
         g.output(value, name, ["batch", "total", shape.kv_size])
-    return g.model()
 
 
-def _run_prompt(g: "_GraphBuilder", input_ids: ir.Value, mask: ir.Value) -> tuple[ir.Value, list[ir.Value], ir.Value]:
-    """Return h_0 (batch, hidden), the KV cache, and the bias of the prompt's keys (batch, 1, 1, tokens)."""
-    embeds = g.op("Gather", g.weight(EMBEDDING_TABLE), input_ids)
+class _Inputs(NamedTuple):
+    """What the decoder reads besides embeddings, and what it is made of.
+
+    Attributes:
+        bias: (batch, 1, new, keys) float32.
+        positions: (batch, new) int64.
+        key_bias: (batch, 1, 1, keys) float32, the part of the bias that hides padding.
+        position: (new,) int64, 0 for the first new token.
+    """
+
+    bias: ir.Value
+    positions: ir.Value
+    key_bias: ir.Value
+    position: ir.Value
+
+
+def _inputs(g: "_GraphBuilder", input_ids: ir.Value, mask: ir.Value, *, start: ir.Value | None) -> _Inputs:
+    """Derive attention bias and positions from the mask (batch, keys); ``start`` (1,) is the length of the past."""
     # Positions count real tokens, so that padding does not shift the rotary phase.
     positions = g.op("Max", g.op("Sub", g.op("CumSum", mask, g.index(1)), g.index(1)), g.index(0))
     key_bias = g.key_bias(mask)
-    length = g.op("Squeeze", g.op("Shape", input_ids, start=1, end=2), g.indices([0]))
-    position = g.op("Range", g.index(0), length, g.index(1))
-    future = g.op("Less", g.op("Unsqueeze", position, g.indices([1])), g.op("Unsqueeze", position, g.indices([0])))
+    length = g.op("Squeeze", g.op("Shape", mask, start=1, end=2), g.indices([0]))
+    key = g.op("Range", g.index(0), length, g.index(1))
+    query = position = key
+    if start is not None:
+        positions = g.op("Slice", positions, start, g.indices([LAST]), g.indices([1]))
+        query = g.op("Slice", key, start, g.indices([LAST]), g.indices([0]))
+        position = g.op("Sub", query, start)
+    future = g.op("Less", g.op("Unsqueeze", query, g.indices([1])), g.op("Unsqueeze", key, g.indices([0])))
     causal_bias = g.op("Mul", g.op("Cast", future, to=ir.DataType.FLOAT), g.number(MASKED))
     # Min, not Add: two masks at once would leave the range of FP16.
-    bias = g.op("Min", key_bias, causal_bias)
-    states, cache = g.decode(io_spec.PROMPT_PREFIX, embeds, bias, positions, None)
-    last = g.op("ReduceMax", g.op("Mul", mask, position), g.indices([1]), keepdims=1)  # index of the last real token
+    return _Inputs(g.op("Min", key_bias, causal_bias), positions, key_bias, position)
+
+
+def _last_state(g: "_GraphBuilder", states: ir.Value, mask: ir.Value, position: ir.Value) -> ir.Value:
+    """Return the state (batch, 1, hidden) of each row's last real token; ``mask`` and ``position`` are of the new ones."""
+    last = g.op("ReduceMax", g.op("Mul", mask, position), g.indices([1]), keepdims=1)
     at = g.op("Unsqueeze", last, g.indices([2]))
-    hidden = g.op("GatherND", states, at, batch_dims=1)  # (batch, 1, hidden)
-    return g.op("Squeeze", hidden, g.indices([1])), cache, key_bias
+    return g.op("GatherND", states, at, batch_dims=1)
 
 
 def _pool(g: "_GraphBuilder", states: Sequence[ir.Value]) -> ir.Value:
@@ -170,11 +199,10 @@ class _GraphBuilder:
         value.name, value.type, value.shape = name, ir.TensorType(ir.DataType.FLOAT), ir.Shape(shape)
         self._outputs.append(value)
 
-    def prompt(self) -> tuple[ir.Value, ir.Value]:
-        shape = ["batch", "tokens"]
+    def prompt(self, *, mask_width: str = "tokens") -> tuple[ir.Value, ir.Value]:
         return (
-            self.input(io_spec.INPUT_IDS, ir.DataType.INT64, shape),
-            self.input(io_spec.ATTENTION_MASK, ir.DataType.INT64, shape),
+            self.input(io_spec.INPUT_IDS, ir.DataType.INT64, ["batch", "tokens"]),
+            self.input(io_spec.ATTENTION_MASK, ir.DataType.INT64, ["batch", mask_width]),
         )
 
     def weight(self, name: str) -> ir.Value:
@@ -212,10 +240,10 @@ class _GraphBuilder:
         shape = self.op("Concat", batch, self.indices([1, 1, 1]), axis=0)
         return self.op("Expand", self.number(0.0), shape)
 
-    def soft_token(self, prefix: str, hidden: ir.Value) -> ir.Value:
-        """(batch, hidden) -> softmax(lm_head(h) / T) @ E as (batch, 1, hidden); ``prefix`` names the step.
+    def mixture(self, prefix: str, hidden: ir.Value) -> ir.Value:
+        """(rows, hidden) -> softmax(lm_head(h) / T) @ E (rows, hidden); ``prefix`` names the step.
 
-        The vocabulary matrices are left operands, (vocab, hidden) @ (hidden, batch), because ONNX Runtime keeps a
+        The vocabulary matrices are left operands, (vocab, hidden) @ (hidden, rows), because ONNX Runtime keeps a
         packed copy of every constant right operand: two more copies of the largest weight. The Squeeze after the
         Transpose keeps the two apart from the MatMul, which reads a plain column fastest.
         """
@@ -226,12 +254,9 @@ class _GraphBuilder:
         logits = self.op("MatMul", head, column)
         if self.settings.temperature != 1.0:
             logits = self.op("Div", logits, self.number(self.settings.temperature))
-        probabilities = self.op("Softmax", logits, axis=0)  # (vocab, batch)
+        probabilities = self.op("Softmax", logits, axis=0)  # (vocab, rows)
         probabilities.name = prefix + io_spec.PROBABILITIES
-        mixed = self.op("Transpose", self.op("Gemm", table, probabilities, transA=1), perm=[1, 0])
-        soft_token = self.op("Unsqueeze", mixed, self.indices([1]))
-        soft_token.name = prefix + io_spec.SOFT_TOKEN
-        return soft_token
+        return self.op("Transpose", self.op("Gemm", table, probabilities, transA=1), perm=[1, 0])
 
     def l2_normalize(self, vectors: ir.Value) -> ir.Value:
         norms = self.op("ReduceL2", vectors, self.indices([-1]), keepdims=1)

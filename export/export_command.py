@@ -8,7 +8,7 @@ import sys
 import time
 from pathlib import Path
 
-from gircse.runtime.bundle import Layout, Pooling
+from gircse.runtime.bundle import Layout, Pooling, Precision
 from gircse.runtime.errors import GircseError
 
 
@@ -58,11 +58,33 @@ def _parser() -> argparse.ArgumentParser:
         choices=list(Layout),
         default=Layout.UNROLLED,
         metavar="unrolled|stepwise",
-        help="one graph with K steps, or a prefill and a step graph whose K is chosen at run time",
+        help="what ONNX Runtime runs: one graph with K steps, or one that runs once a step, K chosen at run time",
+    )
+    parser.add_argument(
+        "--precision",
+        dest="precisions",
+        type=_precisions,
+        default=(Precision.FP32,),
+        metavar="P,...",
+        help="variants to write: fp32, fp16, bf16 (default: fp32)",
+    )
+    parser.add_argument(
+        "--keep-float32",
+        nargs="+",
+        default=(),
+        metavar="NAME",
+        help="parts of weight names, such as layers.3.mlp, whose matrix products stay in FP32",
     )
     parser.add_argument("--output", type=Path, metavar="DIR", help="bundle directory (default: gircse-MODEL-K)")
     parser.add_argument("--force", action="store_true", help="replace an existing bundle")
     return parser
+
+
+def _precisions(text: str) -> tuple[Precision, ...]:
+    try:
+        return tuple(Precision(name.strip()) for name in text.split(","))
+    except ValueError as err:
+        raise argparse.ArgumentTypeError(f"{err}; choose from {', '.join(Precision)}") from err
 
 
 def _default_output(args: argparse.Namespace) -> Path:

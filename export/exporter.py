@@ -2,7 +2,7 @@
 
 import importlib.metadata
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,9 @@ from tokenizers import Tokenizer
 from gircse.calibration.checkpoint import Checkpoint, pad_token_id, read_json, resolve_checkpoint
 from gircse.calibration.progress import StageProgress
 from gircse.export.architecture import DecoderShape, check_limits, decoder_shape
-from gircse.export.compose import RefinementSettings, compose_graphs, weight_initializers
+from gircse.export.compose import RefinementSettings, compose_graph, weight_initializers
 from gircse.export.golden import write_golden
+from gircse.export.precision import DTYPES, FLOAT32_ISLANDS, set_precision
 from gircse.export.safetensors_index import SafetensorsIndex
 from gircse.export.simplify import simplify_decoder
 from gircse.export.staging import check_destination, staged_directory
@@ -31,6 +32,7 @@ from gircse.runtime.bundle import (
     Layout,
     Manifest,
     Pooling,
+    Precision,
     TensorSpec,
     Variant,
     file_sha256,
@@ -38,7 +40,7 @@ from gircse.runtime.bundle import (
 from gircse.runtime.errors import CheckpointError, ExportError
 from gircse.runtime.token_batch import PROMPT_TEMPLATE, load_tokenizer
 
-PRECISION = "fp32"
+GRAPH_FILES = {Layout.UNROLLED: "model.onnx", Layout.STEPWISE: "stepwise.onnx"}
 WEIGHTS_FILE = "weights.bin"
 TOOLS = ("gircse-deploy", "torch", "transformers", "peft", "onnx", "onnxscript", "onnx-ir", "safetensors", "tokenizers")
 
@@ -65,7 +67,9 @@ class ExportOptions:
         pooling: ``mean`` or ``last``.
         temperature: divisor of the logits.
         max_tokens: longest prompt.
-        layout: ``unrolled`` or ``stepwise``.
+        layout: ``unrolled``, which brings the stepwise graph along, or ``stepwise`` alone.
+        precisions: the variants to write.
+        keep_float32: parts of weight names whose matrix products stay in FP32 in every variant.
         force: replace an existing bundle.
     """
 
@@ -78,17 +82,30 @@ class ExportOptions:
     temperature: float = 1.0
     max_tokens: int = 512
     layout: Layout = Layout.UNROLLED
+    precisions: tuple[Precision, ...] = (Precision.FP32,)
+    keep_float32: tuple[str, ...] = ()
     force: bool = False
 
     def __post_init__(self) -> None:
         """Take plain strings for the enums; a ``ValueError`` names what they may be."""
         object.__setattr__(self, "pooling", Pooling(self.pooling))
         object.__setattr__(self, "layout", Layout(self.layout))
+        object.__setattr__(self, "precisions", tuple(dict.fromkeys(map(Precision, self.precisions))))
 
     @property
     def settings(self) -> RefinementSettings:
         """The part that the graphs compute."""
         return RefinementSettings(self.steps, self.pooling, self.temperature)
+
+
+@dataclass(frozen=True)
+class _Variant:
+    """One precision, planned: its graphs by layout, how often each rewrite applied, and its weights."""
+
+    precision: Precision
+    graphs: Mapping[Layout, ir.Model]
+    rewrites: Mapping[Layout, Mapping[str, int]]
+    plan: WeightPlan
 
 
 @dataclass(frozen=True)
@@ -124,15 +141,15 @@ def export_bundle(options: ExportOptions, *, progress: StageProgress | None = No
     check_destination(output, force=options.force)
     with progress.stage(f"find the model {options.model}"):
         source = _open_source(options)
-    golden_missing_reason = _check_resources(source.weights, output, progress)
-    graphs, plan = _trace_and_plan(options, source, progress)
+    golden_missing_reason = _check_resources(source.weights, options.precisions, output, progress)
+    variants = _trace_and_plan(options, source, progress)
     try:
         with staged_directory(output, force=options.force) as directory:
-            files = _write_graphs(directory, graphs, plan, options, source, progress)
+            files = _write_variants(directory, variants, options, source, progress)
             if golden_missing_reason is None:
                 _write_golden(directory, options, source, progress)
             with progress.stage("hash the files"):
-                _write_manifest(directory, graphs, options, source, files, golden_missing_reason)
+                _write_manifest(directory, variants, options, source, files, golden_missing_reason)
     except OSError as err:
         raise ExportError(
             f"--output {output}: {err.strerror or err} | room and permission to write | nothing was left behind: free "
@@ -181,25 +198,34 @@ def _open_tokenizer(directory: Path) -> Tokenizer:
     return load_tokenizer(path)
 
 
-def _trace_and_plan(
-    options: ExportOptions, source: _Source, progress: StageProgress
-) -> tuple[dict[str, ir.Model], WeightPlan]:
+def _trace_and_plan(options: ExportOptions, source: _Source, progress: StageProgress) -> list[_Variant]:
     """Trace, compose, and match the weights; reads headers only, so a wrong adapter fails before anything is written."""
     with progress.stage(f"trace the {source.shape.architecture} decoder ({source.shape.num_layers} layers)"):
         decoder = trace_decoder(source.config, source.shape, positions=options.max_tokens + options.steps)
         simplify_decoder(decoder)
-    with progress.stage(f"compose {options.steps} refinement steps ({options.layout})"):
-        graphs = compose_graphs(decoder, source.shape, options.settings, layout=options.layout)
-        plan = WeightPlan.build(
-            weight_initializers(graphs.values()),
-            source.weights,
-            source.checkpoint.adapter_directory,
-            tied=source.shape.tied,
-        )
-    return graphs, plan
+    with progress.stage(
+        f"compose {options.steps} refinement steps ({options.layout}, {', '.join(options.precisions)})"
+    ):
+        return [_plan_variant(precision, decoder, options, source) for precision in options.precisions]
 
 
-def _check_resources(base: SafetensorsIndex, output: Path, progress: StageProgress) -> str | None:
+def _plan_variant(precision: Precision, decoder: ir.Graph, options: ExportOptions, source: _Source) -> _Variant:
+    graphs, rewrites = {}, {}
+    for layout in sorted(_graph_facts(options, source.shape).layouts):
+        graphs[layout] = compose_graph(decoder, source.shape, options.settings, layout=layout)
+        rewrites[layout] = set_precision(graphs[layout], precision, keep_float32=options.keep_float32)
+    plan = WeightPlan.build(
+        weight_initializers(graphs.values()),
+        source.weights,
+        source.checkpoint.adapter_directory,
+        tied=source.shape.tied,
+    )
+    return _Variant(precision, graphs, rewrites, plan)
+
+
+def _check_resources(
+    base: SafetensorsIndex, precisions: Sequence[Precision], output: Path, progress: StageProgress
+) -> str | None:
     """Compare what the export needs with what is free, and say so, before anything expensive starts.
 
     Returns:
@@ -210,7 +236,8 @@ def _check_resources(base: SafetensorsIndex, output: Path, progress: StageProgre
     """
     total, largest = estimate_bytes(base)
     parent = next(path for path in output.parents if path.exists())
-    disk_needed, disk_free = total + SMALL_FILES_BYTES, shutil.disk_usage(parent).free
+    written = sum(total * int(DTYPES[precision].itemsize) // 4 for precision in precisions)
+    disk_needed, disk_free = written + SMALL_FILES_BYTES, shutil.disk_usage(parent).free
     memory_needed, memory_free = TRACE_BYTES + 3 * largest, psutil.virtual_memory().available
     reference_needed = TRACE_BYTES + REFERENCE_BYTES + int(1.2 * total)  # PEFT merges layer by layer
     progress.note(
@@ -230,32 +257,31 @@ def _check_resources(base: SafetensorsIndex, output: Path, progress: StageProgre
     return None
 
 
-def _write_graphs(
-    directory: Path,
-    graphs: Mapping[str, ir.Model],
-    plan: WeightPlan,
-    options: ExportOptions,
-    source: _Source,
-    progress: StageProgress,
+def _write_variants(
+    directory: Path, variants: Sequence[_Variant], options: ExportOptions, source: _Source, progress: StageProgress
 ) -> dict[str, FileEntry]:
-    """Write weights, graphs and tokenizer; return the entry of the weights, which was hashed while it was written."""
-    folder = directory / PRECISION
-    folder.mkdir()
-    with progress.stage(f"write {_gib(plan.total_bytes)} of weights", total=plan.total_bytes) as advance:
-        entry = write_weights(plan, folder / WEIGHTS_FILE, on_bytes=advance)
-    external = external_tensors(plan, WEIGHTS_FILE)
-    facts = _graph_facts(options, source.shape)
-    with progress.stage("write the graphs"):
-        for role, model in graphs.items():
-            for name, value in model.graph.initializers.items():
-                value.const_value = external.get(name, value.const_value)
-            model.metadata_props[io_spec.GRAPH_IDENTITY_KEY] = facts.identity
-            ir.save(model, folder / f"{role}.onnx")
-        for name in ("tokenizer.json", "tokenizer_config.json"):
-            path = source.checkpoint.directory / name
-            if path.is_file():
-                shutil.copyfile(path, directory / name)
-    return {f"{PRECISION}/{WEIGHTS_FILE}": entry}
+    """Write weights, graphs and tokenizer; return the entries of the weights, which were hashed while written."""
+    files = {}
+    identity = _graph_facts(options, source.shape).identity
+    for variant in variants:
+        folder, plan = directory / variant.precision, variant.plan
+        folder.mkdir()
+        stage = f"write {_gib(plan.total_bytes)} of {variant.precision} weights"
+        with progress.stage(stage, total=plan.total_bytes) as advance:
+            entry = write_weights(plan, folder / WEIGHTS_FILE, on_bytes=advance)
+        files[f"{variant.precision}/{WEIGHTS_FILE}"] = entry
+        external = external_tensors(plan, WEIGHTS_FILE)
+        with progress.stage(f"write the {variant.precision} graphs"):
+            for layout, model in variant.graphs.items():
+                for name, value in model.graph.initializers.items():
+                    value.const_value = external.get(name, value.const_value)
+                model.metadata_props[io_spec.GRAPH_IDENTITY_KEY] = identity
+                ir.save(model, folder / GRAPH_FILES[layout])
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        path = source.checkpoint.directory / name
+        if path.is_file():
+            shutil.copyfile(path, directory / name)
+    return files
 
 
 def _write_golden(directory: Path, options: ExportOptions, source: _Source, progress: StageProgress) -> None:
@@ -272,7 +298,7 @@ def _write_golden(directory: Path, options: ExportOptions, source: _Source, prog
 
 def _write_manifest(
     directory: Path,
-    graphs: Mapping[str, ir.Model],
+    variants: Sequence[_Variant],
     options: ExportOptions,
     source: _Source,
     files: dict[str, FileEntry],
@@ -289,18 +315,28 @@ def _write_manifest(
         graph=_graph_facts(options, source.shape),
         prompt_template=PROMPT_TEMPLATE,
         pad_token_id=source.pad_token_id,
-        variants={
-            PRECISION: Variant(
-                {role: _graph_file(f"{PRECISION}/{role}.onnx", model.graph) for role, model in graphs.items()},
-                f"{PRECISION}/{WEIGHTS_FILE}",
-            )
-        },
+        variants={variant.precision: _manifest_variant(variant, options) for variant in variants},
         golden=golden_missing_reason is None,
         golden_missing_reason=golden_missing_reason,
         tools={name: importlib.metadata.version(name) for name in TOOLS},
         files=dict(sorted(files.items())),
     )
     (directory / MANIFEST_NAME).write_bytes(manifest.to_json())
+
+
+def _manifest_variant(variant: _Variant, options: ExportOptions) -> Variant:
+    folder = variant.precision
+    return Variant(
+        graphs={
+            layout: GraphFile(
+                f"{folder}/{GRAPH_FILES[layout]}", _tensor_specs(model.graph.inputs), _tensor_specs(model.graph.outputs)
+            )
+            for layout, model in variant.graphs.items()
+        },
+        weights=f"{folder}/{WEIGHTS_FILE}",
+        float32=(*FLOAT32_ISLANDS[folder], *options.keep_float32),
+        rewrites=variant.rewrites,
+    )
 
 
 def _graph_facts(options: ExportOptions, shape: DecoderShape) -> GraphFacts:
@@ -316,10 +352,6 @@ def _graph_facts(options: ExportOptions, shape: DecoderShape) -> GraphFacts:
         kv_size=shape.kv_size,
         vocab_size=shape.vocab_size,
     )
-
-
-def _graph_file(path: str, graph: ir.Graph) -> GraphFile:
-    return GraphFile(path, _tensor_specs(graph.inputs), _tensor_specs(graph.outputs))
 
 
 def _tensor_specs(values: Iterable[ir.Value]) -> tuple[TensorSpec, ...]:

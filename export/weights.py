@@ -1,6 +1,7 @@
 """Stream the weights of a checkpoint into one external data file, tensor by tensor, with the LoRA merged on the way.
 
-The merge (``lora.py`` has the formula) is computed in FP32 and cast once. At no time is more than one tensor in memory;
+The merge (``lora.py`` has the formula) is computed in FP32 and cast once, to the type that the graph gives the weight.
+At no time is more than one tensor in memory;
 a tensor that is stored as it is in the checkpoint (the vocabulary, the largest) passes through in blocks of rows.
 """
 
@@ -11,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
-import numpy as np
 import onnx_ir as ir
 import torch
 from torch import Tensor
@@ -21,13 +21,20 @@ from gircse.export.lora import LoraAdapter, LoraPair
 from gircse.export.safetensors_index import SafetensorsIndex
 from gircse.export.simplify import TRANSPOSED_SUFFIX
 from gircse.runtime.bundle import FileEntry
-from gircse.runtime.errors import CheckpointError
+from gircse.runtime.errors import CheckpointError, ExportError
 
 ALIGNMENT_BYTES = 4096
 """Tensors start on page boundaries, so that a runtime can map them."""
 
 BLOCK_ELEMENTS = 1 << 24
 """Most elements of a tensor that are in memory at once, unless it has to be transposed."""
+
+
+_TORCH_TYPES = {
+    ir.DataType.FLOAT: torch.float32,
+    ir.DataType.FLOAT16: torch.float16,
+    ir.DataType.BFLOAT16: torch.bfloat16,
+}
 
 
 @dataclass(frozen=True)
@@ -41,6 +48,7 @@ class PlannedWeight:
         transposed: stored as the transpose.
         lora: the pair to merge, or None.
         offset: first byte in the data file.
+        dtype: type in the data file.
     """
 
     name: str
@@ -49,11 +57,12 @@ class PlannedWeight:
     transposed: bool
     lora: LoraPair | None
     offset: int
+    dtype: ir.DataType
 
     @property
     def bytes(self) -> int:
-        """Size in FP32."""
-        return 4 * math.prod(self.shape)
+        """Size in the data file."""
+        return int(self.dtype.itemsize) * math.prod(self.shape)
 
 
 @dataclass(frozen=True)
@@ -95,7 +104,8 @@ class WeightPlan:
             shape = _checkpoint_shape(value, transposed=transposed)
             source = LM_HEAD if tied and tensor == EMBEDDING_TABLE and tensor not in base.entries else tensor
             _check_tensor(base, source, shape)
-            weights.append(PlannedWeight(name, source, shape, transposed, pairs.pop(tensor, None), offset))
+            dtype = value.dtype or ir.DataType.FLOAT
+            weights.append(PlannedWeight(name, source, shape, transposed, pairs.pop(tensor, None), offset, dtype))
             offset += -(-weights[-1].bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
             unused.discard(source)
         _check_leftovers(base, unused, tied=tied)
@@ -121,10 +131,11 @@ class WeightPlan:
             )
 
     def blocks(self, weight: PlannedWeight) -> Iterator[Tensor]:
-        """Yield a weight as it is stored, (rows, ...) float32, block by block.
+        """Yield a weight as it is stored, (rows, ...) in its type, block by block.
 
         Raises:
             CheckpointError: a value is NaN or infinite, or the adapter does not change the weight.
+            ExportError: a value is outside the range of the type.
         """
         changed = False
         rows = _rows_at_once(weight)
@@ -140,7 +151,13 @@ class WeightPlan:
                     f"{self.base.entries[weight.source].file}: {weight.source} holds NaN or infinity | finite weights | "
                     "the checkpoint or the adapter is damaged: download it again"
                 )
-            yield block.T.contiguous() if weight.transposed else block
+            narrow = block.to(_TORCH_TYPES[weight.dtype])
+            if not torch.isfinite(narrow).all():
+                raise ExportError(
+                    f"{weight.source}: magnitude {float(block.abs().max()):.6g} | FP16 holds up to 65504 | "
+                    f"--precision bf16, or --keep-float32 {weight.name.removesuffix(TRANSPOSED_SUFFIX)}"
+                )
+            yield narrow.T.contiguous() if weight.transposed else narrow
         if weight.lora is not None and not changed:
             raise CheckpointError(
                 f"{weight.lora.file}: {weight.lora.b} leaves {weight.source} as it is | an adapter that changes every "
@@ -180,7 +197,7 @@ def write_weights(plan: WeightPlan, path: Path, *, on_bytes: Callable[[int], Non
             file.write(padding)
             digest.update(padding)
             for block in plan.blocks(weight):
-                data = block.numpy().reshape(-1).view(np.uint8).data  # no copy
+                data = block.reshape(-1).view(torch.uint8).numpy().data  # no copy
                 file.write(data)
                 digest.update(data)
                 on_bytes(len(data))
@@ -199,7 +216,7 @@ def external_tensors(plan: WeightPlan, location: str) -> dict[str, ir.ExternalTe
             location,
             weight.offset,
             weight.bytes,
-            ir.DataType.FLOAT,
+            weight.dtype,
             name=weight.name,
             shape=ir.Shape(tuple(reversed(weight.shape)) if weight.transposed else weight.shape),
             base_dir="",

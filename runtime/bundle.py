@@ -5,7 +5,7 @@ and SHA-256, so a bundle is whole exactly when every listed file is there with t
 """
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -22,10 +22,18 @@ HASH_BLOCK_BYTES = 1 << 20
 
 
 class Layout(StrEnum):
-    """How the K steps are laid out: one graph, or a prefill graph and a step graph."""
+    """How the K steps are laid out: all in one graph, or in a graph that is run once for the prompt and once a step."""
 
     UNROLLED = "unrolled"
     STEPWISE = "stepwise"
+
+
+class Precision(StrEnum):
+    """Type of weights and matrix products; the name of a variant."""
+
+    FP32 = "fp32"
+    FP16 = "fp16"
+    BF16 = "bf16"
 
 
 class Pooling(StrEnum):
@@ -73,8 +81,8 @@ class GraphFacts(_Record, frozen=True):
 
     Attributes:
         architecture: ``model_type`` of the config, such as ``qwen2``.
-        layout: ``unrolled`` or ``stepwise``.
-        steps: K. The unrolled graph always runs K steps; a stepwise bundle runs up to K.
+        layout: the layout that ONNX Runtime runs by default. An ``unrolled`` bundle holds the stepwise graph too.
+        steps: K. The unrolled graph always runs K steps; the stepwise one runs up to K.
         pooling: ``mean`` or ``last``.
         temperature: divisor of the logits before the softmax over the vocabulary.
         max_tokens: longest prompt in tokens, the instruction included.
@@ -105,11 +113,9 @@ class GraphFacts(_Record, frozen=True):
             )
 
     @property
-    def roles(self) -> set[str]:
+    def layouts(self) -> set[Layout]:
         """The graphs of a variant."""
-        if self.layout is Layout.UNROLLED:
-            return {"model"}
-        return {"prefill", "step"} if self.steps else {"prefill"}
+        return {Layout.STEPWISE, self.layout} if self.steps else {self.layout}
 
     @property
     def identity(self) -> str:
@@ -134,10 +140,24 @@ class GraphFile(_Record, frozen=True):
 
 
 class Variant(_Record, frozen=True):
-    """One precision of the bundle: its graphs by role (``model``, or ``prefill`` and ``step``) and their weights."""
+    """One precision of the bundle.
 
-    graphs: Mapping[str, GraphFile]
+    Attributes:
+        graphs: its graphs by layout.
+        weights: the file of their weights.
+        float32: what stays in FP32 in a FP16 or BF16 variant, in words.
+        rewrites: how often each rewrite to this precision applied, by layout and name.
+    """
+
+    graphs: Mapping[Layout, GraphFile]
     weights: str
+    float32: tuple[str, ...] = ()
+    rewrites: Mapping[Layout, Mapping[str, int]] = msgspec.field(default_factory=dict)
+
+    @property
+    def files(self) -> set[str]:
+        """Paths of its graphs and weights."""
+        return {self.weights, *(graph.path for graph in self.graphs.values())}
 
 
 class Manifest(_Record, frozen=True):
@@ -173,12 +193,12 @@ class Manifest(_Record, frozen=True):
         """Refuse a manifest whose parts do not belong together."""
         required = {"tokenizer.json"} | ({"golden.json", "golden.safetensors"} if self.golden else set())
         for precision, variant in self.variants.items():
-            if set(variant.graphs) != self.graph.roles:
+            if set(variant.graphs) != self.graph.layouts:
                 raise BundleError(
-                    f"{MANIFEST_NAME}: variant {precision} has graphs {sorted(variant.graphs)} | layout "
-                    f"{self.graph.layout} has {sorted(self.graph.roles)} | export the bundle again"
+                    f"{MANIFEST_NAME}: variant {precision} has {_listed(variant.graphs)} | layout "
+                    f"{self.graph.layout} has {_listed(self.graph.layouts)} | export the bundle again"
                 )
-            required |= {variant.weights, *(graph.path for graph in variant.graphs.values())}
+            required |= variant.files
         if missing := sorted(required - set(self.files)):
             raise BundleError(
                 f"{MANIFEST_NAME}: no entry for {missing[0]} | every file stands under 'files' with its hash | "
@@ -269,28 +289,60 @@ class Bundle:
             )
         return path
 
-    def variant(self, precision: str | None) -> tuple[str, Variant]:
-        """Return the name and files of a precision; None means the only one there is.
+    def variant(self, precision: str) -> Variant:
+        """Return the files of a precision.
 
         Raises:
-            BundleError: the bundle does not have it, or has several and none was named.
+            BundleError: the bundle does not have it.
         """
         variants = self.manifest.variants
-        if precision is None and len(variants) == 1:
-            return next(iter(variants.items()))
-        if precision is None or precision not in variants:
+        if precision not in variants:
             raise BundleError(
-                f"{self.directory}: precision {precision!r} | it has {sorted(variants)} | name one of these"
+                f"{self.directory}: precision {precision!r} | it has {_listed(variants)} | name one of these"
             )
-        return precision, variants[precision]
+        return variants[precision]
 
-    def verify(self) -> None:
-        """Read every file and compare its SHA-256 with the manifest.
+    def default_variant(self, preferred: Sequence[str]) -> str:
+        """Return the precision to take when none is named: the first preferred one, or the only one there is.
+
+        Raises:
+            BundleError: the bundle has several, and none of those preferred.
+        """
+        variants = self.manifest.variants
+        found = next((precision for precision in preferred if precision in variants), None)
+        if found is None and len(variants) > 1:
+            raise BundleError(f"{self.directory}: no precision named | one of {_listed(variants)} | name one of these")
+        return found or next(iter(variants))
+
+    def graph(self, precision: str, layout: Layout) -> Path:
+        """Return the path of a variant's graph.
+
+        Raises:
+            BundleError: the bundle does not hold that layout.
+        """
+        graphs = self.manifest.variants[precision].graphs
+        if layout not in graphs:
+            raise BundleError(
+                f"{self.directory}: layout {layout} | it has {_listed(graphs)} | name one of these, or export again with "
+                f"--layout {layout}"
+            )
+        return self.file(graphs[layout].path)
+
+    def verify(self, precision: str | None) -> None:
+        """Read every file but those of other variants and compare its SHA-256 with the manifest.
+
+        Args:
+            precision: the variant to include, or None for none.
 
         Raises:
             BundleError: a file has changed since the export.
         """
+        others = {
+            name for other, variant in self.manifest.variants.items() if other != precision for name in variant.files
+        }
         for relative, entry in self.manifest.files.items():
+            if relative in others:
+                continue
             digest = file_sha256(self.file(relative))
             if digest != entry.sha256:
                 raise BundleError(
@@ -306,6 +358,10 @@ class Bundle:
             raise BundleError(
                 f"{self.directory / relative}: {came} | {entry.bytes} bytes | copy or export the bundle again"
             )
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(sorted(names))
 
 
 def file_sha256(path: Path) -> str:

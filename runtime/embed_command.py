@@ -9,9 +9,11 @@ from pathlib import Path
 
 import numpy as np
 
+from gircse.runtime.bundle import Layout
 from gircse.runtime.embedder import DEFAULT_BATCH_SIZE, DEFAULT_BATCH_TOKENS, Embedder
 from gircse.runtime.errors import GircseError
 from gircse.runtime.numerics import Float32
+from gircse.runtime.provider import Provider
 from gircse.runtime.token_batch import Overflow
 from gircse.runtime.whole_file import whole_file
 
@@ -23,7 +25,14 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if args.output is not None:
             _check_output(args.output)
-        embedder = Embedder(args.bundle, precision=args.precision, threads=args.threads, verify=not args.no_verify)
+        embedder = Embedder(
+            args.bundle,
+            precision=args.precision,
+            provider=args.provider,
+            layout=args.layout,
+            threads=args.threads,
+            verify=not args.no_verify,
+        )
         if args.self_test:
             return _self_test(embedder)
         texts = _read_lines(args.input)
@@ -66,7 +75,22 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help=f"most tokens of a batch, padding included (default: {DEFAULT_BATCH_TOKENS})",
     )
-    parser.add_argument("--precision", help="variant of the bundle (default: the only one)")
+    parser.add_argument("--precision", help="variant of the bundle (default: FP32 on the CPU, FP16 on a GPU)")
+    parser.add_argument(
+        "--provider",
+        type=Provider,
+        choices=list(Provider),
+        default=Provider.AUTO,
+        metavar="P",
+        help=f"where to run: {', '.join(Provider)} (default: auto, the best that is installed and usable)",
+    )
+    parser.add_argument(
+        "--layout",
+        type=Layout,
+        choices=list(Layout),
+        metavar="unrolled|stepwise",
+        help="graph or engine (default: the bundle's own)",
+    )
     parser.add_argument("--threads", type=int, metavar="T", help="threads (default: every physical core)")
     parser.add_argument(
         "--on-overflow",
@@ -131,7 +155,7 @@ def _self_test(embedder: Embedder) -> int:
     report = embedder.self_test()
     verdict = "passed" if report.passed else "FAILED"
     print(
-        f"self-test {verdict}: {report.texts} texts, smallest cosine to PyTorch {report.min_cosine:.7f}, "
+        f"self-test {verdict}: {embedder.precision} on {embedder.provider}, {report.texts} texts, smallest cosine to PyTorch {report.min_cosine:.7f}, "
         f"largest difference {report.max_difference:.1e}"
     )
     return 0 if report.passed else 1

@@ -1,24 +1,25 @@
 """The one place for tensor names, shared by the graphs that export writes and the sessions that run them.
 
-Prompt graph inputs, both layouts:
-    input_ids       (batch, tokens) int64
-    attention_mask  (batch, tokens) int64, 1 for a real token; left or right padding
-
-``unrolled`` outputs:
+``unrolled`` graph, inputs and outputs:
+    input_ids         (batch, tokens) int64
+    attention_mask    (batch, tokens) int64, 1 for a real token; left or right padding
     embedding         (batch, hidden) float32, z_K
     step_embeddings   (batch, K, hidden) float32, z_1..z_K (absent when K = 0)
     prompt_embedding  (batch, hidden) float32, h_0 normalised: the classic encoder-only embedding
 
-``stepwise`` prefill outputs and step inputs and outputs:
-    hidden            (batch, hidden) float32, h_0 from prefill; h_{k-1} into the step
-    next_hidden       (batch, hidden) float32, h_k out of the step
-    attention_mask    (batch, past) int64 into the step: the prompt's mask, then a 1 for every step done
-    past.i.key, past.i.value        (batch, past, kv_heads * head_dim) float32 into the step
-    present.i.key, present.i.value  (batch, past + new, kv_heads * head_dim) float32 out of both
+``stepwise`` graph, run once for the prompt and once a step; what does not apply is empty:
+    input_ids       (batch, tokens) int64, the prompt; (batch, 0) in a step
+    hidden          (batch, soft, hidden) float32, soft = 0 with the prompt; h_{k-1} in a step, soft = 1 (absent when
+                    K = 0)
+    attention_mask  (batch, total) int64, the prompt's mask, then a 1 for every soft token, the new one included
+    past.i.key, past.i.value        (batch, past, kv_heads * head_dim), past = 0 with the prompt; float32, or the
+                                    type of a FP16 or BF16 graph
+    next_hidden     (batch, 1, hidden) float32: h_0 of the prompt, h_k of a step
+    present.i.key, present.i.value  (batch, total, kv_heads * head_dim)
 
 Inner values that keep their names in every precision, so that a probe can read and replace them (prefix ``stepk/`` in
 the unrolled graph, ``step/`` in the stepwise one):
-    step/probabilities  (vocab, batch), softmax(lm_head(h_{k-1}) / T)
+    step/probabilities  (vocab, rows), softmax(lm_head(h_{k-1}) / T)
     step/soft_token     (batch, 1, hidden), s_k
     stepk/state         (batch, 1, hidden), h_k; ``prompt/state`` (batch, hidden), h_0 (unrolled only)
 """
@@ -31,6 +32,7 @@ STEP_EMBEDDINGS = "step_embeddings"
 PROMPT_EMBEDDING = "prompt_embedding"
 
 PROMPT_PREFIX = "prompt/"
+DECODER_PREFIX = "decoder/"
 PROBABILITIES = "probabilities"
 SOFT_TOKEN = "soft_token"
 STATE = "state"

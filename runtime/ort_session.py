@@ -1,6 +1,6 @@
 """ONNX Runtime sessions for both layouts. Safe to call from several threads: a run keeps all its state local."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -8,11 +8,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gircse.runtime import io_spec
-from gircse.runtime.bundle import Bundle, Layout, Pooling
+from gircse.runtime.bundle import Bundle, GraphFacts, Layout, Pooling
 from gircse.runtime.errors import BundleError, ProviderError
 from gircse.runtime.numerics import Float32, l2_normalize, prefix_means
+from gircse.runtime.provider import Provider
 
 Int64 = NDArray[np.int64]
+
+EXECUTION_PROVIDERS = {
+    Provider.CPU: ("CPUExecutionProvider",),
+    Provider.CUDA: ("CUDAExecutionProvider", "CPUExecutionProvider"),
+    Provider.ORT_TENSORRT: ("TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"),
+}
+"""What each provider asks of ONNX Runtime; the later ones take the few nodes that compute shapes."""
+
+_ONNX_TYPES = {"tensor(float)": 1, "tensor(float16)": 10, "tensor(bfloat16)": 16}
+"""Numbers of the types that a KV cache can have; numpy knows no bfloat16."""
 
 
 class StepOutputs(NamedTuple):
@@ -33,6 +44,9 @@ class Session(Protocol):
     def run(self, input_ids: Int64, attention_mask: Int64, *, steps: int) -> StepOutputs:
         """Embed one batch; (batch, tokens) int64 each."""
 
+    def max_batch(self, tokens: int) -> int | None:
+        """Return the most texts of that many tokens that one run takes; None if there is no limit."""
+
 
 class UnrolledSession:
     """One graph with all K steps; a run costs K steps whatever ``steps`` asks for."""
@@ -50,79 +64,120 @@ class UnrolledSession:
         nothing = np.empty((len(prompt), 0, prompt.shape[1]), np.float32)
         return StepOutputs(prompt, outputs.get(io_spec.STEP_EMBEDDINGS, nothing)[:, :steps])
 
+    def max_batch(self, tokens: int) -> int | None:
+        """Return None: any batch that memory holds."""
+        return None
+
 
 class StepwiseSession:
-    """A prefill graph and a step graph; a run costs just the steps it is asked for."""
+    """One graph, run once for the prompt and once a step; a run costs just the steps it is asked for."""
 
-    def __init__(self, prefill: Any, step: Any, *, num_layers: int, pooling: Pooling) -> None:
-        """Take the ``onnxruntime.InferenceSession`` of both graphs; ``step`` may be None when K = 0."""
-        self._prefill, self._step, self._pooling = prefill, step, pooling
-        self._past = io_spec.cache_names("past", num_layers)
-        self._present = io_spec.cache_names("present", num_layers)
+    def __init__(self, graph: Any, facts: GraphFacts, *, device: str = "cpu") -> None:
+        """Take an ``onnxruntime.InferenceSession`` of the stepwise graph, and ONNX Runtime's name of its device."""
+        self._graph, self._facts, self._device = graph, facts, device
+        self._past = io_spec.cache_names("past", facts.num_layers)
+        self._present = io_spec.cache_names("present", facts.num_layers)
+        self._cache_type = next(_ONNX_TYPES[spec.type] for spec in graph.get_inputs() if spec.name == self._past[0])
 
     def run(self, input_ids: Int64, attention_mask: Int64, *, steps: int) -> StepOutputs:
-        """Embed one batch; (batch, tokens) int64 each. The KV cache stays in ONNX Runtime's own buffers."""
+        """Embed one batch; (batch, tokens) int64 each. State and KV cache stay on the device from step to step."""
         from onnxruntime import OrtValue
 
-        ids, mask = OrtValue.ortvalue_from_numpy(input_ids), OrtValue.ortvalue_from_numpy(attention_mask)
-        hidden, *cache = self._prefill.run_with_ort_values(
-            [io_spec.HIDDEN, *(self._present if steps else [])],
-            {io_spec.INPUT_IDS: ids, io_spec.ATTENTION_MASK: mask},
-        )
-        prompt = l2_normalize(hidden.numpy())
-        states = np.empty((len(prompt), steps, prompt.shape[1]), np.float32)
-        for k in range(steps):
-            feed = {io_spec.HIDDEN: hidden, io_spec.ATTENTION_MASK: OrtValue.ortvalue_from_numpy(attention_mask)}
-            feed.update(zip(self._past, cache, strict=True))
-            hidden, *cache = self._step.run_with_ort_values([io_spec.NEXT_HIDDEN, *self._present], feed)
-            states[:, k] = hidden.numpy()
-            attention_mask = np.pad(attention_mask, ((0, 0), (0, 1)), constant_values=1)
-        pooled = states if self._pooling is Pooling.LAST else prefix_means(states)
-        return StepOutputs(prompt, l2_normalize(pooled))
+        mask = np.pad(attention_mask, ((0, 0), (0, steps)), constant_values=1)
+        batch, tokens = input_ids.shape
+        states = np.empty((batch, steps + 1, self._facts.hidden_size), np.float32)
+        arrays = {io_spec.INPUT_IDS: input_ids}
+        if self._facts.steps:
+            arrays[io_spec.HIDDEN] = np.empty((batch, 0, self._facts.hidden_size), np.float32)
+        no_past = OrtValue.ortvalue_from_shape_and_type((batch, 0, self._facts.kv_size), self._cache_type)
+        kept = dict.fromkeys(self._past, no_past)
+        for k in range(steps + 1):
+            arrays[io_spec.ATTENTION_MASK] = np.ascontiguousarray(mask[:, : tokens + k])
+            names = [io_spec.NEXT_HIDDEN, *(self._present if k < steps else [])]
+            hidden, *cache = self._run_once(arrays, kept, names)
+            states[:, k] = hidden.numpy()[:, 0]
+            arrays = {io_spec.INPUT_IDS: input_ids[:, :0]}
+            kept = {io_spec.HIDDEN: hidden, **dict(zip(self._past, cache, strict=False))}  # no cache after the last
+        return step_outputs(states, self._facts.pooling)
+
+    def max_batch(self, tokens: int) -> int | None:
+        """Return None: any batch that memory holds."""
+        return None
+
+    def _run_once(self, arrays: dict[str, Any], kept: dict[str, Any], names: Sequence[str]) -> Any:
+        """Run the graph on arrays of the host and values of an earlier run; the outputs stay on the device."""
+        binding = self._graph.io_binding()
+        for name, array in arrays.items():
+            binding.bind_cpu_input(name, array)
+        for name, value in kept.items():
+            binding.bind_ortvalue_input(name, value)
+        for name in names:
+            binding.bind_output(name, self._device)
+        self._graph.run_with_iobinding(binding)
+        return binding.get_outputs()
 
 
-def open_session(bundle: Bundle, precision: str, *, threads: int | None) -> Session:
-    """Load the graphs of one precision on the CPU.
+def step_outputs(states: Float32, pooling: Pooling) -> StepOutputs:
+    """Pool and normalise the states h_0..h_steps, (batch, steps + 1, hidden) float32."""
+    pooled = states[:, 1:] if pooling is Pooling.LAST else prefix_means(states[:, 1:])
+    return StepOutputs(l2_normalize(states[:, 0]), l2_normalize(pooled))
+
+
+def open_session(
+    bundle: Bundle,
+    precision: str,
+    *,
+    layout: Layout | None = None,
+    provider: Provider = Provider.CPU,
+    threads: int | None = None,
+    content: bytes | None = None,
+) -> Session:
+    """Load the graph of one precision.
 
     Args:
         bundle: an opened bundle.
         precision: name of one of its variants.
-        threads: threads of one run; None lets ONNX Runtime take the physical cores.
-
-    Raises:
-        ProviderError: onnxruntime is not installed.
-        BundleError: a graph does not load, or belongs to another bundle.
-    """
-    facts = bundle.manifest.graph
-    graphs = bundle.manifest.variants[precision].graphs
-    sessions = {role: load_graph(bundle.file(graph.path), threads=threads) for role, graph in graphs.items()}
-    for role, session in sessions.items():
-        found = session.get_modelmeta().custom_metadata_map.get(io_spec.GRAPH_IDENTITY_KEY)
-        if found != facts.identity:
-            raise BundleError(
-                f"{bundle.file(graphs[role].path)}: a graph of {found} | the manifest describes {facts.identity} | "
-                "the graph belongs to another bundle: export again"
-            )
-    if facts.layout is Layout.UNROLLED:
-        return UnrolledSession(sessions["model"])
-    return StepwiseSession(
-        sessions["prefill"], sessions.get("step"), num_layers=facts.num_layers, pooling=facts.pooling
-    )
-
-
-def load_graph(path: Path, *, threads: int | None, content: bytes | None = None) -> Any:
-    """Load one graph of a bundle as an ``onnxruntime.InferenceSession`` on the CPU.
-
-    Args:
-        path: the graph's file, beside its weights.
+        layout: which of its graphs; None is the bundle's default.
+        provider: one of ONNX Runtime's.
         threads: threads of one run; None lets ONNX Runtime take the physical cores.
         content: an edited graph to load in place of the file's own content.
 
     Raises:
-        ProviderError: onnxruntime is not installed.
+        ProviderError: onnxruntime is not installed, or cannot use the provider.
+        BundleError: the bundle has no such layout, or its graph does not load or belongs to another bundle.
+    """
+    facts = bundle.manifest.graph
+    layout = layout or facts.layout
+    path = bundle.graph(precision, layout)
+    graph = load_graph(path, provider=provider, threads=threads, content=content)
+    found = graph.get_modelmeta().custom_metadata_map.get(io_spec.GRAPH_IDENTITY_KEY)
+    if found != facts.identity:
+        raise BundleError(
+            f"{path}: a graph of {found} | the manifest describes {facts.identity} | "
+            "the graph belongs to another bundle: export again"
+        )
+    if layout is Layout.UNROLLED:
+        return UnrolledSession(graph)
+    return StepwiseSession(graph, facts, device="cpu" if provider is Provider.CPU else "cuda")
+
+
+def load_graph(
+    path: Path, *, provider: Provider = Provider.CPU, threads: int | None = None, content: bytes | None = None
+) -> Any:
+    """Load one graph of a bundle as an ``onnxruntime.InferenceSession``.
+
+    Args:
+        path: the graph's file, beside its weights.
+        provider: one of ONNX Runtime's.
+        threads: threads of one run; None lets ONNX Runtime take the physical cores.
+        content: an edited graph to load in place of the file's own content.
+
+    Raises:
+        ProviderError: onnxruntime is not installed, or cannot use the provider.
         BundleError: the graph does not load.
     """
-    ort = _onnxruntime()
+    ort = import_onnxruntime(provider)
+    wanted = EXECUTION_PROVIDERS[provider]
     options = ort.SessionOptions()
     # The planner that reuses activation buffers is quadratic in nodes (minutes for an unrolled graph); the arena
     # recycles the buffers anyway, so without it load is linear at the same speed and the same memory.
@@ -132,18 +187,43 @@ def load_graph(path: Path, *, threads: int | None, content: bytes | None = None)
     if content is not None:
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
     try:
-        return ort.InferenceSession(content or str(path), options, providers=["CPUExecutionProvider"])
+        session = ort.InferenceSession(content or str(path), options, providers=list(wanted))
     except Exception as err:  # onnxruntime raises its own exceptions, which share only Exception
-        raise BundleError(f"{path}: {_first_line(str(err))} | a graph that ONNX Runtime loads | export again") from err
+        came = _first_line(str(err))
+        if "NOT_IMPLEMENTED" in came and provider is Provider.CPU:
+            raise ProviderError(
+                f"provider cpu: {path} does not run on the CPU ({came}) | fp32 or fp16 | choose one of these, or a GPU"
+            ) from err
+        raise BundleError(f"{path}: {came} | a graph that ONNX Runtime loads | export again") from err
+    if session.get_providers()[0] != wanted[0]:  # ONNX Runtime only warns and goes on with what is left
+        raise ProviderError(
+            f"provider {provider}: ONNX Runtime could not start {wanted[0]} and fell back to "
+            f"{session.get_providers()[0]} | a GPU with the driver and CUDA libraries that onnxruntime "
+            f"{ort.__version__} needs | mend the installation, or choose another provider"
+        )
+    return session
 
 
-def _onnxruntime() -> Any:
+def import_onnxruntime(provider: Provider) -> Any:
+    """Import onnxruntime and check that it was built with a provider.
+
+    Raises:
+        ProviderError: it is not installed, or was built without the provider.
+    """
+    extra = "cpu" if provider is Provider.CPU else "gpu"
     try:
         import onnxruntime
     except ImportError as err:
         raise ProviderError(
-            "provider cpu: onnxruntime is not installed | onnxruntime 1.31 or later | pip install 'gircse-deploy[cpu]'"
+            f"provider {provider}: onnxruntime is not installed | onnxruntime 1.31 or later | "
+            f"pip install 'gircse-deploy[{extra}]'"
         ) from err
+    wanted = EXECUTION_PROVIDERS[provider][0]
+    if wanted not in onnxruntime.get_available_providers():
+        raise ProviderError(
+            f"provider {provider}: this onnxruntime has {', '.join(onnxruntime.get_available_providers())} | {wanted} | "
+            f"pip uninstall onnxruntime, then pip install 'gircse-deploy[{extra}]'"
+        )
     return onnxruntime
 
 

@@ -140,7 +140,7 @@ def test_self_test_exit_codes(
     small_models: SmallModels, small_bundle: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert embed_command.main([str(small_models.bundle("qwen2")), "--self-test"]) == 0
-    assert "self-test passed: 12 texts" in capsys.readouterr().out
+    assert "self-test passed: fp32 on cpu, 12 texts" in capsys.readouterr().out
     path = small_bundle / "fp32" / "weights.bin"
     weights = np.fromfile(path, np.float32)
     weights[len(weights) // 2 :] *= 1.05

@@ -26,7 +26,7 @@ from scipy.stats import pearsonr, spearmanr
 from torch.utils.data import DataLoader
 
 from gircse.evaluation.mteb_encoder import MtebEncoder, model_meta_from_manifest
-from gircse.runtime import BundleError, Embedder, Manifest
+from gircse.runtime import Embedder, Manifest
 from gircse.runtime.bundle import AdapterSource, ModelSource
 
 FIRST = ["the cat sat on the mat", "ok", "how long does it take", "a bundle is whole", "one", "weights of the model"]
@@ -327,10 +327,8 @@ def test_a_bundle_of_several_precisions(small_bundle: Path) -> None:
     (small_bundle / "gircse.json").write_bytes(msgspec.structs.replace(manifest, variants=variants).to_json())
     encoder = MtebEncoder(small_bundle, precision="twin", steps=1)
     assert encoder.mteb_model_meta.experiment_kwargs == {"precision": "twin", "steps": 1}
-    with pytest.raises(BundleError, match="precision None"):
-        MtebEncoder(small_bundle)
-    with pytest.raises(ValueError, match=r"an open embedder, precision None, variants \['fp32', 'twin'\]"):
-        MtebEncoder(encoder.model)
+    assert MtebEncoder(small_bundle).model.precision == "fp32"
+    assert MtebEncoder(encoder.model).mteb_model_meta.experiment_kwargs == {"precision": "twin"}
 
 
 def test_an_open_embedder_takes_no_precision(embedder: Embedder) -> None:

@@ -1,0 +1,207 @@
+"""TensorRT engines of a bundle: ``engines/NAME.plan`` with a JSON beside each, checked before the plan is trusted.
+
+``gircse-build`` writes both; a plan runs only with the TensorRT that built it, on the compute capabilities it was built
+for, and belongs to exactly one bundle. The JSON holds the fields of :class:`EnginePlan`.
+"""
+
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from enum import StrEnum
+from pathlib import Path
+
+import msgspec
+
+from gircse.runtime.bundle import MANIFEST_NAME, Bundle, Layout, file_sha256
+from gircse.runtime.errors import BundleError, ProviderError
+
+ENGINES_FOLDER = "engines"
+PLAN_SCHEMA_VERSION = 1
+
+Shape = tuple[int, ...]
+
+
+class Flavour(StrEnum):
+    """Which TensorRT: the data-centre library, or TensorRT for RTX, which compiles its kernels on the user's machine."""
+
+    TENSORRT = "tensorrt"
+    TENSORRT_RTX = "tensorrt-rtx"
+
+
+class Stage(StrEnum):
+    """What a profile is made for: both passes, or the prompt or a step of the stepwise layout."""
+
+    ANY = "any"
+    PROMPT = "prompt"
+    STEP = "step"
+
+
+class ShapeRange(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Smallest, expected and largest shape of one engine input."""
+
+    min: Shape
+    opt: Shape
+    max: Shape
+
+    def holds(self, shape: Shape) -> bool:
+        """Whether a shape lies in the range."""
+        return len(shape) == len(self.min) and all(
+            low <= size <= high for low, size, high in zip(self.min, shape, self.max, strict=True)
+        )
+
+
+class EngineProfile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One optimisation profile; its place in ``EnginePlan.profiles`` is its index in the engine.
+
+    Attributes:
+        name: such as ``latency`` or ``throughput``.
+        stage: what it is made for. Its ranges hold every stage; only the expected shapes differ.
+        shapes: the range of every input, by name.
+    """
+
+    name: str
+    stage: Stage
+    shapes: Mapping[str, ShapeRange]
+
+
+class EnginePlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What must be known of a plan before it is loaded.
+
+    Attributes:
+        schema_version: version of these fields.
+        bundle_sha256: SHA-256 of the bundle's ``gircse.json``.
+        precision: variant that it was built from.
+        layout: graph that it was built from.
+        flavour: which TensorRT built it.
+        version: version of that TensorRT.
+        compute_capabilities: GPUs that it runs on, such as ``8.9``.
+        profiles: optimisation profiles, in the engine's order.
+        settings: builder settings, as they were given.
+        command: the command that builds it again.
+        build_seconds: how long the build took.
+        plan_bytes: size of the plan.
+        plan_sha256: SHA-256 of the plan.
+    """
+
+    schema_version: int
+    bundle_sha256: str
+    precision: str
+    layout: Layout
+    flavour: Flavour
+    version: str
+    compute_capabilities: tuple[str, ...]
+    profiles: tuple[EngineProfile, ...]
+    settings: Mapping[str, str | int | float | bool | None]
+    command: str
+    build_seconds: float
+    plan_bytes: int
+    plan_sha256: str
+
+    @property
+    def name(self) -> str:
+        """File name without suffix: ``fp16-tensorrt-rtx-1.7.1-sm89``, an unrolled engine with its layout in front."""
+        capabilities = "-".join(capability.replace(".", "") for capability in self.compute_capabilities)
+        layout = "unrolled-" if self.layout is Layout.UNROLLED else ""
+        return f"{layout}{self.precision}-{self.flavour}-{self.version}-sm{capabilities}"
+
+    def to_json(self) -> bytes:
+        """Return the content of the JSON beside the plan."""
+        return msgspec.json.format(msgspec.json.encode(self), indent=2) + b"\n"
+
+
+def read_plans(bundle: Bundle) -> list[tuple[EnginePlan, Path]]:
+    """Return the plans of a bundle with their paths, sorted by name.
+
+    Raises:
+        BundleError: a JSON beside a plan cannot be used.
+    """
+    found = []
+    for path in sorted((bundle.directory / ENGINES_FOLDER).glob("*.json")):
+        try:
+            plan = msgspec.json.decode(path.read_bytes(), type=EnginePlan)
+        except (OSError, msgspec.DecodeError) as err:
+            raise BundleError(
+                f"{path}: {err} | what gircse-build wrote beside its plan | build the engine again"
+            ) from err
+        found.append((plan, path.with_suffix(".plan")))
+    return found
+
+
+def select_plan(
+    bundle: Bundle,
+    *,
+    flavour: Flavour,
+    version: str,
+    capability: str,
+    precisions: Sequence[str],
+    layout: Layout | None,
+    verify: bool,
+) -> tuple[EnginePlan, Path]:
+    """Choose the engine that this machine can run.
+
+    Args:
+        bundle: an opened bundle.
+        flavour: which TensorRT is installed.
+        version: its version.
+        capability: compute capability of the GPU, such as ``8.9``.
+        precisions: variants that may be taken, the best first.
+        layout: layout of the engine; None takes stepwise before unrolled.
+        verify: compare the SHA-256 of the plan.
+
+    Raises:
+        ProviderError: there is no engine of the flavour, or none fits; the message says what differs and how to build
+            one that does.
+        BundleError: a plan or its JSON is damaged.
+    """
+    plans = [(plan, path) for plan, path in read_plans(bundle) if plan.flavour is flavour]
+    wanted = [
+        (plan, path)
+        for precision in precisions
+        for name in ((layout,) if layout else (Layout.STEPWISE, Layout.UNROLLED))
+        for plan, path in plans
+        if plan.precision == precision and plan.layout is name
+    ]
+    if not wanted:
+        precision = next((name for name in precisions if name in bundle.manifest.variants), precisions[0])
+        raise ProviderError(
+            f"{bundle.directory}: no {flavour} engine of {' or '.join(precisions)} | one in {ENGINES_FOLDER}/ | "
+            f"build it: gircse-build {bundle.directory} --precision {precision} --flavour {flavour} --sm {capability}"
+        )
+    differences = [_differences(plan, bundle, version, capability) for plan, _ in wanted]
+    for (plan, path), difference in zip(wanted, differences, strict=True):
+        if not difference:
+            _check_plan_file(plan, path, verify=verify)
+            return plan, path
+    plan, path = wanted[0]
+    raise ProviderError(
+        f"{path}: {'; '.join(differences[0])} | an engine of this bundle for this machine | "
+        f"rebuild: {rebuild_command(plan, bundle.directory, capability)}"
+    )
+
+
+def rebuild_command(plan: EnginePlan, bundle: Path, capability: str) -> str:
+    """Return the command that builds a plan again, for a bundle that may have moved and a GPU that may be another."""
+    command = re.sub(r"(?<= --sm )\S+", capability, plan.command)
+    return re.sub(r"(?<=^gircse-build )('[^']*'|\S+)", lambda _: shlex.quote(str(bundle)), command)
+
+
+def _differences(plan: EnginePlan, bundle: Bundle, version: str, capability: str) -> list[str]:
+    found = []
+    if plan.schema_version != PLAN_SCHEMA_VERSION:
+        found.append(f"schema version {plan.schema_version}, this gircse-deploy reads {PLAN_SCHEMA_VERSION}")
+    if plan.bundle_sha256 != file_sha256(bundle.directory / MANIFEST_NAME):
+        found.append("built from another export of the bundle")
+    if plan.version != version:
+        found.append(f"built by {plan.flavour} {plan.version}, {version} is installed")
+    if capability not in plan.compute_capabilities:
+        found.append(f"for compute capability {', '.join(plan.compute_capabilities)}, this GPU has {capability}")
+    return found
+
+
+def _check_plan_file(plan: EnginePlan, path: Path, *, verify: bool) -> None:
+    size = path.stat().st_size if path.is_file() else None
+    if size != plan.plan_bytes or (verify and file_sha256(path) != plan.plan_sha256):
+        came = "missing" if size is None else f"{size} bytes" if size != plan.plan_bytes else "another SHA-256"
+        raise BundleError(
+            f"{path}: {came} | {plan.plan_bytes} bytes, SHA-256 {plan.plan_sha256[:12]}... | build again: {plan.command}"
+        )
