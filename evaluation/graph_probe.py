@@ -18,10 +18,10 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
-from gircse.evaluation.bf16_emulation import emulated_graph
+from gircse.evaluation.emulation import EMULATED_PRECISIONS, emulated_graph
 from gircse.evaluation.step_trace import Batches, StepValues
 from gircse.runtime import io_spec
-from gircse.runtime.bundle import Bundle, Layout, Precision
+from gircse.runtime.bundle import Bundle, Layout
 from gircse.runtime.embedder import DEFAULT_BATCH_SIZE, DEFAULT_BATCH_TOKENS
 from gircse.runtime.errors import BundleError
 from gircse.runtime.numerics import Float32
@@ -67,8 +67,8 @@ class GraphProbe:
             | {prefix + io_spec.STATE for prefix in states},
         )
         path = bundle.graph(precision, layout)
-        # ONNX Runtime has no BF16 kernels on the CPU, where the probe runs.
-        model = emulated_graph(path) if precision == Precision.BF16 else onnx.load(path, load_external_data=False)
+        emulated = precision in EMULATED_PRECISIONS
+        model = emulated_graph(path) if emulated else onnx.load(path, load_external_data=False)
         self._graph = _load(path, model, inner, threads)
 
     def refine(self, token_ids: Sequence[list[int]], *, forced: Float32 | None = None) -> Batches:
@@ -103,9 +103,7 @@ class GraphProbe:
     def _run_stepwise(self, prompt: Feed, forced: Float32 | None) -> Iterator[StepValues]:
         past, present = (io_spec.cache_names(prefix, self._facts.num_layers) for prefix in ("past", "present"))
         ids, mask = prompt[io_spec.INPUT_IDS], prompt[io_spec.ATTENTION_MASK]
-        types = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
-        cache_type = next(types[spec.type] for spec in self._graph.get_inputs() if spec.name == past[0])
-        no_past = np.empty((len(ids), 0, self._facts.kv_size), cache_type)
+        no_past = np.empty((len(ids), 0, self._facts.kv_size), np.float32)
         feed = {**prompt, **dict.fromkeys(past, no_past)}
         if self._prefixes:
             feed[io_spec.HIDDEN] = np.empty((len(ids), 0, self._facts.hidden_size), np.float32)

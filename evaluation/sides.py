@@ -12,7 +12,7 @@ import psutil
 
 from gircse.calibration.checkpoint import Checkpoint, resolve_checkpoint
 from gircse.calibration.quiet import quiet_transformers
-from gircse.evaluation.bf16_emulation import emulated_graph
+from gircse.evaluation.emulation import EMULATED_PRECISIONS, emulated_graph
 from gircse.evaluation.graph_probe import GraphProbe
 from gircse.evaluation.prompts import Prompt
 from gircse.evaluation.step_trace import (
@@ -26,7 +26,7 @@ from gircse.evaluation.step_trace import (
     pooled,
 )
 from gircse.runtime import Embedder
-from gircse.runtime.bundle import Bundle, Layout, Manifest, Precision
+from gircse.runtime.bundle import Bundle, Layout, Manifest
 from gircse.runtime.embedder import DEFAULT_BATCH_SIZE, DEFAULT_BATCH_TOKENS
 from gircse.runtime.errors import MeasurementError
 from gircse.runtime.numerics import Float32, l2_normalize
@@ -136,12 +136,12 @@ class BundleSide:
 
         Args:
             bundle: an opened bundle.
-            precision: name of one of its variants. On the CPU, BF16 is emulated.
+            precision: name of one of its variants. On the CPU, FP16 and BF16 are emulated.
             layout: which of its graphs; None is the bundle's default.
             provider: where the runtime runs; the probe runs on the CPU.
             threads: threads of one run; None lets ONNX Runtime take the physical cores.
         """
-        self._emulated = precision == Precision.BF16 and provider is Provider.CPU
+        self._emulated = precision in EMULATED_PRECISIONS and provider is Provider.CPU
         place = ", emulated" if self._emulated else "" if provider is Provider.CPU else f" on {provider}"
         self.name = f"{bundle.directory.name}:{precision}{place}"
         self._bundle, self._precision, self._layout = bundle, precision, layout

@@ -51,6 +51,7 @@ class PhaseProgress:
             self._reach(found.start + found.width)
 
     def _reach(self, position: float) -> None:
+        position = min(position, 1.0)  # a phase that begins after its parent's last step would stand beyond the end
         if position > self._share:
             self._on_growth(position - self._share)
             self._share = position

@@ -36,6 +36,8 @@ SLOW_LAYERS = 8000
 BUILD_BYTES = 1 << 30
 """Memory of a build besides three times its weights (measured with TensorRT for RTX, demo, FP16: 1.4 GiB in all)."""
 
+MAX_WORKSPACE_GIB = 1 << 20
+
 
 @dataclass(frozen=True)
 class BuildOptions:
@@ -83,6 +85,11 @@ def build_engine(options: BuildOptions, *, progress: StageProgress | None = None
         ExportError: TensorRT refuses the graph or a profile, or cannot build it, or memory or disk do not suffice.
     """
     progress = progress or StageProgress()
+    if options.workspace_gib is not None and not 0 < options.workspace_gib <= MAX_WORKSPACE_GIB:
+        raise ExportError(
+            f"--workspace-gib {options.workspace_gib} | above 0, at most {MAX_WORKSPACE_GIB} | leave it out for "
+            "TensorRT's own limit"
+        )
     bundle = Bundle.open(options.bundle)
     flavour = options.flavour or _installed_flavour()
     module = import_tensorrt(flavour)
@@ -125,7 +132,7 @@ def build_engine(options: BuildOptions, *, progress: StageProgress | None = None
             return _write(folder, plan, serialized)
     except OSError as err:
         raise ExportError(
-            f"{folder}: {err.strerror or err} | room and permission to write | nothing was left behind: free some space"
+            f"{err.filename or folder}: {err.strerror or err} | room and permission to write | nothing was left behind: free some space"
         ) from err
 
 
@@ -225,10 +232,10 @@ def _command(options: BuildOptions, precision: str, flavour: Flavour, capabiliti
 
 
 def _write(folder: Path, plan: EnginePlan, serialized: memoryview) -> Path:
-    """Write plan and JSON, each whole or not at all; the JSON last, for it says that the plan is there."""
+    """Write plan and JSON, both or none; the JSON appears last, for it says that the plan is there."""
     path = folder / f"{plan.name}.plan"
-    with whole_file(path) as file:
+    with whole_file(path.with_suffix(".json")) as beside, whole_file(path) as file:
+        beside.write(plan.to_json())
+        beside.flush()  # a full disk shows before the plan appears
         file.write(serialized)
-    with whole_file(path.with_suffix(".json")) as file:
-        file.write(plan.to_json())
     return path

@@ -20,7 +20,8 @@ def main(argv: list[str] | None = None) -> int:
     start = time.perf_counter()
     try:
         # Here, not above: torch takes seconds to import, and --help should not.
-        from gircse.export.exporter import ExportOptions, export_bundle
+        from gircse.export.exporter import export_bundle
+        from gircse.export.options import ExportOptions
 
         options = ExportOptions(**{**vars(args), "output": args.output or _default_output(args)})
         bundle = export_bundle(options)
@@ -74,6 +75,12 @@ def _parser() -> argparse.ArgumentParser:
         default=(),
         metavar="NAME",
         help="parts of weight names, such as layers.3.mlp, whose matrix products stay in FP32",
+    )
+    parser.add_argument(
+        "--probe-texts",
+        type=Path,
+        metavar="FILE",
+        help="texts, one a line, to look for values that FP16 cannot hold (default: a dozen built-in ones)",
     )
     parser.add_argument("--output", type=Path, metavar="DIR", help="bundle directory (default: gircse-MODEL-K)")
     parser.add_argument("--force", action="store_true", help="replace an existing bundle")

@@ -2,46 +2,42 @@
 
 import importlib.metadata
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import onnx_ir as ir
 import psutil
 from tokenizers import Tokenizer
 
 from gircse.calibration.checkpoint import Checkpoint, pad_token_id, read_json, resolve_checkpoint
-from gircse.calibration.progress import StageProgress
+from gircse.calibration.corpus import read_texts
+from gircse.calibration.magnitudes import largest_magnitudes
+from gircse.calibration.progress import Advance, StageProgress
+from gircse.calibration.reference import load_reference
 from gircse.export.architecture import DecoderShape, check_limits, decoder_shape
-from gircse.export.compose import RefinementSettings, compose_graph, weight_initializers
+from gircse.export.golden import CASES as GOLDEN_CASES
 from gircse.export.golden import write_golden
-from gircse.export.precision import DTYPES, FLOAT32_ISLANDS, set_precision
+from gircse.export.options import ExportOptions
+from gircse.export.overflow import overflow_risks, write_magnitudes
+from gircse.export.precision import DTYPES
 from gircse.export.safetensors_index import SafetensorsIndex
 from gircse.export.simplify import simplify_decoder
 from gircse.export.staging import check_destination, staged_directory
 from gircse.export.trace import trace_decoder
-from gircse.export.weights import WeightPlan, estimate_bytes, external_tensors, write_weights
-from gircse.runtime import io_spec
+from gircse.export.variants import PlannedVariant, graph_facts, manifest_variant, plan_variant, write_variant
+from gircse.export.weights import estimate_bytes
 from gircse.runtime.bundle import (
     MANIFEST_NAME,
     SCHEMA_VERSION,
     FileEntry,
-    GraphFacts,
-    GraphFile,
-    Layout,
     Manifest,
-    Pooling,
     Precision,
-    TensorSpec,
-    Variant,
     file_sha256,
 )
 from gircse.runtime.errors import CheckpointError, ExportError
-from gircse.runtime.token_batch import PROMPT_TEMPLATE, load_tokenizer
+from gircse.runtime.token_batch import PROMPT_TEMPLATE, TokenBatch, load_tokenizer, padded_batches, tokenize
 
-GRAPH_FILES = {Layout.UNROLLED: "model.onnx", Layout.STEPWISE: "stepwise.onnx"}
-WEIGHTS_FILE = "weights.bin"
 TOOLS = ("gircse-deploy", "torch", "transformers", "peft", "onnx", "onnxscript", "onnx-ir", "safetensors", "tokenizers")
 
 TRACE_BYTES = 1 << 30
@@ -50,62 +46,14 @@ TRACE_BYTES = 1 << 30
 REFERENCE_BYTES = 1 << 28
 """What the PyTorch reference takes on top of its weights."""
 
+PROBE_BATCH, PROBE_BATCH_TOKENS = 16, 2048
+"""Texts and tokens of a batch of the overflow probe."""
+
+MOST_RISKS = 10
+"""Overflow risks that are shown one by one."""
+
 SMALL_FILES_BYTES = 64 << 20
 """Room for everything in a bundle but the weights."""
-
-
-@dataclass(frozen=True)
-class ExportOptions:
-    """What to export, and how; the fields are the flags of ``gircse-export``.
-
-    Attributes:
-        output: directory of the bundle.
-        steps: K, 0 to 64.
-        model: ``demo``, a local directory or a Hugging Face id.
-        adapter: directory or Hugging Face id of a LoRA, ``none``, or None for the model's default.
-        revision: revision of a Hugging Face model.
-        pooling: ``mean`` or ``last``.
-        temperature: divisor of the logits.
-        max_tokens: longest prompt.
-        layout: ``unrolled``, which brings the stepwise graph along, or ``stepwise`` alone.
-        precisions: the variants to write.
-        keep_float32: parts of weight names whose matrix products stay in FP32 in every variant.
-        force: replace an existing bundle.
-    """
-
-    output: Path
-    steps: int
-    model: str = "demo"
-    adapter: str | None = None
-    revision: str | None = None
-    pooling: Pooling = Pooling.MEAN
-    temperature: float = 1.0
-    max_tokens: int = 512
-    layout: Layout = Layout.UNROLLED
-    precisions: tuple[Precision, ...] = (Precision.FP32,)
-    keep_float32: tuple[str, ...] = ()
-    force: bool = False
-
-    def __post_init__(self) -> None:
-        """Take plain strings for the enums; a ``ValueError`` names what they may be."""
-        object.__setattr__(self, "pooling", Pooling(self.pooling))
-        object.__setattr__(self, "layout", Layout(self.layout))
-        object.__setattr__(self, "precisions", tuple(dict.fromkeys(map(Precision, self.precisions))))
-
-    @property
-    def settings(self) -> RefinementSettings:
-        """The part that the graphs compute."""
-        return RefinementSettings(self.steps, self.pooling, self.temperature)
-
-
-@dataclass(frozen=True)
-class _Variant:
-    """One precision, planned: its graphs by layout, how often each rewrite applied, and its weights."""
-
-    precision: Precision
-    graphs: Mapping[Layout, ir.Model]
-    rewrites: Mapping[Layout, Mapping[str, int]]
-    plan: WeightPlan
 
 
 @dataclass(frozen=True)
@@ -139,6 +87,7 @@ def export_bundle(options: ExportOptions, *, progress: StageProgress | None = No
     if not options.temperature > 0 or options.temperature == float("inf"):
         raise ExportError(f"--temperature {options.temperature} | a finite number above 0 | 1 is the trained value")
     check_destination(output, force=options.force)
+    probe_texts = read_texts(options.probe_texts) if options.probe_texts else [text for _, text in GOLDEN_CASES]
     with progress.stage(f"find the model {options.model}"):
         source = _open_source(options)
     golden_missing_reason = _check_resources(source.weights, options.precisions, output, progress)
@@ -147,7 +96,7 @@ def export_bundle(options: ExportOptions, *, progress: StageProgress | None = No
         with staged_directory(output, force=options.force) as directory:
             files = _write_variants(directory, variants, options, source, progress)
             if golden_missing_reason is None:
-                _write_golden(directory, options, source, progress)
+                _use_reference(directory, options, source, probe_texts, progress)
             with progress.stage("hash the files"):
                 _write_manifest(directory, variants, options, source, files, golden_missing_reason)
     except OSError as err:
@@ -198,7 +147,7 @@ def _open_tokenizer(directory: Path) -> Tokenizer:
     return load_tokenizer(path)
 
 
-def _trace_and_plan(options: ExportOptions, source: _Source, progress: StageProgress) -> list[_Variant]:
+def _trace_and_plan(options: ExportOptions, source: _Source, progress: StageProgress) -> list[PlannedVariant]:
     """Trace, compose, and match the weights; reads headers only, so a wrong adapter fails before anything is written."""
     with progress.stage(f"trace the {source.shape.architecture} decoder ({source.shape.num_layers} layers)"):
         decoder = trace_decoder(source.config, source.shape, positions=options.max_tokens + options.steps)
@@ -206,21 +155,17 @@ def _trace_and_plan(options: ExportOptions, source: _Source, progress: StageProg
     with progress.stage(
         f"compose {options.steps} refinement steps ({options.layout}, {', '.join(options.precisions)})"
     ):
-        return [_plan_variant(precision, decoder, options, source) for precision in options.precisions]
-
-
-def _plan_variant(precision: Precision, decoder: ir.Graph, options: ExportOptions, source: _Source) -> _Variant:
-    graphs, rewrites = {}, {}
-    for layout in sorted(_graph_facts(options, source.shape).layouts):
-        graphs[layout] = compose_graph(decoder, source.shape, options.settings, layout=layout)
-        rewrites[layout] = set_precision(graphs[layout], precision, keep_float32=options.keep_float32)
-    plan = WeightPlan.build(
-        weight_initializers(graphs.values()),
-        source.weights,
-        source.checkpoint.adapter_directory,
-        tied=source.shape.tied,
-    )
-    return _Variant(precision, graphs, rewrites, plan)
+        return [
+            plan_variant(
+                precision,
+                decoder,
+                options,
+                shape=source.shape,
+                base=source.weights,
+                adapter_directory=source.checkpoint.adapter_directory,
+            )
+            for precision in options.precisions
+        ]
 
 
 def _check_resources(
@@ -258,25 +203,20 @@ def _check_resources(
 
 
 def _write_variants(
-    directory: Path, variants: Sequence[_Variant], options: ExportOptions, source: _Source, progress: StageProgress
+    directory: Path,
+    variants: Sequence[PlannedVariant],
+    options: ExportOptions,
+    source: _Source,
+    progress: StageProgress,
 ) -> dict[str, FileEntry]:
     """Write weights, graphs and tokenizer; return the entries of the weights, which were hashed while written."""
     files = {}
-    identity = _graph_facts(options, source.shape).identity
+    identity = graph_facts(options, source.shape).identity
     for variant in variants:
-        folder, plan = directory / variant.precision, variant.plan
-        folder.mkdir()
-        stage = f"write {_gib(plan.total_bytes)} of {variant.precision} weights"
-        with progress.stage(stage, total=plan.total_bytes) as advance:
-            entry = write_weights(plan, folder / WEIGHTS_FILE, on_bytes=advance)
-        files[f"{variant.precision}/{WEIGHTS_FILE}"] = entry
-        external = external_tensors(plan, WEIGHTS_FILE)
-        with progress.stage(f"write the {variant.precision} graphs"):
-            for layout, model in variant.graphs.items():
-                for name, value in model.graph.initializers.items():
-                    value.const_value = external.get(name, value.const_value)
-                model.metadata_props[io_spec.GRAPH_IDENTITY_KEY] = identity
-                ir.save(model, folder / GRAPH_FILES[layout])
+        total = variant.plan.total_bytes
+        with progress.stage(f"write {_gib(total)} of {variant.precision} weights", total=total) as advance:
+            entry = write_variant(variant, directory, identity=identity, on_bytes=advance)
+        files[variant.weights_path] = entry
     for name in ("tokenizer.json", "tokenizer_config.json"):
         path = source.checkpoint.directory / name
         if path.is_file():
@@ -284,21 +224,49 @@ def _write_variants(
     return files
 
 
-def _write_golden(directory: Path, options: ExportOptions, source: _Source, progress: StageProgress) -> None:
-    with progress.stage("compute golden vectors with PyTorch"):
+def _use_reference(
+    directory: Path, options: ExportOptions, source: _Source, probe_texts: Sequence[str], progress: StageProgress
+) -> None:
+    """Compute with PyTorch what the bundle carries of it: golden vectors, and the magnitudes that FP16 must hold."""
+    with progress.stage("load the PyTorch reference"):
+        model = load_reference(source.checkpoint)
+    with progress.stage("compute golden vectors"):
         write_golden(
             directory,
-            source.checkpoint,
+            model,
             source.tokenizer,
             options.settings,
             pad_token_id=source.pad_token_id,
             max_tokens=options.max_tokens,
         )
+    if Precision.FP16 not in options.precisions:
+        return
+    prompts = tokenize(source.tokenizer, probe_texts, empty_token_id=source.pad_token_id)
+    token_ids = [ids[: options.max_tokens] for ids in prompts]
+    with progress.stage(f"probe {len(token_ids)} texts for FP16 overflow", total=len(token_ids)) as advance:
+        batches = padded_batches(
+            token_ids, pad_token_id=source.pad_token_id, batch_size=PROBE_BATCH, batch_tokens=PROBE_BATCH_TOKENS
+        )
+        magnitudes = largest_magnitudes(
+            model, _counted(batches, advance), steps=options.steps, temperature=options.temperature
+        )
+    write_magnitudes(directory / Precision.FP16 / "magnitudes.json", magnitudes, texts=len(token_ids))
+    risks = overflow_risks(magnitudes, keep_float32=options.keep_float32, tied=source.shape.tied)
+    for risk in risks[:MOST_RISKS]:
+        progress.note(f"  warning: {risk}")
+    if len(risks) > MOST_RISKS:
+        progress.note(f"  warning: and {len(risks) - MOST_RISKS} more: see fp16/magnitudes.json")
+
+
+def _counted(batches: Iterable[TokenBatch], advance: Advance) -> Iterator[TokenBatch]:
+    for batch in batches:
+        yield batch
+        advance(len(batch.rows))
 
 
 def _write_manifest(
     directory: Path,
-    variants: Sequence[_Variant],
+    variants: Sequence[PlannedVariant],
     options: ExportOptions,
     source: _Source,
     files: dict[str, FileEntry],
@@ -312,57 +280,16 @@ def _write_manifest(
         schema_version=SCHEMA_VERSION,
         model=source.checkpoint.model,
         adapter=source.checkpoint.adapter,
-        graph=_graph_facts(options, source.shape),
+        graph=graph_facts(options, source.shape),
         prompt_template=PROMPT_TEMPLATE,
         pad_token_id=source.pad_token_id,
-        variants={variant.precision: _manifest_variant(variant, options) for variant in variants},
+        variants={variant.precision: manifest_variant(variant, options) for variant in variants},
         golden=golden_missing_reason is None,
         golden_missing_reason=golden_missing_reason,
         tools={name: importlib.metadata.version(name) for name in TOOLS},
         files=dict(sorted(files.items())),
     )
     (directory / MANIFEST_NAME).write_bytes(manifest.to_json())
-
-
-def _manifest_variant(variant: _Variant, options: ExportOptions) -> Variant:
-    folder = variant.precision
-    return Variant(
-        graphs={
-            layout: GraphFile(
-                f"{folder}/{GRAPH_FILES[layout]}", _tensor_specs(model.graph.inputs), _tensor_specs(model.graph.outputs)
-            )
-            for layout, model in variant.graphs.items()
-        },
-        weights=f"{folder}/{WEIGHTS_FILE}",
-        float32=(*FLOAT32_ISLANDS[folder], *options.keep_float32),
-        rewrites=variant.rewrites,
-    )
-
-
-def _graph_facts(options: ExportOptions, shape: DecoderShape) -> GraphFacts:
-    return GraphFacts(
-        architecture=shape.architecture,
-        layout=options.layout,
-        steps=options.steps,
-        pooling=options.pooling,
-        temperature=options.temperature,
-        max_tokens=options.max_tokens,
-        hidden_size=shape.hidden_size,
-        num_layers=shape.num_layers,
-        kv_size=shape.kv_size,
-        vocab_size=shape.vocab_size,
-    )
-
-
-def _tensor_specs(values: Iterable[ir.Value]) -> tuple[TensorSpec, ...]:
-    return tuple(
-        TensorSpec(
-            str(value.name),
-            str(ir.DataType(value.dtype or 0).numpy()),
-            tuple(dim if isinstance(dim, int) else str(dim.value) for dim in value.shape or ()),
-        )
-        for value in values
-    )
 
 
 def _gib(size: int) -> str:

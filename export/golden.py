@@ -5,14 +5,14 @@ A bundle carries them so that any runtime, anywhere, can check itself (``Embedde
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer
 
-from gircse.calibration.checkpoint import Checkpoint
-from gircse.calibration.reference import load_reference, step_states
+from gircse.calibration.reference import step_states
 from gircse.export.compose import RefinementSettings
 from gircse.runtime.bundle import Pooling
 from gircse.runtime.numerics import l2_normalize, prefix_means
@@ -43,7 +43,7 @@ CASES: tuple[tuple[str, str], ...] = (
 
 def write_golden(
     directory: Path,
-    checkpoint: Checkpoint,
+    model: Any,
     tokenizer: Tokenizer,
     settings: RefinementSettings,
     *,
@@ -57,7 +57,7 @@ def write_golden(
 
     Args:
         directory: where to write.
-        checkpoint: model and adapter.
+        model: the reference of ``load_reference``.
         tokenizer: the model's tokenizer.
         settings: K, pooling, temperature.
         pad_token_id: padding, and the stand-in for an empty prompt.
@@ -65,7 +65,6 @@ def write_golden(
     """
     prompts = [format_prompt(instruction, text) for instruction, text in CASES]
     token_ids = [ids[:max_tokens] for ids in tokenize(tokenizer, prompts, empty_token_id=pad_token_id)]
-    model = load_reference(checkpoint)
     batch = pad_batch(tuple(range(len(CASES))), token_ids, pad_token_id=pad_token_id)
     ids, mask = torch.from_numpy(batch.input_ids), torch.from_numpy(batch.attention_mask)
     states = step_states(model, ids, mask, steps=settings.steps, temperature=settings.temperature).numpy()

@@ -16,6 +16,9 @@ from gircse.runtime.bundle import GraphFacts, Layout
 from gircse.runtime.engine_plan import EngineProfile, Flavour, ShapeRange, Stage
 from gircse.runtime.errors import ExportError
 
+MAX_SIZE = 2**31 - 1
+"""TensorRT cuts larger ones to 32 bits and says nothing (measured with TensorRT for RTX 1.7)."""
+
 
 class SizeRange(NamedTuple):
     """Smallest, expected and largest size of a dimension."""
@@ -29,14 +32,14 @@ class SizeRange(NamedTuple):
         """Read ``8``, ``1:64`` (smallest and largest) or ``1:8:64``.
 
         Raises:
-            ValueError: another form, or sizes that are not in order or below 1.
+            ValueError: another form, or sizes that are not in order, below 1 or above ``MAX_SIZE``.
         """
         if not re.fullmatch(r"\d+(:\d+){0,2}", text):
             raise ValueError(f"{text!r} | MIN:EXPECTED:MAX, MIN:MAX or one number | write for example 1:8:64")
         sizes = [int(part) for part in text.split(":")]
         found = cls(sizes[0], sizes[len(sizes) // 2] if len(sizes) == 3 else sizes[-1], sizes[-1])
-        if not 1 <= found.min <= found.opt <= found.max:
-            raise ValueError(f"{text!r} | sizes of at least 1, in order | write for example 1:8:64")
+        if not 1 <= found.min <= found.opt <= found.max <= MAX_SIZE:
+            raise ValueError(f"{text!r} | sizes of 1 to {MAX_SIZE}, in order | write for example 1:8:64")
         return found
 
 
@@ -69,8 +72,8 @@ class ProfileSpec:
         name, _, sizes = text.partition("=")
         if not re.fullmatch(r"[\w-]+", name) or not sizes:
             raise ValueError(f"{text!r} | NAME=BATCH or NAME=BATCHxTOKENS | write for example latency=1x1:64:512")
-        batch, _, own = sizes.partition("x")
-        return cls(name, SizeRange.parse(batch), SizeRange.parse(own) if own else tokens)
+        batch, cross, own = sizes.partition("x")
+        return cls(name, SizeRange.parse(batch), SizeRange.parse(own) if cross else tokens)
 
 
 def default_specs(flavour: Flavour, batch: SizeRange, tokens: SizeRange) -> list[ProfileSpec]:

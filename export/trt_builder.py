@@ -88,9 +88,9 @@ class TensorRtBuilder:
         for name, shape in profile.shapes.items():
             try:
                 made.set_shape(name, shape.min, shape.opt, shape.max)
-            except ValueError as err:
+            except (RuntimeError, TypeError, ValueError) as err:  # which of them depends on the TensorRT
                 raise ExportError(
-                    f"profile {profile.name}, {name}: {err} | {shape} | check --batch and --tokens"
+                    f"profile {profile.name}, {name}: {str(err).splitlines()[0]} | {shape} | check --batch and --tokens"
                 ) from err
         _check(self._config.add_optimization_profile(made) == index, f"profile {profile.name} ({profile.stage})")
 
@@ -101,6 +101,8 @@ class TensorRtBuilder:
         if path is None:
             self._config.set_flag(self._trt.BuilderFlag.DISABLE_TIMING_CACHE)
             return
+        if not path.parent.is_dir():
+            raise ExportError(f"--timing-cache {path}: no such folder | a file in an existing one | make {path.parent}")
         cache = self._config.create_timing_cache(path.read_bytes() if path.is_file() else b"")
         if not self._config.set_timing_cache(cache, False):
             logger.warning("%s: timings of another GPU or TensorRT, not used; they will be replaced", path)

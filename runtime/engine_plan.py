@@ -4,7 +4,6 @@
 for, and belongs to exactly one bundle. The JSON holds the fields of :class:`EnginePlan`.
 """
 
-import re
 import shlex
 from collections.abc import Mapping, Sequence
 from enum import StrEnum
@@ -97,6 +96,11 @@ class EnginePlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     plan_bytes: int
     plan_sha256: str
 
+    def __post_init__(self) -> None:
+        """Refuse a command that cannot be taken apart; msgspec turns the ``ValueError`` into its own."""
+        if len(shlex.split(self.command)) < 2:
+            raise ValueError(f"command {self.command!r} names no bundle")
+
     @property
     def name(self) -> str:
         """File name without suffix: ``fp16-tensorrt-rtx-1.7.1-sm89``, an unrolled engine with its layout in front."""
@@ -118,13 +122,26 @@ def read_plans(bundle: Bundle) -> list[tuple[EnginePlan, Path]]:
     found = []
     for path in sorted((bundle.directory / ENGINES_FOLDER).glob("*.json")):
         try:
-            plan = msgspec.json.decode(path.read_bytes(), type=EnginePlan)
+            content = path.read_bytes()
+            version = msgspec.json.decode(content, type=_SchemaVersion).schema_version
+            if version > PLAN_SCHEMA_VERSION:  # its fields may be others
+                raise BundleError(
+                    f"{path}: schema version {version} | this gircse-deploy reads up to {PLAN_SCHEMA_VERSION} | upgrade: "
+                    "pip install -U gircse-deploy, or build the engine again"
+                )
+            plan = msgspec.json.decode(content, type=EnginePlan)
         except (OSError, msgspec.DecodeError) as err:
             raise BundleError(
                 f"{path}: {err} | what gircse-build wrote beside its plan | build the engine again"
             ) from err
         found.append((plan, path.with_suffix(".plan")))
     return found
+
+
+class _SchemaVersion(msgspec.Struct):
+    """The one field that every version of the JSON has."""
+
+    schema_version: int
 
 
 def select_plan(
@@ -163,14 +180,17 @@ def select_plan(
     ]
     if not wanted:
         precision = next((name for name in precisions if name in bundle.manifest.variants), precisions[0])
+        layouts = bundle.manifest.graph.layouts
+        layout = layout or (Layout.STEPWISE if Layout.STEPWISE in layouts else Layout.UNROLLED)
+        command = ["gircse-build", str(bundle.directory), "--precision", precision, "--flavour", flavour]
         raise ProviderError(
             f"{bundle.directory}: no {flavour} engine of {' or '.join(precisions)} | one in {ENGINES_FOLDER}/ | "
-            f"build it: gircse-build {bundle.directory} --precision {precision} --flavour {flavour} --sm {capability}"
+            f"build it: {shlex.join([*command, '--layout', layout, '--sm', capability])}"
         )
     differences = [_differences(plan, bundle, version, capability) for plan, _ in wanted]
     for (plan, path), difference in zip(wanted, differences, strict=True):
         if not difference:
-            _check_plan_file(plan, path, verify=verify)
+            _check_plan_file(plan, path, rebuild_command(plan, bundle.directory, capability), verify=verify)
             return plan, path
     plan, path = wanted[0]
     raise ProviderError(
@@ -181,8 +201,11 @@ def select_plan(
 
 def rebuild_command(plan: EnginePlan, bundle: Path, capability: str) -> str:
     """Return the command that builds a plan again, for a bundle that may have moved and a GPU that may be another."""
-    command = re.sub(r"(?<= --sm )\S+", capability, plan.command)
-    return re.sub(r"(?<=^gircse-build )('[^']*'|\S+)", lambda _: shlex.quote(str(bundle)), command)
+    command, _, *flags = shlex.split(plan.command)
+    if "--sm" in flags:
+        place = flags.index("--sm") + 1
+        flags[place : place + 1] = [capability]
+    return shlex.join([command, str(bundle), *flags])
 
 
 def _differences(plan: EnginePlan, bundle: Bundle, version: str, capability: str) -> list[str]:
@@ -198,10 +221,10 @@ def _differences(plan: EnginePlan, bundle: Bundle, version: str, capability: str
     return found
 
 
-def _check_plan_file(plan: EnginePlan, path: Path, *, verify: bool) -> None:
+def _check_plan_file(plan: EnginePlan, path: Path, command: str, *, verify: bool) -> None:
     size = path.stat().st_size if path.is_file() else None
     if size != plan.plan_bytes or (verify and file_sha256(path) != plan.plan_sha256):
         came = "missing" if size is None else f"{size} bytes" if size != plan.plan_bytes else "another SHA-256"
         raise BundleError(
-            f"{path}: {came} | {plan.plan_bytes} bytes, SHA-256 {plan.plan_sha256[:12]}... | build again: {plan.command}"
+            f"{path}: {came} | {plan.plan_bytes} bytes, SHA-256 {plan.plan_sha256[:12]}... | build again: {command}"
         )

@@ -15,7 +15,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
-from gircse.export.exporter import ExportOptions, export_bundle
+from gircse.export.exporter import export_bundle
+from gircse.export.options import ExportOptions
 
 DATA = Path(__file__).parent / "data"
 SHARED = Path(os.environ.get("GIRCSE_SHARED", Path(__file__).parents[2] / "shared"))

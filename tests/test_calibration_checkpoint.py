@@ -12,7 +12,8 @@ from conftest import SmallModels
 
 from gircse.calibration import demo
 from gircse.calibration.checkpoint import pad_token_id, resolve_checkpoint
-from gircse.export.exporter import ExportOptions, export_bundle
+from gircse.export.exporter import export_bundle
+from gircse.export.options import ExportOptions
 from gircse.runtime import CheckpointError, ExportError
 
 

@@ -29,7 +29,8 @@ from gircse.evaluation.bench_worker import Kind, SideSpec, Worker
 from gircse.evaluation.gguf_weights import embedding_table, gguf_of, write_q8_0_gguf
 from gircse.evaluation.llama_cpp_peer import LlamaCppPeer
 from gircse.evaluation.prompts import read_prompts
-from gircse.export.exporter import ExportOptions, export_bundle
+from gircse.export.exporter import export_bundle
+from gircse.export.options import ExportOptions
 from gircse.runtime.bundle import Bundle, Pooling
 from gircse.runtime.errors import CheckpointError, MeasurementError, ProviderError
 from gircse.runtime.numerics import Float32, l2_normalize, row_cosine

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from conftest import SmallModels
 
-from gircse.export.exporter import ExportOptions, export_bundle
+from gircse.export.exporter import export_bundle
+from gircse.export.options import ExportOptions
 from gircse.export.staging import staged_directory
 from gircse.runtime import Embedder, ExportError
 from gircse.runtime.bundle import Bundle

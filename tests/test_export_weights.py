@@ -15,7 +15,8 @@ from test_export_parity import PROMPTS, run
 from tolerances import CONTROL_MIN_DIFFERENCE, MERGE_MAX_DIFFERENCE, SMALL_MODEL_MAX_DIFFERENCE
 
 from gircse.export import weights
-from gircse.export.exporter import ExportOptions, export_bundle
+from gircse.export.exporter import export_bundle
+from gircse.export.options import ExportOptions
 from gircse.runtime import CheckpointError
 
 LORA: dict[str, Any] = {"r": 4, "lora_alpha": 8, "init_lora_weights": False}

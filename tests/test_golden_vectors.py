@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from tolerances import BATCH_MAX_DIFFERENCE_DEMO, OFFICIAL_MIN_COSINE
 
-from gircse.export.exporter import ExportOptions, export_bundle
+from gircse.export.exporter import export_bundle
+from gircse.export.options import ExportOptions
 from gircse.runtime import Embedder
 from gircse.runtime.numerics import row_cosine
 
