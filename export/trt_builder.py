@@ -28,6 +28,7 @@ class TensorRtBuilder:
         self._network = self._builder.create_network(0 if flag is None else 1 << int(flag))
         self._parser = module.OnnxParser(self._network, self._logger)
         self._config = self._builder.create_builder_config()
+        self._config.clear_flag(module.BuilderFlag.TF32)  # FP32 means FP32, as in the reference
         self._timing_path: Path | None = None
 
     @property

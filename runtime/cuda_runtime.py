@@ -15,7 +15,7 @@ from gircse.runtime.errors import ProviderError
 HostBytes = NDArray[np.uint8]
 
 MIB = 1 << 20
-INSTALL_HINT = "pip install 'gircse-deploy[tensorrt]'"
+INSTALL_HINT = "pip install 'gircse-deploy[tensorrt]' or 'gircse-deploy[tensorrt-rtx]'"
 
 
 class DeviceMemory(NamedTuple):

@@ -101,7 +101,7 @@ class Embedder:
         self._bundle = Bundle.open(path)
         self.tokenizer = token_batch.open_tokenizer(self._bundle)
         if session is not None:
-            self._opened = OpenedSession(session, Provider.CPU, self._bundle.default_variant([precision or ""]))
+            self._opened = OpenedSession(session, Provider.CPU, precision or self._bundle.default_variant(()))
             return
         options = SessionOptions(
             precision=precision,

@@ -22,6 +22,9 @@ EXECUTION_PROVIDERS = {
 }
 """What each provider asks of ONNX Runtime; the later ones take the few nodes that compute shapes."""
 
+_OPTIONS = {"CUDAExecutionProvider": {"use_tf32": "0"}}
+"""By default the CUDA provider computes FP32 products in TF32, whose vectors are not those of FP32."""
+
 _ONNX_TYPES = {"tensor(float)": 1, "tensor(float16)": 10, "tensor(bfloat16)": 16}
 """Numbers of the types that a KV cache can have; numpy knows no bfloat16."""
 
@@ -186,13 +189,15 @@ def load_graph(
         options.intra_op_num_threads = threads
     if content is not None:
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
+    providers = [(name, _OPTIONS.get(name, {})) for name in wanted]
     try:
-        session = ort.InferenceSession(content or str(path), options, providers=list(wanted))
+        session = ort.InferenceSession(content or str(path), options, providers=providers)
     except Exception as err:  # onnxruntime raises its own exceptions, which share only Exception
         came = _first_line(str(err))
-        if "NOT_IMPLEMENTED" in came and provider is Provider.CPU:
+        if "NOT_IMPLEMENTED" in came:
             raise ProviderError(
-                f"provider cpu: {path} does not run on the CPU ({came}) | fp32 or fp16 | choose one of these, or a GPU"
+                f"provider {provider}: {path} does not run there ({came}) | a precision that it has kernels for, on the "
+                "CPU fp32 or fp16 | choose another precision or provider"
             ) from err
         raise BundleError(f"{path}: {came} | a graph that ONNX Runtime loads | export again") from err
     if session.get_providers()[0] != wanted[0]:  # ONNX Runtime only warns and goes on with what is left

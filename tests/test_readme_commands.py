@@ -10,13 +10,14 @@ from pathlib import Path
 import pytest
 
 from gircse.evaluation import bench_command, parity_command
-from gircse.export import export_command
+from gircse.export import build_command, export_command
 from gircse.runtime import embed_command
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PARSERS = {
     "gircse-export": export_command._parser,
+    "gircse-build": build_command._parser,
     "gircse-embed": embed_command._parser,
     "gircse-parity": parity_command._parser,
     "gircse-bench": bench_command._parser,
@@ -41,7 +42,7 @@ def test_every_command_parses(command: str) -> None:
 
 @pytest.mark.parametrize("program", [name for name in PARSERS if name != "gircse-embed"])
 def test_every_flag_is_explained(program: str) -> None:
-    flags = set(re.findall(r"`(--[a-z-]+)", README))
+    flags = set(re.findall(r"`(--[a-z0-9-]+)", README))
     for action in PARSERS[program]()._actions:
         assert set(action.option_strings) & (flags | {"-h"}) or not action.option_strings, action.option_strings
 

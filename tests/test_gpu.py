@@ -1,0 +1,84 @@
+"""What only a GPU can show: every provider gives the vectors of PyTorch. Skipped, with the reason, where there is none."""
+
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import SmallModels
+from tolerances import GPU_BATCH_MAX_DIFFERENCE
+
+from gircse.export.engine_builder import BuildOptions, build_engine
+from gircse.export.profile_shapes import SizeRange
+from gircse.runtime import Embedder, ProviderError
+from gircse.runtime.bundle import Layout
+from gircse.runtime.cuda_runtime import open_cuda
+from gircse.runtime.engine_plan import Flavour
+from gircse.runtime.provider import Provider
+
+pytestmark = pytest.mark.gpu
+
+TEXTS = ["a", "the harbour freezes over", "one two three four five six seven", "the harbour freezes over"]
+PROVIDERS = [provider for provider in Provider if provider not in (Provider.AUTO, Provider.CPU)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _gpu() -> None:
+    try:
+        open_cuda()
+    except ProviderError as err:
+        pytest.skip(f"no GPU: {err}")
+
+
+def open_embedder(small_models: SmallModels, provider: Provider, precision: str, layout: Layout) -> Embedder:
+    bundle: Path = small_models.bundle("llama", precisions=("fp32", "fp16", "bf16"))
+    try:
+        if provider in (Provider.TENSORRT, Provider.TENSORRT_RTX):
+            build_engine(
+                BuildOptions(
+                    bundle,
+                    precision=precision,
+                    flavour=Flavour(provider),
+                    layout=layout,
+                    batch=SizeRange(1, 2, 3),  # smaller than the batches of the tests
+                )
+            )
+        return Embedder(bundle, provider=provider, precision=precision, layout=layout)
+    except ProviderError as err:
+        pytest.skip(str(err))
+
+
+@pytest.mark.parametrize("layout", Layout)
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize("provider", PROVIDERS)
+def test_vectors_are_those_of_pytorch(
+    small_models: SmallModels, provider: Provider, precision: str, layout: Layout
+) -> None:
+    report = open_embedder(small_models, provider, precision, layout).self_test()
+    assert report.min_cosine > (0.99 if precision == "bf16" else report.limit)
+
+
+@pytest.mark.parametrize("layout", Layout)
+@pytest.mark.parametrize("provider", PROVIDERS)
+def test_repeated_shapes_threads_and_batches(small_models: SmallModels, provider: Provider, layout: Layout) -> None:
+    """Captured graphs, several lanes and split batches give what the first plain run gave."""
+    embedder = open_embedder(small_models, provider, "fp16", layout)
+    first = embedder.encode(TEXTS, all_steps=True)
+    for _ in range(4):
+        assert np.abs(embedder.encode(TEXTS, all_steps=True) - first).max() < GPU_BATCH_MAX_DIFFERENCE
+    assert np.abs(embedder.encode(TEXTS, all_steps=True, batch_size=1) - first).max() < GPU_BATCH_MAX_DIFFERENCE
+    found: dict[int, np.ndarray] = {}
+    threads = [
+        threading.Thread(target=lambda at=at: found.update({at: embedder.encode(TEXTS, all_steps=True)}))
+        for at in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 4
+    assert max(np.abs(vectors - first).max() for vectors in found.values()) < GPU_BATCH_MAX_DIFFERENCE
+
+
+def test_auto_takes_the_gpu(small_models: SmallModels) -> None:
+    assert Embedder(small_models.bundle("llama", precisions=("fp32", "fp16", "bf16"))).provider is not Provider.CPU
