@@ -96,6 +96,7 @@ def test_worker_errors_reach_the_parent(small_models: SmallModels) -> None:
         (["--repeats", "1"], "--repeats: 1 | 3 to"),
         (["--threads", "0"], "--threads: 0"),
         (["--precision", "fp8"], "precision 'fp8'"),
+        (["--provider", "cuda"], "provider cuda: this onnxruntime has"),
         (["--sts", "nowhere.tsv"], "nowhere.tsv"),
         (["--against", "llama.cpp", "--gguf", "nowhere.gguf"], "nowhere.gguf"),
     ],

@@ -28,7 +28,7 @@ from gircse.evaluation.sides import BundleSide, TorchSide, parse_bundle_referenc
 from gircse.evaluation.step_trace import StepTrace, pooled
 from gircse.evaluation.task_files import TaskOptions, read_tasks
 from gircse.runtime import Embedder, MeasurementError
-from gircse.runtime.bundle import Bundle, Pooling
+from gircse.runtime.bundle import Bundle, Layout, Pooling
 from gircse.runtime.numerics import l2_normalize
 from gircse.runtime.token_batch import open_tokenizer
 
@@ -292,6 +292,7 @@ def test_command_fails_on_a_gate(small_models: SmallModels, tmp_path: Path, caps
         (["--model", "nowhere"], "--model nowhere: no such directory"),
         (["--device", "warp"], "--device warp"),
         (["--threads", "0"], "threads: 0"),
+        (["--provider", "cuda"], "provider cuda: this onnxruntime has"),
         (["--report", "/proc/nowhere"], "--report /proc/nowhere"),
     ],
 )
@@ -309,6 +310,16 @@ def test_command_cannot_measure(
     err = capsys.readouterr().err
     assert "gircse-parity: error: " in err
     assert message in err
+
+
+def test_low_precisions_in_both_layouts(small_models: SmallModels, tmp_path: Path) -> None:
+    """Emulated variants against FP32 of the same bundle, in the graph that is not the bundle's default too."""
+    bundle = small_models.bundle(MODEL, precisions=("fp32", "fp16", "bf16"))
+    for layout in LAYOUTS:
+        result = measure_parity(ParityOptions(bundle, reference=f"{bundle}:fp32", layout=Layout(layout)))
+        assert [candidate.precision for candidate in result.report.candidates] == ["fp16", "bf16"]
+        fp16, bf16 = (1 - candidate.steps[1].cosine_mean for candidate in result.report.candidates)
+        assert 0 < fp16 < bf16 / 10  # three bits of mantissa apart
 
 
 def test_too_little_memory_is_said_beforehand(
