@@ -5,8 +5,10 @@ import logging
 import sys
 from pathlib import Path
 
-from gircse.evaluation.command_line import add_runtime_flags, add_task_flags, pop_task_options, show_tables
+from gircse.evaluation.command_line import add_task_flags, pop_task_options, show_tables
+from gircse.runtime.embed_command import add_runtime_flags
 from gircse.runtime.errors import GircseError
+from gircse.runtime.provider import Provider
 
 EXTRAS = "pip install 'gircse-deploy[cpu,evaluation]', and [export,demo] or [llama-cpp] for the peers"
 PEERS = ("torch", "llama.cpp")
@@ -67,7 +69,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="S",
         help="after so long a setting gets no more than three repeats (default: 20)",
     )
-    add_runtime_flags(parser)
+    add_runtime_flags(parser, default=Provider.CPU)
     parser.add_argument("--device", default="cpu", help="of PyTorch (default: cpu)")
     parser.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), default="fp32", help="of PyTorch (default: fp32)")
     parser.add_argument("--threads", type=int, metavar="T", help="threads of each side (default: physical cores)")

@@ -6,9 +6,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from gircse.runtime.bundle import Layout
-from gircse.runtime.provider import Provider
-
 _TASKS = (
     ("sts", "FILE", "scored pairs, TSV: score, sentence1, sentence2"),
     ("retrieval", "DIR", "BEIR layout: corpus.jsonl, queries.jsonl, qrels/test.tsv"),
@@ -25,26 +22,6 @@ def add_task_flags(parser: Any) -> None:
         parser.add_argument(
             f"--{name}-instruction", default=argparse.SUPPRESS, metavar="I", help=f"for the texts of --{name}"
         )
-
-
-def add_runtime_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags that say which graph of a bundle runs, and where."""
-    providers = [provider for provider in Provider if provider is not Provider.AUTO]
-    parser.add_argument(
-        "--provider",
-        type=Provider,
-        choices=providers,
-        default=Provider.CPU,
-        metavar="P",
-        help=f"where the bundle runs: {', '.join(providers)} (default: cpu)",
-    )
-    parser.add_argument(
-        "--layout",
-        type=Layout,
-        choices=list(Layout),
-        metavar="unrolled|stepwise",
-        help="graph or engine (default: the bundle's own)",
-    )
 
 
 def pop_task_options(args: dict[str, Any]) -> Any:

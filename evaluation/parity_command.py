@@ -6,8 +6,10 @@ import sys
 from dataclasses import fields
 from pathlib import Path
 
-from gircse.evaluation.command_line import add_runtime_flags, add_task_flags, pop_task_options, show_tables
+from gircse.evaluation.command_line import add_task_flags, pop_task_options, show_tables
+from gircse.runtime.embed_command import add_runtime_flags
 from gircse.runtime.errors import GircseError
+from gircse.runtime.provider import Provider
 
 EXTRAS = "pip install 'gircse-deploy[cpu,evaluation]', and [export,demo] for the PyTorch reference"
 
@@ -64,7 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_reference_flags(parser)
     _add_data_flags(parser)
     _add_gate_flags(parser)
-    add_runtime_flags(parser)
+    add_runtime_flags(parser, default=Provider.CPU)
     parser.add_argument("--threads", type=int, metavar="T", help="threads of both sides (default: left to each)")
     return parser
 

@@ -52,6 +52,26 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
+def add_runtime_flags(parser: argparse.ArgumentParser, *, default: Provider) -> None:
+    """Add the flags that say which graph of a bundle runs, and where; ``auto`` is offered where it is the default."""
+    providers = [provider for provider in Provider if provider is default or provider is not Provider.AUTO]
+    parser.add_argument(
+        "--provider",
+        type=Provider,
+        choices=providers,
+        default=default,
+        metavar="P",
+        help=f"where the bundle runs: {', '.join(providers)} (default: {default})",
+    )
+    parser.add_argument(
+        "--layout",
+        type=Layout,
+        choices=list(Layout),
+        metavar="unrolled|stepwise",
+        help="graph or engine (default: the bundle's own)",
+    )
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="gircse-embed", description="Embed one text a line with a bundle.")
     parser.add_argument("bundle", type=Path, help="bundle directory")
@@ -76,21 +96,7 @@ def _parser() -> argparse.ArgumentParser:
         help=f"most tokens of a batch, padding included (default: {DEFAULT_BATCH_TOKENS})",
     )
     parser.add_argument("--precision", help="variant of the bundle (default: FP32 on the CPU, FP16 on a GPU)")
-    parser.add_argument(
-        "--provider",
-        type=Provider,
-        choices=list(Provider),
-        default=Provider.AUTO,
-        metavar="P",
-        help=f"where to run: {', '.join(Provider)} (default: auto, the best that is installed and usable)",
-    )
-    parser.add_argument(
-        "--layout",
-        type=Layout,
-        choices=list(Layout),
-        metavar="unrolled|stepwise",
-        help="graph or engine (default: the bundle's own)",
-    )
+    add_runtime_flags(parser, default=Provider.AUTO)
     parser.add_argument("--threads", type=int, metavar="T", help="threads (default: every physical core)")
     parser.add_argument(
         "--on-overflow",
