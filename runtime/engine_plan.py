@@ -12,7 +12,7 @@ from pathlib import Path
 import msgspec
 
 from gircse.runtime.bundle import MANIFEST_NAME, Bundle, Layout, file_sha256
-from gircse.runtime.errors import BundleError, ProviderError
+from gircse.runtime.errors import BundleError, EngineMismatchError, ProviderError
 
 ENGINES_FOLDER = "engines"
 PLAN_SCHEMA_VERSION = 1
@@ -166,8 +166,8 @@ def select_plan(
         verify: compare the SHA-256 of the plan.
 
     Raises:
-        ProviderError: there is no engine of the flavour, or none fits; the message says what differs and how to build
-            one that does.
+        ProviderError: there is no engine of the flavour; the message says how to build one.
+        EngineMismatchError: none fits; the message says what differs and how to build one that does.
         BundleError: a plan or its JSON is damaged.
     """
     plans = [(plan, path) for plan, path in read_plans(bundle) if plan.flavour is flavour]
@@ -193,7 +193,7 @@ def select_plan(
             _check_plan_file(plan, path, rebuild_command(plan, bundle.directory, capability), verify=verify)
             return plan, path
     plan, path = wanted[0]
-    raise ProviderError(
+    raise EngineMismatchError(
         f"{path}: {'; '.join(differences[0])} | an engine of this bundle for this machine | "
         f"rebuild: {rebuild_command(plan, bundle.directory, capability)}"
     )

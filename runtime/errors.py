@@ -25,5 +25,9 @@ class ProviderError(GircseError):
     """The requested execution provider is not available."""
 
 
+class EngineMismatchError(ProviderError):
+    """The bundle has an engine, but for another TensorRT, GPU or export."""
+
+
 class MeasurementError(GircseError):
     """A measurement cannot be made: unusable texts or tasks, or values that are not finite."""

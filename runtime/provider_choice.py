@@ -7,14 +7,14 @@ it took, and why not those before it.
 import functools
 import importlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 from gircse.runtime.bundle import Bundle, Layout, Precision
 from gircse.runtime.engine_plan import Flavour, select_plan
-from gircse.runtime.errors import BundleError, ProviderError
+from gircse.runtime.errors import BundleError, EngineMismatchError, ProviderError
 from gircse.runtime.ort_session import Session, open_session
 from gircse.runtime.provider import Provider
 
@@ -74,20 +74,25 @@ def open_provider(bundle: Bundle, provider: Provider, options: SessionOptions) -
         bundle.variant(options.precision)
     if provider is not Provider.AUTO:
         return _open(bundle, provider, options)
-    skipped: list[str] = []
-    for candidate in AUTO_ORDER[:-1]:
+    skipped: list[ProviderError] = []
+    for candidate in AUTO_ORDER:
         try:
             opened = _open(bundle, candidate, options)
         except ProviderError as err:
-            skipped.append(str(err))
+            skipped.append(err)
             continue
-        break
-    else:
-        opened = _open(bundle, AUTO_ORDER[-1], options)
-    logger.info("provider auto: runs on %s in %s", opened.provider, opened.precision)
-    for reason in skipped:
-        logger.info("provider auto: passed over: %s", reason)
-    return opened
+        logger.info("provider auto: runs on %s in %s", opened.provider, opened.precision)
+        _log_skipped(skipped, logging.INFO)
+        return opened
+    _log_skipped(skipped[:-1], logging.WARNING)
+    raise skipped[-1]
+
+
+def _log_skipped(skipped: Sequence[ProviderError], level: int) -> None:
+    for err in skipped:
+        # Somebody built an engine and expects it to run.
+        severity = logging.WARNING if isinstance(err, EngineMismatchError) else level
+        logger.log(severity, "provider auto: passed over: %s", err)
 
 
 def _open(bundle: Bundle, provider: Provider, options: SessionOptions) -> OpenedSession:
