@@ -40,7 +40,7 @@ record() {
     shift
     output=$("$@" 2>"$reports/errors")
     local code=$?
-    printf '\n### %s\n\n`%s`, exit code %d\n\n```\n%s\n```\n' "$title" "$*" "$code" "${output:-$(tail -3 "$reports/errors")}" \
+    printf '\n### %s\n\n`%s`, exit code %d\n\n```\n%s\n```\n' "$title" "${*//$bundle/BUNDLE}" "$code" "${output:-$(tail -3 "$reports/errors")}" \
         >>"$results"
 }
 
