@@ -8,7 +8,7 @@ from typing import Any
 from gircse.export.build_progress import progress_monitor
 from gircse.runtime.engine_loader import tensorrt_logger
 from gircse.runtime.engine_plan import EngineProfile, Flavour
-from gircse.runtime.errors import ExportError
+from gircse.runtime.errors import ExportError, ProviderError
 from gircse.runtime.whole_file import whole_file
 
 logger = logging.getLogger(__name__)
@@ -22,7 +22,12 @@ class TensorRtBuilder:
         self._trt, self._flavour = module, flavour
         self.settings: dict[str, str | int | float | bool | None] = {}
         self._logger = tensorrt_logger(module)
-        self._builder = module.Builder(self._logger)
+        try:
+            self._builder = module.Builder(self._logger)
+        except (RuntimeError, TypeError) as err:  # pybind11's way to say that CUDA could not be started
+            raise ProviderError(
+                f"{flavour}: {self._logger.drain() or err} | a TensorRT that can start its builder | check nvidia-smi"
+            ) from err
         # TensorRT 11 knows strongly typed networks only and may drop the flag.
         flag = getattr(module.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
         self._network = self._builder.create_network(0 if flag is None else 1 << int(flag))
@@ -68,7 +73,7 @@ class TensorRtBuilder:
             self._config.num_compute_capabilities = len(capabilities)
             for index, capability in enumerate(capabilities):
                 target = getattr(self._trt.ComputeCapability, f"SM{capability.replace('.', '')}")
-                _check(self._config.set_compute_capability(target, index), f"--sm {capability}")
+                self._check(self._config.set_compute_capability(target, index), f"--sm {capability}")
         if workspace_gib is not None:
             limit = int(workspace_gib * 2**30)
             self._config.set_memory_pool_limit(self._trt.MemoryPoolType.WORKSPACE, limit)
@@ -93,7 +98,7 @@ class TensorRtBuilder:
                 raise ExportError(
                     f"profile {profile.name}, {name}: {str(err).splitlines()[0]} | {shape} | check --batch and --tokens"
                 ) from err
-        _check(self._config.add_optimization_profile(made) == index, f"profile {profile.name} ({profile.stage})")
+        self._check(self._config.add_optimization_profile(made) == index, f"profile {profile.name} ({profile.stage})")
 
     def use_timing_cache(self, path: Path | None) -> None:
         """Start from the timings of earlier builds; None switches the cache off."""
@@ -108,7 +113,14 @@ class TensorRtBuilder:
         if not self._config.set_timing_cache(cache, False):
             logger.warning("%s: timings of another GPU or TensorRT, not used; they will be replaced", path)
             cache = self._config.create_timing_cache(b"")
-            _check(self._config.set_timing_cache(cache, False), "a new timing cache")
+            self._check(self._config.set_timing_cache(cache, False), "a new timing cache")
+
+    def _check(self, succeeded: Any, what: str) -> None:
+        """TensorRT's setters report a refusal by their result, not by an exception."""
+        if not succeeded:
+            raise ExportError(
+                f"{what}: {self._logger.drain() or 'refused by TensorRT'} | a setting that it takes | change or leave it out"
+            )
 
     def build(self, advance: Callable[[float], None]) -> memoryview:
         """Build the engine and return its bytes; ``advance`` is told the growth of the share done, of 1."""
@@ -117,7 +129,7 @@ class TensorRtBuilder:
         if serialized is None:
             raise ExportError(
                 f"{self._flavour} {self._trt.__version__}: the build failed: {self._logger.drain() or 'no reason given'} | "
-                "an engine | see the messages above; --workspace-gib, --batch and --tokens change what it needs"
+                "an engine | --workspace-gib, --batch and --tokens change what it needs"
             )
         if self._timing_path is not None:
             with whole_file(self._timing_path) as file:
@@ -129,9 +141,3 @@ def refused_operators(parser: Any) -> list[str]:
     """Return every operator that a parser refused: its type, the node's name and the reason."""
     errors = [parser.get_error(index) for index in range(parser.num_errors)]
     return [f"{error.node_operator()} ({error.node_name()}): {error.desc()}" for error in errors] or ["the file"]
-
-
-def _check(succeeded: Any, what: str) -> None:
-    """TensorRT's setters report a refusal by their result, not by an exception."""
-    if not succeeded:
-        raise ExportError(f"{what}: refused by TensorRT | a setting that it takes | see the messages above")
