@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from gircse.calibration.reference import refine
+from gircse.runtime.errors import CheckpointError
 from gircse.runtime.token_batch import TokenBatch
 
 Magnitudes = Mapping[str, NDArray[np.float64]]
@@ -31,7 +32,10 @@ def largest_magnitudes(model: Any, batches: Iterable[TokenBatch], *, steps: int,
         temperature: divisor of the logits.
 
     Returns:
-        The magnitudes; NaN where a value was NaN. The logits have none in the prompt, 0.
+        The magnitudes. The logits have none in the prompt, 0.
+
+    Raises:
+        CheckpointError: a value is NaN or infinite even in FP32.
     """
     recorder = _Recorder(steps)
     with ExitStack() as hooks:
@@ -43,7 +47,23 @@ def largest_magnitudes(model: Any, batches: Iterable[TokenBatch], *, steps: int,
             recorder.step = 0
             for _ in refine(model, ids, mask, steps=steps, temperature=temperature):
                 recorder.step += 1  # what runs before the next state belongs to the next step
+    _check_finite(recorder.found)
     return recorder.found
+
+
+def _check_finite(magnitudes: Magnitudes) -> None:
+    """Refuse NaN and infinity; of all such values, name the one that was computed first."""
+    bad = [
+        (int(np.isfinite(maxima).argmin()), name)
+        for name, maxima in magnitudes.items()
+        if not np.isfinite(maxima).all()
+    ]
+    if bad:
+        step, name = min(bad, key=lambda found: found[0])  # within a step they stand in the order of the computation
+        raise CheckpointError(
+            f"{name}: NaN or infinity at step {step}, in FP32 | finite values | the checkpoint or the adapter is damaged: "
+            "download it again"
+        )
 
 
 class _Recorder:

@@ -197,7 +197,8 @@ def _check_resources(
         raise ExportError(f"memory: {_gib(memory_free)} available | {_gib(memory_needed)} | close other programs")
     if reference_needed > memory_free:
         reason = f"the PyTorch reference needs {_gib(reference_needed)} of memory, {_gib(memory_free)} were available"
-        progress.note(f"  no golden vectors: {reason}")
+        probe = ", no overflow probe of FP16" if Precision.FP16 in precisions else ""
+        progress.note(f"  no golden vectors{probe}: {reason}")
         return reason
     return None
 

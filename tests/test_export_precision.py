@@ -15,6 +15,7 @@ from test_export_parity import PROMPTS, expected
 from tolerances import LOW_PRECISION_MIN_COSINE
 
 from gircse.calibration.corpus import read_texts
+from gircse.calibration.magnitudes import largest_magnitudes
 from gircse.evaluation.sides import BundleSide
 from gircse.export.exporter import export_bundle
 from gircse.export.options import ExportOptions
@@ -23,6 +24,7 @@ from gircse.export.precision import MIXTURE_SCALE, set_precision
 from gircse.runtime import CheckpointError, ExportError, MeasurementError
 from gircse.runtime.bundle import Bundle, Layout, Precision
 from gircse.runtime.numerics import Float32, row_cosine
+from gircse.runtime.token_batch import padded_batches
 
 ALL = ("fp32", "fp16", "bf16")
 LOW = {"fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
@@ -216,6 +218,16 @@ def test_magnitudes_are_in_the_bundle(small_models: SmallModels) -> None:
     assert found["tensors"]["lm_head output"][0] == 0.0
     assert min(found["tensors"]["lm_head output"][1:]) > 0
     assert "fp16/magnitudes.json" in bundle.manifest.files
+
+
+def test_magnitudes_that_are_not_finite(small_models: SmallModels) -> None:
+    model = small_models.load("llama")
+    model.model.layers[1].mlp.down_proj.weight.data[0, 0] = np.inf
+    batches = padded_batches(PROMPTS, pad_token_id=0, batch_size=4, batch_tokens=99)
+    with pytest.raises(
+        CheckpointError, match=r"layers\.1\.mlp\.down_proj output: NaN or infinity at step 0, in FP32 \|"
+    ):
+        largest_magnitudes(model, batches, steps=2, temperature=1.0)
 
 
 def test_a_weight_beyond_fp16_is_refused(small_checkpoint: Path, tmp_path: Path) -> None:
