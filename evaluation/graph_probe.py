@@ -161,9 +161,7 @@ def _instrument(graph: Any, inner: _InnerNames) -> None:
         if name in inner.soft_tokens:
             node.output[0] = name + COMPUTED
             graph.input.append(helper.make_tensor_value_info(name + FORCED, TensorProto.FLOAT, [None, 1, None]))
-            # CastLike: the reference's soft tokens are float32 whatever the graph computes in.
-            nodes.append(helper.make_node("CastLike", [name + FORCED, name + COMPUTED], [name + FORCED + ".cast"]))
-            nodes.append(helper.make_node("Where", [FORCE, name + FORCED + ".cast", name + COMPUTED], [name]))
+            nodes.append(helper.make_node("Where", [FORCE, name + FORCED, name + COMPUTED], [name]))
     del graph.node[:]
     graph.node.extend(nodes)
     if inner.soft_tokens:

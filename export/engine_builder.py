@@ -1,7 +1,7 @@
 """Build a TensorRT engine from a variant of a bundle: parse, check, state the cost, build, write plan and JSON.
 
-Works with ``tensorrt`` 10.15 or later and 11, which need the GPU that the engine is for, and with ``tensorrt_rtx``, which needs
-none. Networks are strongly typed: the precision is that of the graph.
+Works with ``tensorrt`` 10.15 or later and 11, which need the GPU that the engine is for, and with ``tensorrt_rtx``,
+which needs none. Networks are strongly typed: the precision is that of the graph.
 """
 
 import hashlib
@@ -137,7 +137,8 @@ def build_engine(options: BuildOptions, *, progress: StageProgress | None = None
             return _write(folder, plan, serialized)
     except OSError as err:
         raise ExportError(
-            f"{err.filename or folder}: {err.strerror or err} | room and permission to write | nothing was left behind: free some space"
+            f"{err.filename or folder}: {err.strerror or err} | room and permission to write | nothing was left behind: "
+            "free some space"
         ) from err
 
 

@@ -222,7 +222,7 @@ class Manifest(_Record, frozen=True):
             BundleError: no JSON, from a newer schema, or with missing, unknown or ill-typed fields.
         """
         try:
-            version = msgspec.json.decode(content, type=_SchemaVersion).schema_version
+            version = msgspec.json.decode(content, type=SchemaVersion).schema_version
             if version > SCHEMA_VERSION:
                 raise BundleError(
                     f"{MANIFEST_NAME}: schema version {version} | this gircse-deploy reads up to {SCHEMA_VERSION} | "
@@ -233,8 +233,8 @@ class Manifest(_Record, frozen=True):
             raise BundleError(f"{MANIFEST_NAME}: {err} | the manifest of a bundle | export the bundle again") from err
 
 
-class _SchemaVersion(msgspec.Struct):
-    """The one field that every version of the manifest has."""
+class SchemaVersion(msgspec.Struct):
+    """The one field that every version of the manifest, and of the JSON beside an engine, has."""
 
     schema_version: int
 
