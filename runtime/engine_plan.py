@@ -181,19 +181,15 @@ def select_plan(
             f"{bundle.directory}: no {flavour} engine of {' or '.join(precisions)} | one in {ENGINES_FOLDER}/ | "
             f"build it: {shlex.join([*command, '--layout', layout, '--sm', capability])}"
         )
-    # From here on the command is the one for this place and this GPU, whoever puts it into a message.
-    wanted = [
-        (msgspec.structs.replace(plan, command=rebuild_command(plan, bundle.directory, capability)), path)
-        for plan, path in wanted
-    ]
     differences = [_differences(plan, bundle, version, capability) for plan, _ in wanted]
     for (plan, path), difference in zip(wanted, differences, strict=True):
         if not difference:
-            _check_plan_file(plan, path, verify=verify)
+            _check_plan_file(plan, path, rebuild_command(plan, bundle.directory, capability), verify=verify)
             return plan, path
     plan, path = wanted[0]
     raise EngineMismatchError(
-        f"{path}: {'; '.join(differences[0])} | an engine of this bundle for this machine | rebuild: {plan.command}"
+        f"{path}: {'; '.join(differences[0])} | an engine of this bundle for this machine | "
+        f"rebuild: {rebuild_command(plan, bundle.directory, capability)}"
     )
 
 
@@ -219,10 +215,10 @@ def _differences(plan: EnginePlan, bundle: Bundle, version: str, capability: str
     return found
 
 
-def _check_plan_file(plan: EnginePlan, path: Path, *, verify: bool) -> None:
+def _check_plan_file(plan: EnginePlan, path: Path, command: str, *, verify: bool) -> None:
     size = path.stat().st_size if path.is_file() else None
     if size != plan.plan_bytes or (verify and file_sha256(path) != plan.plan_sha256):
         came = "missing" if size is None else f"{size} bytes" if size != plan.plan_bytes else "another SHA-256"
         raise BundleError(
-            f"{path}: {came} | {plan.plan_bytes} bytes, SHA-256 {plan.plan_sha256[:12]}... | build again: {plan.command}"
+            f"{path}: {came} | {plan.plan_bytes} bytes, SHA-256 {plan.plan_sha256[:12]}... | build again: {command}"
         )
