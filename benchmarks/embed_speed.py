@@ -28,6 +28,7 @@ from gircse.calibration.checkpoint import resolve_checkpoint
 from gircse.calibration.reference import load_reference, step_states
 from gircse.runtime import Embedder
 from gircse.runtime.numerics import l2_normalize, prefix_means
+from gircse.runtime.text_lines import read_texts
 from gircse.runtime.token_batch import pad_batch
 
 BATCH_SIZES = (8, 16, 32)
@@ -48,7 +49,7 @@ def main() -> None:
     embedders = {bundle.name: Embedder(bundle, threads=args.threads) for bundle in args.bundles}
     reference = Reference(next(iter(embedders.values())))
     print_latency(embedders, reference, tokens=24, repeats=args.repeats)
-    texts = args.texts.read_text(encoding="utf-8").splitlines()[:256] if args.texts else project_prose(256)
+    texts = read_texts(args.texts)[:256] if args.texts else project_prose(256)
     print_throughput(embedders, reference, texts)
     for name, embedder in embedders.items():
         alone = np.concatenate([embedder.encode([text]) for text in texts])

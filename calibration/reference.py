@@ -11,7 +11,8 @@ Unlike the official code it passes explicit position ids, so padding does not sh
 K vocabulary projections, not K + 1.
 """
 
-from collections.abc import Iterator
+import operator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -31,6 +32,8 @@ class Dtype(StrEnum):
     FP16 = "fp16"
     BF16 = "bf16"
 
+
+Mixture = Callable[[Tensor, Tensor], Tensor]
 
 _TORCH_DTYPES = {Dtype.FP32: torch.float32, Dtype.FP16: torch.float16, Dtype.BF16: torch.bfloat16}
 
@@ -91,9 +94,24 @@ def step_states(model: Any, input_ids: Tensor, attention_mask: Tensor, *, steps:
 
 
 def refine(
-    model: Any, input_ids: Tensor, attention_mask: Tensor, *, steps: int, temperature: float
+    model: Any,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    *,
+    steps: int,
+    temperature: float,
+    mixture: Mixture = operator.matmul,
 ) -> Iterator[RefinementState]:
-    """Run the prompt and K refinement steps of one batch; the arguments are those of ``step_states``.
+    """Run the prompt and K refinement steps of one batch.
+
+    Args:
+        model: a ``transformers`` causal LM.
+        input_ids: (batch, tokens) int64, padded on the left.
+        attention_mask: (batch, tokens) int64.
+        steps: K.
+        temperature: T.
+        mixture: makes the soft tokens (batch, hidden) of probabilities (batch, vocab) and the table E (vocab, hidden);
+            a variant that approximates the product gives its own.
 
     Yields:
         The state after the prompt and after each step, K + 1 in all.
@@ -115,7 +133,7 @@ def refine(
         if step < steps:
             with torch.inference_mode():
                 probabilities = F.softmax(model.lm_head(hidden) / temperature, dim=-1)
-                soft_token = probabilities @ table
+                soft_token = mixture(probabilities, table)
             inputs = {"inputs_embeds": soft_token[:, None]}
             positions = positions[:, -1:] + 1
             attention_mask = F.pad(attention_mask, (0, 1), value=1)

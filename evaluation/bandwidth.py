@@ -37,11 +37,11 @@ def weight_bytes_read(bundle: Bundle, precision: str, *, layout: Layout | None =
     Args:
         bundle: an opened bundle.
         precision: name of one of its variants.
-        layout: graph; None is the bundle's default.
+        layout: graph; None is the variant's default.
         steps: k; an unrolled graph reads for all K.
     """
     facts = bundle.manifest.graph
-    layout = layout or facts.layout
+    layout = bundle.layout(precision, layout)
     decoder, vocabulary = _bytes_read(bundle.graph(precision, layout), facts.vocab_size)
     if layout is Layout.UNROLLED:
         return decoder + vocabulary

@@ -41,7 +41,7 @@ class BenchOptions:
 
     Attributes:
         bundles: bundle directories; the peers take K, pooling and checkpoint from the first.
-        precisions: variants; empty means every one that the provider runs.
+        precisions: variants; empty means every one that the provider runs and that has the layout.
         batches: texts of a run.
         tokens: tokens of each text; None takes 16, 64 and 256 as far as the first bundle goes.
         steps: refinement steps; None takes 1, 2, 4, 8 and K as far as the first bundle goes.
@@ -49,7 +49,7 @@ class BenchOptions:
         gguf: model file of llama.cpp; the demo has its own.
         repeats: most runs of each side at each setting.
         setting_s: seconds after which a setting gets no further repeats beyond three.
-        layout: graph to run; None is each bundle's default.
+        layout: graph to run; None is the default of each variant.
         provider: where the bundles run.
         device: where PyTorch runs.
         dtype: precision of PyTorch.
@@ -188,9 +188,13 @@ def _bundle_specs(
     specs = []
     for path, bundle in zip(options.bundles, bundles, strict=True):
         on_cpu = options.provider is Provider.CPU
-        able = [name for name in bundle.manifest.variants if not (on_cpu and name == Precision.BF16)]
-        for precision in options.precisions or able:
-            bundle.variant(precision)
+        able = [
+            name
+            for name, variant in bundle.manifest.variants.items()
+            if not (on_cpu and name == Precision.BF16) and options.layout in (None, *variant.graphs)
+        ]
+        for precision in options.precisions or able or bundle.manifest.variants:
+            bundle.graph(precision, bundle.layout(precision, options.layout))
             place = "" if on_cpu else f" on {options.provider}"
             spec = _spec(f"{bundle.directory.name}:{precision}{place}", Kind.BUNDLE, path, precision, settings, threads)
             specs.append(replace(spec, layout=options.layout, provider=options.provider))
@@ -264,11 +268,12 @@ def _run_setting(
 
 def _runs(spec: SideSpec, steps: int) -> bool:
     """Whether a side can stop after so many steps: an unrolled graph always runs K, llama.cpp at least one."""
-    if spec.kind is Kind.LLAMA_CPP:
-        return steps > 0
-    facts = Bundle.open(spec.bundle).manifest.graph
-    stepwise = (spec.layout or facts.layout) is Layout.STEPWISE
-    return spec.kind is Kind.TORCH or steps == facts.steps or (stepwise and steps < facts.steps)
+    if spec.kind is not Kind.BUNDLE:
+        return steps > 0 or spec.kind is Kind.TORCH
+    bundle = Bundle.open(spec.bundle)
+    stepwise = bundle.layout(spec.precision, spec.layout) is Layout.STEPWISE
+    most = bundle.manifest.graph.steps
+    return steps == most or (stepwise and steps < most)
 
 
 def _input_ids(setting: _Setting, vocabulary: int) -> Int64:
@@ -312,7 +317,7 @@ def _model_bytes(spec: SideSpec) -> int:
         return spec.gguf.stat().st_size
     if spec.kind is Kind.BUNDLE:
         variant = bundle.manifest.variants[spec.precision]
-        names = [variant.weights, variant.graphs[spec.layout or bundle.manifest.graph.layout].path]
+        names = [variant.weights, variant.graphs[bundle.layout(spec.precision, spec.layout)].path]
         return sum(bundle.manifest.files[name].bytes for name in names)
     checkpoint = source_checkpoint(bundle.manifest)
     paths = [*checkpoint.shards]

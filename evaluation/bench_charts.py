@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from gircse.calibration.figures import new_figure, save_chart
 from gircse.evaluation.bench_report import BenchReport, Latency, Quality
-from gircse.evaluation.charts import new_figure, save_chart
 
 FORMATS = ("png", "svg")
 

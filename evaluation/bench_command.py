@@ -21,9 +21,10 @@ def main(argv: list[str] | None = None) -> int:
     report_directory: Path | None = args.pop("report")
     try:
         # Here, not above: scipy and matplotlib take seconds to import, and --help should not.
+        from gircse.calibration.report_parts import open_report_directory
         from gircse.evaluation.bench import BenchOptions, run_bench
         from gircse.evaluation.bench_text import terminal_tables
-        from gircse.evaluation.report_files import open_report_directory, write_bench_report
+        from gircse.evaluation.report_files import write_bench_report
 
         open_report_directory(report_directory)
         tasks = pop_task_options(args)

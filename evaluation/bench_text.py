@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from rich import box
 from rich.table import Table
 
+from gircse.calibration.report_parts import markdown_table
 from gircse.evaluation.bench_report import BenchReport, Latency, Quality, SideCost
-from gircse.evaluation.parity_text import markdown_table
 
 COST_COLUMNS = ("side", "load", "peak memory", "model files", "cosine to the first")
 

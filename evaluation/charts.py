@@ -1,18 +1,14 @@
-"""Charts of the reports, drawn with matplotlib without a display."""
+"""Charts of a parity report: error by step, cosines and similarities."""
 
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 
-from gircse.evaluation.metrics import similarities
+from gircse.calibration.figures import new_figure, save_chart
+from gircse.calibration.similarity import similarities
 from gircse.evaluation.parity import ParityResult
 from gircse.runtime.numerics import Float32, row_cosine
-from gircse.runtime.whole_file import whole_file
-
-matplotlib.use("Agg")
 
 SCATTER_PAIRS = 5000
 SMALLEST_ERROR = 1e-16
@@ -31,31 +27,6 @@ def draw_parity_charts(result: ParityResult, directory: Path) -> list[Path]:
         ("similarity-scatter", _similarity_scatter),
     )
     return [path for name, draw in charts for path in save_chart(draw(result), directory / name, formats=("png",))]
-
-
-def save_chart(figure: Any, stem: Path, *, formats: Sequence[str]) -> Iterator[Path]:
-    """Write a figure in each format, whole or not at all, and close it."""
-    from matplotlib import pyplot
-
-    for name in formats:
-        path = stem.with_name(f"{stem.name}.{name}")
-        # Without a date, the same numbers give the same file.
-        metadata = {"Date": None} if name == "svg" else {}
-        with whole_file(path) as file:
-            figure.savefig(file, format=name, dpi=144, metadata=metadata)
-        yield path
-    pyplot.close(figure)
-
-
-def new_figure(title: str, *, x: str, y: str) -> tuple[Any, Any]:
-    """Return a figure and its axes in our one style."""
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
-    axes.set(title=title, xlabel=x, ylabel=y)
-    axes.grid(alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
-    return figure, axes
 
 
 def _error_by_step(result: ParityResult) -> Any:

@@ -5,13 +5,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from gircse.evaluation.gates import GateLimits, GateResult, at_least, at_most
-from gircse.evaluation.metrics import (
-    SoftTokenHealth,
+from gircse.calibration.similarity import (
     cross_rank_correlation,
     neighbour_overlap,
     pairwise_rank_correlation,
 )
+from gircse.evaluation.gates import GateLimits, GateResult, at_least, at_most
 from gircse.evaluation.parity_report import (
     BatchVariance,
     CrossSteps,
@@ -20,6 +19,7 @@ from gircse.evaluation.parity_report import (
     TaskParity,
     TextParity,
 )
+from gircse.evaluation.soft_token_health import SoftTokenHealth
 from gircse.evaluation.step_trace import StepTrace, pooled
 from gircse.evaluation.tasks import RetrievalTask, Task, score_steps
 from gircse.runtime.bundle import Pooling

@@ -46,7 +46,7 @@ class GraphProbe:
         Args:
             bundle: an opened bundle.
             precision: name of one of its variants.
-            layout: which of its graphs; None is the bundle's default.
+            layout: which of its graphs; None is its default.
             threads: threads of one run; None lets ONNX Runtime take the physical cores.
 
         Raises:
@@ -54,7 +54,7 @@ class GraphProbe:
         """
         self._facts = bundle.manifest.graph
         self._pad_token_id = bundle.manifest.pad_token_id
-        layout = layout or self._facts.layout
+        layout = bundle.layout(precision, layout)
         self._unrolled = layout is Layout.UNROLLED
         steps = range(1, self._facts.steps + 1)
         self._prefixes = [io_spec.step_prefix(step if self._unrolled else None) for step in steps]
@@ -142,6 +142,7 @@ class _InnerNames:
 
 
 def _load(path: Path, model: Any, inner: _InnerNames, threads: int | None) -> Any:
+    _add_probabilities(model.graph)
     found = {name for node in model.graph.node for name in node.output}
     if missing := sorted((inner.soft_tokens | inner.read) - found):
         raise BundleError(
@@ -150,6 +151,14 @@ def _load(path: Path, model: Any, inner: _InnerNames, threads: int | None) -> An
         )
     _instrument(model.graph, inner)
     return load_graph(path, threads=threads, content=model.SerializeToString())
+
+
+def _add_probabilities(graph: Any) -> None:
+    """Compute the probabilities of all tokens where a graph has the logits only, as INT8 variants do."""
+    for name in [name for node in graph.node for name in node.output if name.endswith(f"/{io_spec.LOGITS}")]:
+        probabilities = name.removesuffix(io_spec.LOGITS) + io_spec.PROBABILITIES
+        graph.node.append(helper.make_node("Softmax", [name], [f"{name}.softmax"], axis=-1))
+        graph.node.append(helper.make_node("Transpose", [f"{name}.softmax"], [probabilities], perm=[1, 0]))
 
 
 def _instrument(graph: Any, inner: _InnerNames) -> None:

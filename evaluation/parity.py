@@ -52,7 +52,7 @@ class ParityOptions:
 
     Attributes:
         bundle: bundle directory.
-        precisions: variants to judge; empty means every one but the reference.
+        precisions: variants to judge; empty means every one that has the layout, but not the reference.
         reference: ``torch``, or ``BUNDLE[:PRECISION]``.
         model: where the checkpoint lies now, if not where the manifest says.
         adapter: where the adapter lies now.
@@ -63,7 +63,7 @@ class ParityOptions:
         tasks: tasks that both sides are scored on.
         cross_steps: compute the matrix of query steps against document steps.
         limits: limits that replace the defaults, by the name of the field of ``GateLimits``.
-        layout: graph to judge; None is the bundle's default.
+        layout: graph to judge; None is the default of each variant.
         provider: where the judged variants run; a bundle as reference runs on the CPU.
         threads: threads of both sides; None leaves it to each.
     """
@@ -165,18 +165,19 @@ def _open_reference_bundle(options: ParityOptions, bundle: Bundle) -> tuple[Bund
 
 
 def _choose_precisions(options: ParityOptions, bundle: Bundle, reference: tuple[Bundle, str] | None) -> Sequence[str]:
-    for precision in options.precisions:
-        bundle.variant(precision)
-    if options.precisions:
-        return list(dict.fromkeys(options.precisions))
+    variants = bundle.manifest.variants
     itself = reference is not None and reference[0].directory == bundle.directory
-    found = [name for name in bundle.manifest.variants if not (itself and reference and name == reference[1])]
-    if not found:
+    others = [name for name in variants if not (itself and reference and name == reference[1])]
+    if not options.precisions and not others:
         raise MeasurementError(
             f"{bundle.directory}: {options.reference} is its only precision | a reference and something to compare "
             "with it | choose another --reference, or name it with --precision to compare it with itself"
         )
-    return found
+    able = [name for name in others if options.layout in (None, *variants[name].graphs)]
+    chosen = list(dict.fromkeys(options.precisions or able or others))
+    for precision in chosen:
+        bundle.graph(precision, bundle.layout(precision, options.layout))  # before the reference runs for minutes
+    return chosen
 
 
 def _read_inputs(options: ParityOptions, bundle: Bundle) -> _Inputs:

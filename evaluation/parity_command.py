@@ -21,10 +21,11 @@ def main(argv: list[str] | None = None) -> int:
     report_directory: Path | None = args.pop("report")
     try:
         # Here, not above: scipy and matplotlib take seconds to import, and --help should not.
+        from gircse.calibration.report_parts import open_report_directory
         from gircse.evaluation.gates import GateLimits
         from gircse.evaluation.parity import ParityOptions, measure_parity
         from gircse.evaluation.parity_text import terminal_tables
-        from gircse.evaluation.report_files import open_report_directory, write_parity_report
+        from gircse.evaluation.report_files import write_parity_report
 
         chosen = {field.name: args.pop(field.name) for field in fields(GateLimits)}
         limits = {name: limit for name, limit in chosen.items() if limit is not None}

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from rich import box
 from rich.table import Table
 
+from gircse.calibration.report_parts import markdown_table
 from gircse.evaluation.gates import GateResult
 from gircse.evaluation.parity_report import CandidateReport, CrossSteps, ParityReport, StepParity, TaskParity
 from gircse.evaluation.prompts import Prompt
@@ -193,9 +194,3 @@ def _number(value: float) -> str:
 def _excerpt(text: str) -> str:
     short = text if len(text) <= 60 else text[:59] + "…"
     return short.replace("|", "\\|").replace("\n", " ")
-
-
-def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a Markdown table."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

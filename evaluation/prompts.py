@@ -1,12 +1,12 @@
 """Texts to measure on: the built-in set, a file of the user's, and prompts of several instructions at once."""
 
-import gzip
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from gircse.runtime.errors import MeasurementError
+from gircse.runtime.text_lines import read_lines, read_texts
 from gircse.runtime.token_batch import PromptTokenizer
 
 BUILTIN = Path(__file__).parent / "texts.txt"
@@ -30,16 +30,17 @@ def read_prompts(path: Path | None, *, instruction: str = "") -> list[Prompt]:
         instruction: for texts that bring none.
 
     Raises:
-        MeasurementError: the file cannot be read, or holds fewer than 20 different texts.
+        TextFileError: the file cannot be read, is not UTF-8, or holds no text.
+        MeasurementError: a line is no JSON object, or there are fewer than 20 different texts.
     """
     source = path or BUILTIN
     if Path(source.name.removesuffix(".gz")).suffix == ".jsonl":
-        rows = (
+        rows = [
             Prompt(text_field(row, "text", where), text_field(row, "instruction", where, default=instruction))
             for where, row in read_json_lines(source)
-        )
+        ]
     else:
-        rows = (Prompt(line, instruction) for _, line in read_lines(source) if line.strip())
+        rows = [Prompt(text, instruction) for text in read_texts(source)]
     prompts = list(dict.fromkeys(rows))
     if len(prompts) < MIN_TEXTS:
         raise MeasurementError(
@@ -60,29 +61,12 @@ def tokenize_prompts(tokenizer: PromptTokenizer, prompts: Sequence[Prompt]) -> l
     return token_ids
 
 
-def read_lines(path: Path) -> Iterator[tuple[str, str]]:
-    """Yield where each line stands, for errors, and the line.
-
-    Raises:
-        MeasurementError: the file cannot be read or is not UTF-8.
-    """
-    try:
-        with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
-                yield f"{path}, line {number}", line.decode("utf-8").rstrip("\r\n")
-    except UnicodeDecodeError as err:
-        raise MeasurementError(
-            f"{path}: {err.reason} at byte {err.start} of a line | UTF-8 | convert the file, for example with iconv"
-        ) from err
-    except (OSError, EOFError) as err:
-        raise MeasurementError(f"{path}: {err} | a file that can be read | check the path") from err
-
-
 def read_json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield where each JSON object stands, and the object; blank lines are skipped.
 
     Raises:
-        MeasurementError: the file cannot be read, or a line is no JSON object.
+        TextFileError: the file cannot be read or is not UTF-8.
+        MeasurementError: a line is no JSON object.
     """
     for where, line in read_lines(path):
         if not line.strip():

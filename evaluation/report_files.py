@@ -1,34 +1,14 @@
 """Write reports into a directory: each file whole or not at all, others left alone."""
 
-import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
+from gircse.calibration.report_parts import write_files
 from gircse.evaluation import bench_text, parity_text
 from gircse.evaluation.bench_charts import draw_bench_charts
 from gircse.evaluation.bench_report import BenchReport
 from gircse.evaluation.charts import draw_parity_charts
 from gircse.evaluation.parity import ParityResult
-from gircse.runtime.errors import MeasurementError
-from gircse.runtime.whole_file import whole_file
-
-
-def open_report_directory(directory: Path | None) -> None:
-    """Make the directory and see that it can be written, before the measurement and not after it.
-
-    Raises:
-        MeasurementError: it cannot.
-    """
-    if directory is None:
-        return
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=directory):
-            pass
-    except OSError as err:
-        raise MeasurementError(
-            f"--report {directory}: {err.strerror} | a directory that can be written | choose another"
-        ) from err
 
 
 def write_parity_report(result: ParityResult, directory: Path) -> list[Path]:
@@ -43,7 +23,7 @@ def write_parity_report(result: ParityResult, directory: Path) -> list[Path]:
         "parity.md": _with_charts(parity_text.markdown(result.report, result.prompts), charts),
         "parity.xml": parity_text.junit(result.report),
     }
-    return [*_write(contents, directory), *charts]
+    return [*write_files(contents, directory), *charts]
 
 
 def write_bench_report(report: BenchReport, directory: Path) -> list[Path]:
@@ -57,16 +37,9 @@ def write_bench_report(report: BenchReport, directory: Path) -> list[Path]:
         "bench.json": report.to_json(),
         "bench.md": _with_charts(bench_text.markdown(report), charts),
     }
-    return [*_write(contents, directory), *charts]
+    return [*write_files(contents, directory), *charts]
 
 
 def _with_charts(text: str, charts: Sequence[Path]) -> bytes:
     shown = [f"![{path.stem}]({path.name})\n" for path in charts if path.suffix == ".png"]
     return "\n".join([text, *shown]).encode()
-
-
-def _write(contents: Mapping[str, bytes], directory: Path) -> list[Path]:
-    for name, content in contents.items():
-        with whole_file(directory / name) as file:
-            file.write(content)
-    return [directory / name for name in contents]

@@ -137,7 +137,7 @@ class BundleSide:
         Args:
             bundle: an opened bundle.
             precision: name of one of its variants. On the CPU, FP16 and BF16 are emulated.
-            layout: which of its graphs; None is the bundle's default.
+            layout: which of its graphs; None is its default.
             provider: where the runtime runs; the probe runs on the CPU.
             threads: threads of one run; None lets ONNX Runtime take the physical cores.
         """
@@ -152,7 +152,7 @@ class BundleSide:
         """Load the runtime."""
         session = None
         if self._emulated:
-            layout = self._layout or self._facts.layout
+            layout = self._bundle.layout(self._precision, self._layout)
             content = emulated_graph(self._bundle.graph(self._precision, layout)).SerializeToString()
             session = open_session(self._bundle, self._precision, layout=layout, threads=self._threads, content=content)
         return Embedder(

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from gircse.evaluation.metrics import SoftTokenHealth, soft_token_health
+from gircse.evaluation.soft_token_health import SoftTokenHealth, soft_token_health
 from gircse.runtime.bundle import GraphFacts, Pooling
 from gircse.runtime.errors import MeasurementError
 from gircse.runtime.numerics import Float32, prefix_means

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import numpy as np
 
-from gircse.evaluation.prompts import Prompt, read_json_lines, read_lines, text_field
+from gircse.evaluation.prompts import Prompt, read_json_lines, text_field
 from gircse.evaluation.tasks import ClassificationTask, RetrievalTask, StsTask, Task
 from gircse.runtime.errors import MeasurementError
+from gircse.runtime.text_lines import TextLine, read_lines
 
 STS_INSTRUCTION = "Retrieve semantically similar text"
 RETRIEVAL_INSTRUCTION = "Given a query, retrieve passages that answer it"
@@ -40,6 +41,7 @@ def read_tasks(options: TaskOptions) -> list[Task]:
     """Read the tasks that the options name.
 
     Raises:
+        TextFileError: a file cannot be read or is not UTF-8.
         MeasurementError: a file cannot be used.
     """
     tasks: list[Task] = []
@@ -56,7 +58,8 @@ def read_sts(path: Path, *, instruction: str) -> StsTask:
     """Read scored pairs from a TSV with the columns ``score``, ``sentence1`` and ``sentence2``.
 
     Raises:
-        MeasurementError: the file cannot be read or used.
+        TextFileError: the file cannot be read or is not UTF-8.
+        MeasurementError: it cannot be used.
     """
     rows = list(_read_table(path, ("score", "sentence1", "sentence2"), flag="--sts"))
     if len(rows) < 3:
@@ -76,6 +79,7 @@ def read_retrieval(directory: Path, *, instruction: str) -> RetrievalTask:
     A document is its title and its text, joined by a space as BEIR does. Queries without judgement are left out.
 
     Raises:
+        TextFileError: a file cannot be read or is not UTF-8.
         MeasurementError: a file is missing or cannot be used, or a judgement names an unknown document.
     """
     corpus = {
@@ -109,7 +113,8 @@ def read_classification(path: Path, *, instruction: str) -> ClassificationTask:
     """Read labelled texts from a TSV with the columns ``label`` and ``text``.
 
     Raises:
-        MeasurementError: the file cannot be read or used, or all labels are the same.
+        TextFileError: the file cannot be read or is not UTF-8.
+        MeasurementError: it cannot be used, or all labels are the same.
     """
     rows = [fields for _, fields in _read_table(path, ("label", "text"), flag="--classification")]
     names, labels = np.unique([label for label, _ in rows], return_inverse=True)
@@ -120,8 +125,8 @@ def read_classification(path: Path, *, instruction: str) -> ClassificationTask:
 
 def _read_table(path: Path, columns: Sequence[str], *, flag: str) -> list[tuple[str, list[str]]]:
     """Return where each row stands, and its fields in the order of ``columns``."""
-    lines = iter(read_lines(path))
-    header = next(lines, ("", ""))[1].split("\t")
+    lines = read_lines(path)
+    header = next(lines, TextLine("", "")).text.split("\t")
     if missing := [column for column in columns if column not in header]:
         raise MeasurementError(
             f"{flag} {path}: columns {header} | a header line with {list(columns)}, separated by tabs | {missing[0]!r} is "

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import bootstrap, rankdata, spearmanr
 
-from gircse.evaluation.metrics import Float64, similarities
+from gircse.calibration.similarity import Float64, similarities
 from gircse.evaluation.prompts import Prompt
 from gircse.runtime.errors import MeasurementError
 from gircse.runtime.numerics import Float32

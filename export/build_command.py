@@ -39,7 +39,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="gircse-build", description="Build a TensorRT engine of a bundle; the runtime finds it in BUNDLE/engines."
     )
     parser.add_argument("bundle", type=Path, help="bundle directory")
-    parser.add_argument("--precision", metavar="P", help="variant (default: fp16, else bf16, else fp32)")
+    parser.add_argument("--precision", metavar="P", help="variant (default: fp16, else bf16, fp32)")
     parser.add_argument(
         "--flavour",
         type=Flavour,

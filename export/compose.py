@@ -8,9 +8,9 @@ every step alike, each weight read by one node. Empty tensors choose between the
 
 Around the decoder stand four small pieces, written directly in ONNX operators::
 
-    inputs            ids, mask -> embeddings, attention bias, positions; left and right padding give the same vectors
+    inputs            ids, mask -> attention bias, positions; left and right padding give the same vectors
     last_state        -> h_0, the state of each prompt's last real token
-    soft_token        h -> softmax(lm_head(h) / T) @ E
+    vocabulary        ids -> rows of E, and h -> softmax(lm_head(h) / T) @ E; INT8 variants bring their own
     pool              h_1..h_K -> z_1..z_K
 
 Attention is masked by a finite additive bias, never by ``is_causal``, on which execution providers disagree when
@@ -19,7 +19,7 @@ there are more keys than queries (microsoft/onnxruntime#29020); finite, so that 
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import onnx_ir as ir
@@ -51,7 +51,48 @@ class RefinementSettings:
     temperature: float
 
 
-def compose_graph(decoder: ir.Graph, shape: DecoderShape, settings: RefinementSettings, *, layout: Layout) -> ir.Model:
+class Vocabulary(Protocol):
+    """How a graph reads the embedding table and the vocabulary projection."""
+
+    def embed(self, g: "GraphBuilder", input_ids: ir.Value) -> ir.Value:
+        """(batch, tokens) int64 -> rows of E (batch, tokens, hidden) float32."""
+
+    def mixture(self, g: "GraphBuilder", prefix: str, hidden: ir.Value) -> ir.Value:
+        """(rows, hidden) -> softmax(lm_head(h) / T) @ E (rows, hidden) float32; ``prefix`` names the step."""
+
+
+class FloatVocabulary:
+    """Both as they are in the checkpoint."""
+
+    def embed(self, g: "GraphBuilder", input_ids: ir.Value) -> ir.Value:
+        """Look the rows up."""
+        return g.op("Gather", g.weight(EMBEDDING_TABLE), input_ids)
+
+    def mixture(self, g: "GraphBuilder", prefix: str, hidden: ir.Value) -> ir.Value:
+        """Mix all rows.
+
+        The vocabulary matrices are left operands, (vocab, hidden) @ (hidden, rows), because ONNX Runtime keeps a
+        packed copy of every constant right operand: two more copies of the largest weight. The Squeeze after the
+        Transpose keeps the two apart from the MatMul, which reads a plain column fastest.
+        """
+        table = g.weight(EMBEDDING_TABLE)
+        head = table if g.shape.tied else g.weight(LM_HEAD)
+        row = g.op("Unsqueeze", hidden, g.indices([1]))
+        column = g.op("Squeeze", g.op("Transpose", row, perm=[2, 1, 0]), g.indices([1]))
+        logits = g.temper(g.op("MatMul", head, column))
+        probabilities = g.op("Softmax", logits, axis=0)  # (vocab, rows)
+        probabilities.name = prefix + io_spec.PROBABILITIES
+        return g.op("Transpose", g.op("Gemm", table, probabilities, transA=1), perm=[1, 0])
+
+
+def compose_graph(
+    decoder: ir.Graph,
+    shape: DecoderShape,
+    settings: RefinementSettings,
+    *,
+    layout: Layout,
+    vocabulary: Vocabulary | None = None,
+) -> ir.Model:
     """Build the graph of a layout.
 
     Args:
@@ -59,20 +100,21 @@ def compose_graph(decoder: ir.Graph, shape: DecoderShape, settings: RefinementSe
         shape: sizes of the decoder.
         settings: K, pooling, temperature.
         layout: ``unrolled`` or ``stepwise``.
+        vocabulary: how it reads the vocabulary; None is ``FloatVocabulary``.
 
     Returns:
         The graph in FP32. Weights are initializers without usable values, one for each tensor of the checkpoint.
     """
-    g = _GraphBuilder(decoder, shape, settings)
+    g = GraphBuilder(decoder, shape, settings, vocabulary or FloatVocabulary())
     (_unrolled if layout is Layout.UNROLLED else _stepwise)(g)
     return g.model()
 
 
-def _unrolled(g: "_GraphBuilder") -> None:
+def _unrolled(g: "GraphBuilder") -> None:
     hidden_size, steps = g.shape.hidden_size, g.settings.steps
     input_ids, mask = g.prompt()
     prompt = _inputs(g, input_ids, mask, start=None)
-    embeds = g.op("Gather", g.weight(EMBEDDING_TABLE), input_ids)
+    embeds = g.vocabulary.embed(g, input_ids)
     states, cache = g.decode(io_spec.PROMPT_PREFIX, embeds, prompt.bias, prompt.positions, None)
     hidden = g.op("Squeeze", _last_state(g, states, mask, prompt.position), g.indices([1]))
     hidden.name = io_spec.PROMPT_PREFIX + io_spec.STATE
@@ -84,7 +126,7 @@ def _unrolled(g: "_GraphBuilder") -> None:
         key_bias = g.op("Concat", key_bias, visible, axis=-1)
         positions = g.op("Add", tokens, g.indices([k]))
         prefix = io_spec.step_prefix(k + 1)
-        soft_token = g.op("Unsqueeze", g.mixture(prefix, hidden), g.indices([1]))
+        soft_token = g.op("Unsqueeze", g.vocabulary.mixture(g, prefix, hidden), g.indices([1]))
         soft_token.name = prefix + io_spec.SOFT_TOKEN
         output, cache = g.decode(prefix, soft_token, key_bias, positions, cache)
         output.name = prefix + io_spec.STATE
@@ -100,7 +142,7 @@ def _unrolled(g: "_GraphBuilder") -> None:
     g.output(prompt_embedding, io_spec.PROMPT_EMBEDDING, ["batch", hidden_size])
 
 
-def _stepwise(g: "_GraphBuilder") -> None:
+def _stepwise(g: "GraphBuilder") -> None:
     shape = g.shape
     input_ids, mask = g.prompt(mask_width="total")
     width = shape.hidden_size
@@ -111,13 +153,13 @@ def _stepwise(g: "_GraphBuilder") -> None:
     ]
     start = g.op("Shape", past[0], start=1, end=2)
     inputs = _inputs(g, input_ids, mask, start=start)
-    embeds = g.op("Gather", g.weight(EMBEDDING_TABLE), input_ids)
+    embeds = g.vocabulary.embed(g, input_ids)
     if hidden is not None:
         prefix = io_spec.step_prefix(None)
         # Explicit shapes: in the prompt pass there are no rows, which leaves nothing to infer a -1 from.
         rows = g.op("Mul", g.op("Shape", hidden, start=0, end=1), g.op("Shape", hidden, start=1, end=2))
         flat = g.op("Reshape", hidden, g.op("Concat", rows, g.indices([width]), axis=0), allowzero=1)
-        soft_token = g.op("Reshape", g.mixture(prefix, flat), g.op("Shape", hidden), allowzero=1)
+        soft_token = g.op("Reshape", g.vocabulary.mixture(g, prefix, flat), g.op("Shape", hidden), allowzero=1)
         soft_token.name = prefix + io_spec.SOFT_TOKEN
         embeds = g.op("Concat", embeds, soft_token, axis=1)
     states, cache = g.decode(io_spec.DECODER_PREFIX, embeds, inputs.bias, inputs.positions, past)
@@ -143,7 +185,7 @@ class _Inputs(NamedTuple):
     position: ir.Value
 
 
-def _inputs(g: "_GraphBuilder", input_ids: ir.Value, mask: ir.Value, *, start: ir.Value | None) -> _Inputs:
+def _inputs(g: "GraphBuilder", input_ids: ir.Value, mask: ir.Value, *, start: ir.Value | None) -> _Inputs:
     """Derive attention bias and positions from the mask (batch, keys); ``start`` (1,) is the length of the past."""
     # Positions count real tokens, so that padding does not shift the rotary phase.
     positions = g.op("Max", g.op("Sub", g.op("CumSum", mask, g.index(1)), g.index(1)), g.index(0))
@@ -161,14 +203,14 @@ def _inputs(g: "_GraphBuilder", input_ids: ir.Value, mask: ir.Value, *, start: i
     return _Inputs(g.op("Min", key_bias, causal_bias), positions, key_bias, position)
 
 
-def _last_state(g: "_GraphBuilder", states: ir.Value, mask: ir.Value, position: ir.Value) -> ir.Value:
+def _last_state(g: "GraphBuilder", states: ir.Value, mask: ir.Value, position: ir.Value) -> ir.Value:
     """Return the state (batch, 1, hidden) of each row's last real token; ``mask`` and ``position`` are of the new ones."""
     last = g.op("ReduceMax", g.op("Mul", mask, position), g.indices([1]), keepdims=1)
     at = g.op("Unsqueeze", last, g.indices([2]))
     return g.op("GatherND", states, at, batch_dims=1)
 
 
-def _pool(g: "_GraphBuilder", states: Sequence[ir.Value]) -> ir.Value:
+def _pool(g: "GraphBuilder", states: Sequence[ir.Value]) -> ir.Value:
     """Return z_1..z_K (batch, K, hidden) of the states (batch, 1, hidden)."""
     stacked = g.op("Concat", *states, axis=1)
     if g.settings.pooling is Pooling.LAST:
@@ -178,28 +220,43 @@ def _pool(g: "_GraphBuilder", states: Sequence[ir.Value]) -> ir.Value:
     return g.l2_normalize(g.op("Div", sums, g.constant("counts", counts)))
 
 
-class _GraphBuilder:
+class GraphBuilder:
     """One graph under construction: its nodes, its weights by name, and the pieces that several graphs share."""
 
-    def __init__(self, decoder: ir.Graph, shape: DecoderShape, settings: RefinementSettings) -> None:
-        self.decoder, self.shape, self.settings = decoder, shape, settings
+    def __init__(
+        self, decoder: ir.Graph, shape: DecoderShape, settings: RefinementSettings, vocabulary: Vocabulary
+    ) -> None:
+        """Start an empty graph."""
+        self.decoder, self.shape, self.settings, self.vocabulary = decoder, shape, settings, vocabulary
         self._tape = ir.tape.Tape()
         self._initializers: dict[str, ir.Value] = {}
         self._inputs: list[ir.Value] = []
         self._outputs: list[ir.Value] = []
 
-    def op(self, op_type: str, *inputs: ir.Value, **attributes: int | float | Sequence[int]) -> ir.Value:
-        return self._tape.op(op_type, inputs, attributes)
+    def op(
+        self, op_type: str, *inputs: ir.Value, domain: str = "", **attributes: int | float | Sequence[int]
+    ) -> ir.Value:
+        """Add a node and return its output."""
+        return self._tape.op(op_type, inputs, attributes, domain=domain)
+
+    def op_multi(
+        self, op_type: str, *inputs: ir.Value, outputs: int, domain: str = "", **attributes: int | float | Sequence[int]
+    ) -> Sequence[ir.Value]:
+        """Add a node of several outputs and return them."""
+        return self._tape.op_multi_out(op_type, inputs, attributes, num_outputs=outputs, domain=domain)
 
     def input(self, name: str, dtype: ir.DataType, shape: Sequence[int | str]) -> ir.Value:
+        """Declare an input of the graph."""
         self._inputs.append(ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(shape)))
         return self._inputs[-1]
 
     def output(self, value: ir.Value, name: str, shape: Sequence[int | str]) -> None:
+        """Name a value and make it an output of the graph."""
         value.name, value.type, value.shape = name, ir.TensorType(ir.DataType.FLOAT), ir.Shape(shape)
         self._outputs.append(value)
 
     def prompt(self, *, mask_width: str = "tokens") -> tuple[ir.Value, ir.Value]:
+        """Declare ids and mask, the inputs that every graph has."""
         return (
             self.input(io_spec.INPUT_IDS, ir.DataType.INT64, ["batch", "tokens"]),
             self.input(io_spec.ATTENTION_MASK, ir.DataType.INT64, ["batch", mask_width]),
@@ -207,12 +264,16 @@ class _GraphBuilder:
 
     def weight(self, name: str) -> ir.Value:
         """Return the initializer of a (vocab, hidden) weight."""
+        return self.initializer(name, ir.DataType.FLOAT, (self.shape.vocab_size, self.shape.hidden_size))
+
+    def initializer(self, name: str, dtype: ir.DataType, shape: Sequence[int]) -> ir.Value:
+        """Return an initializer without a value: the weights fill it."""
         if name not in self._initializers:
-            shape = ir.Shape((self.shape.vocab_size, self.shape.hidden_size))
-            self._initializers[name] = ir.Value(name=name, type=ir.TensorType(ir.DataType.FLOAT), shape=shape)
+            self._initializers[name] = ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(shape))
         return self._initializers[name]
 
     def constant(self, name: str, value: np.ndarray) -> ir.Value:
+        """Return the initializer of a name, made at its first use."""
         if name not in self._initializers:
             tensor = ir.tensor(value, name=name)
             self._initializers[name] = ir.Value(
@@ -221,12 +282,15 @@ class _GraphBuilder:
         return self._initializers[name]
 
     def index(self, value: int) -> ir.Value:
+        """Return an int64 scalar."""
         return self.constant(f"int_{value}", np.array(value, np.int64))
 
     def indices(self, values: Sequence[int]) -> ir.Value:
+        """Return an int64 vector."""
         return self.constant("ints_" + "_".join(map(str, values)), np.array(values, np.int64))
 
     def number(self, value: float) -> ir.Value:
+        """Return a float32 scalar."""
         return self.constant(f"float_{value!r}", np.array(value, np.float32))
 
     def key_bias(self, mask: ir.Value) -> ir.Value:
@@ -240,25 +304,13 @@ class _GraphBuilder:
         shape = self.op("Concat", batch, self.indices([1, 1, 1]), axis=0)
         return self.op("Expand", self.number(0.0), shape)
 
-    def mixture(self, prefix: str, hidden: ir.Value) -> ir.Value:
-        """(rows, hidden) -> softmax(lm_head(h) / T) @ E (rows, hidden); ``prefix`` names the step.
-
-        The vocabulary matrices are left operands, (vocab, hidden) @ (hidden, rows), because ONNX Runtime keeps a
-        packed copy of every constant right operand: two more copies of the largest weight. The Squeeze after the
-        Transpose keeps the two apart from the MatMul, which reads a plain column fastest.
-        """
-        table = self.weight(EMBEDDING_TABLE)
-        head = table if self.shape.tied else self.weight(LM_HEAD)
-        row = self.op("Unsqueeze", hidden, self.indices([1]))
-        column = self.op("Squeeze", self.op("Transpose", row, perm=[2, 1, 0]), self.indices([1]))
-        logits = self.op("MatMul", head, column)
-        if self.settings.temperature != 1.0:
-            logits = self.op("Div", logits, self.number(self.settings.temperature))
-        probabilities = self.op("Softmax", logits, axis=0)  # (vocab, rows)
-        probabilities.name = prefix + io_spec.PROBABILITIES
-        return self.op("Transpose", self.op("Gemm", table, probabilities, transA=1), perm=[1, 0])
+    def temper(self, logits: ir.Value) -> ir.Value:
+        """Divide by the temperature, unless it is 1."""
+        temperature = self.settings.temperature
+        return logits if temperature == 1.0 else self.op("Div", logits, self.number(temperature))
 
     def l2_normalize(self, vectors: ir.Value) -> ir.Value:
+        """Divide vectors (..., n) by their norms."""
         norms = self.op("ReduceL2", vectors, self.indices([-1]), keepdims=1)
         return self.op("Div", vectors, self.op("Max", norms, self.number(L2_EPSILON)))
 
@@ -309,6 +361,7 @@ class _GraphBuilder:
         values[node.outputs[0]] = output
 
     def model(self) -> ir.Model:
+        """Return what has been built."""
         graph = ir.Graph(
             self._inputs,
             self._outputs,

@@ -24,7 +24,7 @@ from gircse.export.profile_shapes import (
     engine_profiles,
 )
 from gircse.export.trt_builder import TensorRtBuilder
-from gircse.runtime.bundle import MANIFEST_NAME, Bundle, Layout, file_sha256
+from gircse.runtime.bundle import INT8_PRECISIONS, MANIFEST_NAME, Bundle, Layout, file_sha256
 from gircse.runtime.engine_plan import ENGINES_FOLDER, PLAN_SCHEMA_VERSION, EnginePlan, EngineProfile, Flavour
 from gircse.runtime.errors import ExportError, ProviderError
 from gircse.runtime.provider_choice import GPU_PRECISIONS, MODULES, import_tensorrt
@@ -50,7 +50,7 @@ class BuildOptions:
 
     Attributes:
         bundle: bundle directory.
-        precision: variant; None takes the first of FP16, BF16 and FP32 that the bundle has.
+        precision: variant; None takes the first of ``GPU_PRECISIONS`` that the bundle has.
         flavour: which TensorRT; None takes the one that is installed.
         layout: graph to build from.
         batch: texts of a run.
@@ -100,6 +100,12 @@ def build_engine(options: BuildOptions, *, progress: StageProgress | None = None
     module = import_tensorrt(flavour)
     precision = options.precision or bundle.default_variant(GPU_PRECISIONS)
     bundle.variant(precision)
+    if precision in INT8_PRECISIONS:
+        # Their float parts are FP32, for which TensorRT has no fused attention: the build would fail after minutes.
+        raise ExportError(
+            f"--precision {precision}: no engines of INT8 variants yet | fp16, bf16 or fp32 | build one of these, or run "
+            "the INT8 variant in ONNX Runtime"
+        )
     profiles = _profiles(options, bundle, flavour)
     capabilities = _capabilities(options, module, flavour)
     with progress.stage(f"check the files of {bundle.directory.name}:{precision}"):

@@ -67,7 +67,10 @@ def _parser() -> argparse.ArgumentParser:
         type=_precisions,
         default=(Precision.FP32,),
         metavar="P,...",
-        help="variants to write: fp32, fp16, bf16 (default: fp32)",
+        help=f"variants to write: {', '.join(Precision)} (default: fp32)",
+    )
+    parser.add_argument(
+        "--calibration", type=Path, metavar="FILE", help="file of gircse-calibrate, which the int8 variants need"
     )
     parser.add_argument(
         "--keep-float32",

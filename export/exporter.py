@@ -10,11 +10,13 @@ from typing import Any
 import psutil
 from tokenizers import Tokenizer
 
+from gircse.calibration.calibrate import subject_of
 from gircse.calibration.checkpoint import Checkpoint, pad_token_id, read_json, resolve_checkpoint
 from gircse.calibration.corpus import read_texts
 from gircse.calibration.magnitudes import largest_magnitudes
 from gircse.calibration.progress import Advance, StageProgress
 from gircse.calibration.reference import load_reference
+from gircse.calibration.table import Calibration
 from gircse.export.architecture import DecoderShape, check_limits, decoder_shape
 from gircse.export.golden import CASES as GOLDEN_CASES
 from gircse.export.golden import write_golden
@@ -28,6 +30,7 @@ from gircse.export.trace import trace_decoder
 from gircse.export.variants import PlannedVariant, graph_facts, manifest_variant, plan_variant, write_variant
 from gircse.export.weights import estimate_bytes
 from gircse.runtime.bundle import (
+    INT8_PRECISIONS,
     MANIFEST_NAME,
     SCHEMA_VERSION,
     FileEntry,
@@ -87,11 +90,14 @@ def export_bundle(options: ExportOptions, *, progress: StageProgress | None = No
     if not options.temperature > 0 or options.temperature == float("inf"):
         raise ExportError(f"--temperature {options.temperature} | a finite number above 0 | 1 is the trained value")
     check_destination(output, force=options.force)
+    calibration = _read_calibration(options)
     probe_texts = read_texts(options.probe_texts) if options.probe_texts else [text for _, text in GOLDEN_CASES]
     with progress.stage(f"find the model {options.model}"):
         source = _open_source(options)
+    if calibration is not None and options.calibration is not None:
+        calibration.check(subject_of(source.checkpoint, options), options.calibration)
     golden_missing_reason = _check_resources(source.weights, options.precisions, output, progress)
-    variants = _trace_and_plan(options, source, progress)
+    variants = _trace_and_plan(options, source, calibration, progress)
     try:
         with staged_directory(output, force=options.force) as directory:
             files = _write_variants(directory, variants, options, source, progress)
@@ -105,6 +111,19 @@ def export_bundle(options: ExportOptions, *, progress: StageProgress | None = No
             "some space or choose another --output"
         ) from err
     return output
+
+
+def _read_calibration(options: ExportOptions) -> Calibration | None:
+    """Read the calibration of INT8 variants, before anything expensive starts."""
+    wanted = [precision for precision in options.precisions if precision in INT8_PRECISIONS]
+    if options.calibration is not None:
+        return Calibration.read(options.calibration)
+    if wanted:
+        raise ExportError(
+            f"--precision {wanted[0]}: no --calibration | a file of gircse-calibrate | make one: gircse-calibrate --steps "
+            f"{options.steps} --model {options.model} --texts FILE, then add --calibration calibration.json"
+        )
+    return None
 
 
 def _open_source(options: ExportOptions) -> _Source:
@@ -147,7 +166,9 @@ def _open_tokenizer(directory: Path) -> Tokenizer:
     return load_tokenizer(path)
 
 
-def _trace_and_plan(options: ExportOptions, source: _Source, progress: StageProgress) -> list[PlannedVariant]:
+def _trace_and_plan(
+    options: ExportOptions, source: _Source, calibration: Calibration | None, progress: StageProgress
+) -> list[PlannedVariant]:
     """Trace, compose, and match the weights; reads headers only, so a wrong adapter fails before anything is written."""
     with progress.stage(f"trace the {source.shape.architecture} decoder ({source.shape.num_layers} layers)"):
         decoder = trace_decoder(source.config, source.shape, positions=options.max_tokens + options.steps)
@@ -163,6 +184,7 @@ def _trace_and_plan(options: ExportOptions, source: _Source, progress: StageProg
                 shape=source.shape,
                 base=source.weights,
                 adapter_directory=source.checkpoint.adapter_directory,
+                calibration=calibration,
             )
             for precision in options.precisions
         ]
@@ -181,7 +203,7 @@ def _check_resources(
     """
     total, largest = estimate_bytes(base)
     parent = next(path for path in output.parents if path.exists())
-    written = sum(total * int(DTYPES[precision].itemsize) // 4 for precision in precisions)
+    written = sum(total * _bytes_per_weight(precision) // 4 for precision in precisions)
     disk_needed, disk_free = written + SMALL_FILES_BYTES, shutil.disk_usage(parent).free
     memory_needed, memory_free = TRACE_BYTES + 3 * largest, psutil.virtual_memory().available
     reference_needed = TRACE_BYTES + REFERENCE_BYTES + int(1.2 * total)  # PEFT merges layer by layer
@@ -203,6 +225,11 @@ def _check_resources(
     return None
 
 
+def _bytes_per_weight(precision: Precision) -> int:
+    # INT8 variants hold the vocabulary twice, and scales: less than two bytes a weight.
+    return 2 if precision in INT8_PRECISIONS else int(DTYPES[precision].itemsize)
+
+
 def _write_variants(
     directory: Path,
     variants: Sequence[PlannedVariant],
@@ -218,6 +245,8 @@ def _write_variants(
         with progress.stage(f"write {_gib(total)} of {variant.precision} weights", total=total) as advance:
             entry = write_variant(variant, directory, identity=identity, on_bytes=advance)
         files[variant.weights_path] = entry
+        if variant.precision in INT8_PRECISIONS and options.calibration is not None:
+            shutil.copyfile(options.calibration, directory / variant.precision / "calibration.json")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         path = source.checkpoint.directory / name
         if path.is_file():
@@ -284,7 +313,7 @@ def _write_manifest(
         graph=graph_facts(options, source.shape),
         prompt_template=PROMPT_TEMPLATE,
         pad_token_id=source.pad_token_id,
-        variants={variant.precision: manifest_variant(variant, options) for variant in variants},
+        variants={variant.precision: manifest_variant(variant) for variant in variants},
         golden=golden_missing_reason is None,
         golden_missing_reason=golden_missing_reason,
         tools={name: importlib.metadata.version(name) for name in TOOLS},

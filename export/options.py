@@ -22,6 +22,7 @@ class ExportOptions:
         max_tokens: longest prompt.
         layout: ``unrolled``, which brings the stepwise graph along, or ``stepwise`` alone.
         precisions: the variants to write.
+        calibration: file of ``gircse-calibrate``, for INT8 variants.
         probe_texts: file of texts for the overflow probe of FP16; None takes the golden ones.
         keep_float32: parts of weight names whose matrix products stay in FP32 in every variant.
         force: replace an existing bundle.
@@ -38,6 +39,7 @@ class ExportOptions:
     layout: Layout = Layout.UNROLLED
     precisions: tuple[Precision, ...] = (Precision.FP32,)
     keep_float32: tuple[str, ...] = ()
+    calibration: Path | None = None
     probe_texts: Path | None = None
     force: bool = False
 

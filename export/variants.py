@@ -6,17 +6,31 @@ from pathlib import Path
 
 import onnx_ir as ir
 
+from gircse.calibration.table import Calibration
 from gircse.export.architecture import DecoderShape
 from gircse.export.compose import compose_graph, weight_initializers
 from gircse.export.options import ExportOptions
 from gircse.export.precision import FLOAT32_ISLANDS, set_precision
+from gircse.export.quantize import int8_vocabulary, kept_sites, quantize
 from gircse.export.safetensors_index import SafetensorsIndex
 from gircse.export.weights import WeightPlan, external_tensors, write_weights
 from gircse.runtime import io_spec
-from gircse.runtime.bundle import FileEntry, GraphFacts, GraphFile, Layout, Precision, TensorSpec, Variant
+from gircse.runtime.bundle import (
+    INT8_PRECISIONS,
+    FileEntry,
+    GraphFacts,
+    GraphFile,
+    Layout,
+    Precision,
+    TensorSpec,
+    Variant,
+)
 
 GRAPH_FILES = {Layout.UNROLLED: "model.onnx", Layout.STEPWISE: "stepwise.onnx"}
 WEIGHTS_FILE = "weights.bin"
+
+INT8_FLOAT = ("attention", "SwiGLU", "RMSNorm", "residual stream", "softmax over the vocabulary", "largest channels")
+"""What INT8 variants compute in FP32, in words."""
 
 
 @dataclass(frozen=True)
@@ -28,12 +42,14 @@ class PlannedVariant:
         graphs: its graphs by layout.
         rewrites: how often each rewrite to the precision applied, by layout.
         plan: its weights.
+        float32: what stays in FP32, in words.
     """
 
     precision: Precision
     graphs: Mapping[Layout, ir.Model]
     rewrites: Mapping[Layout, Mapping[str, int]]
     plan: WeightPlan
+    float32: tuple[str, ...]
 
     @property
     def weights_path(self) -> str:
@@ -65,19 +81,53 @@ def plan_variant(
     shape: DecoderShape,
     base: SafetensorsIndex,
     adapter_directory: Path | None,
+    calibration: Calibration | None,
 ) -> PlannedVariant:
     """Compose the graphs of a precision and match their weights with the checkpoint.
+
+    Args:
+        precision: the variant.
+        decoder: the simplified graph of ``trace_decoder``.
+        options: what the export was asked for.
+        shape: sizes of the decoder.
+        base: tensors of the checkpoint.
+        adapter_directory: folder of the LoRA, or None.
+        calibration: for an INT8 variant.
 
     Raises:
         CheckpointError: a tensor of checkpoint or adapter does not fit.
         ExportError: the graph cannot be set to the precision.
     """
+    if precision in INT8_PRECISIONS:
+        if calibration is None:
+            raise ValueError(f"{precision} without a calibration")
+        return _plan_int8(precision, decoder, options, calibration, shape=shape, base=base, adapter=adapter_directory)
     graphs, rewrites = {}, {}
     for layout in sorted(graph_facts(options, shape).layouts):
         graphs[layout] = compose_graph(decoder, shape, options.settings, layout=layout)
         rewrites[layout] = set_precision(graphs[layout], precision, keep_float32=options.keep_float32)
     plan = WeightPlan.build(weight_initializers(graphs.values()), base, adapter_directory, tied=shape.tied)
-    return PlannedVariant(precision, graphs, rewrites, plan)
+    return PlannedVariant(precision, graphs, rewrites, plan, (*FLOAT32_ISLANDS[precision], *options.keep_float32))
+
+
+def _plan_int8(
+    precision: Precision,
+    decoder: ir.Graph,
+    options: ExportOptions,
+    calibration: Calibration,
+    *,
+    shape: DecoderShape,
+    base: SafetensorsIndex,
+    adapter: Path | None,
+) -> PlannedVariant:
+    """Compose the one graph of an INT8 variant; K + 1 copies of the decoder would be K + 1 copies of packed weights."""
+    layout = Layout.STEPWISE if options.steps else options.layout
+    kept = kept_sites(precision, calibration, shape, keep_float32=options.keep_float32)
+    vocabulary = int8_vocabulary(precision, calibration, shape, kept)
+    model = compose_graph(decoder, shape, options.settings, layout=layout, vocabulary=vocabulary)
+    quantized = quantize(model, precision, calibration, shape, vocabulary=vocabulary, kept=kept)
+    plan = WeightPlan.build(weight_initializers([model]), base, adapter, tied=shape.tied, recipes=quantized.recipes)
+    return PlannedVariant(precision, {layout: model}, {layout: quantized.counts}, plan, (*INT8_FLOAT, *kept))
 
 
 def write_variant(
@@ -106,7 +156,7 @@ def write_variant(
     return entry
 
 
-def manifest_variant(variant: PlannedVariant, options: ExportOptions) -> Variant:
+def manifest_variant(variant: PlannedVariant) -> Variant:
     """Return the entry of a variant in the manifest."""
     return Variant(
         graphs={
@@ -118,7 +168,7 @@ def manifest_variant(variant: PlannedVariant, options: ExportOptions) -> Variant
             for layout, model in variant.graphs.items()
         },
         weights=variant.weights_path,
-        float32=(*FLOAT32_ISLANDS[variant.precision], *options.keep_float32),
+        float32=variant.float32,
         rewrites=variant.rewrites,
     )
 

@@ -3,11 +3,12 @@
 The merge (``lora.py`` has the formula) is computed in FP32 and cast once, to the type that the graph gives the weight.
 At no time is more than one tensor in memory;
 a tensor that is stored as it is in the checkpoint (the vocabulary, the largest) passes through in blocks of rows.
+What an INT8 variant stores instead comes from recipes (``int8_weights.py``), one at a time.
 """
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from gircse.export.compose import EMBEDDING_TABLE, LM_HEAD
+from gircse.export.int8_weights import Recipe
 from gircse.export.lora import LoraAdapter, LoraPair
 from gircse.export.safetensors_index import SafetensorsIndex
 from gircse.export.simplify import TRANSPOSED_SUFFIX
@@ -34,6 +36,7 @@ _TORCH_TYPES = {
     ir.DataType.FLOAT: torch.float32,
     ir.DataType.FLOAT16: torch.float16,
     ir.DataType.BFLOAT16: torch.bfloat16,
+    ir.DataType.INT8: torch.int8,
 }
 
 
@@ -44,20 +47,20 @@ class PlannedWeight:
     Attributes:
         name: initializer in the graphs.
         source: tensor in the checkpoint.
-        shape: shape in the checkpoint.
+        shape: shape in the checkpoint; of a recipe's weight, in the graphs.
         transposed: stored as the transpose.
-        lora: the pair to merge, or None.
         offset: first byte in the data file.
         dtype: type in the data file.
+        recipe: what makes it of one or more tensors, in place of ``source``; None for a weight that is copied.
     """
 
     name: str
     source: str
     shape: tuple[int, ...]
     transposed: bool
-    lora: LoraPair | None
     offset: int
     dtype: ir.DataType
+    recipe: Recipe | None = None
 
     @property
     def bytes(self) -> int:
@@ -80,7 +83,13 @@ class WeightPlan:
 
     @classmethod
     def build(
-        cls, initializers: Mapping[str, ir.Value], base: SafetensorsIndex, adapter_directory: Path | None, *, tied: bool
+        cls,
+        initializers: Mapping[str, ir.Value],
+        base: SafetensorsIndex,
+        adapter_directory: Path | None,
+        *,
+        tied: bool,
+        recipes: Sequence[Recipe] = (),
     ) -> Self:
         """Match graph weights, checkpoint tensors and adapter tensors one to one.
 
@@ -89,68 +98,66 @@ class WeightPlan:
             base: tensors of the checkpoint.
             adapter_directory: folder of the LoRA, or None.
             tied: whether lm_head is the embedding table, which the file may hold under either name.
+            recipes: what makes the initializers that are no tensors of the checkpoint.
 
         Raises:
             CheckpointError: a tensor is missing, left over, or of another shape; the message names it.
         """
         adapter = LoraAdapter(adapter_directory) if adapter_directory is not None else None
-        pairs = dict(adapter.pairs) if adapter is not None else {}
-        unused = set(base.entries)
+        made = {name: recipe for recipe in recipes for name in recipe.shapes}
+        sources: dict[str, tuple[int, ...]] = {}
         weights: list[PlannedWeight] = []
         offset = 0
         for name, value in initializers.items():
-            tensor = name.removesuffix(TRANSPOSED_SUFFIX)
-            transposed = tensor != name
-            shape = _checkpoint_shape(value, transposed=transposed)
-            source = LM_HEAD if tied and tensor == EMBEDDING_TABLE and tensor not in base.entries else tensor
-            _check_tensor(base, source, shape)
             dtype = value.dtype or ir.DataType.FLOAT
-            weights.append(PlannedWeight(name, source, shape, transposed, pairs.pop(tensor, None), offset, dtype))
-            offset += -(-weights[-1].bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
-            unused.discard(source)
-        _check_leftovers(base, unused, tied=tied)
-        if pairs:
+            if name in made:
+                weight = PlannedWeight(name, "", made[name].shapes[name], False, offset, dtype, made[name])
+                sources.update(made[name].sources)
+            else:
+                tensor = name.removesuffix(TRANSPOSED_SUFFIX)
+                transposed = tensor != name
+                weight = PlannedWeight(
+                    name, tensor, _checkpoint_shape(value, transposed=transposed), transposed, offset, dtype
+                )
+                sources[tensor] = weight.shape
+            weights.append(weight)
+            offset += -(-weight.bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+        plan = cls(tuple(weights), base, adapter)
+        for source, shape in sources.items():
+            _check_tensor(base, plan.stored_name(source), shape)
+            plan.check_adapter_shapes(source, shape)
+        _check_leftovers(base, set(base.entries) - set(map(plan.stored_name, sources)), tied=tied)
+        if adapter is not None and (unknown := set(adapter.pairs) - set(sources)):
             raise CheckpointError(
-                f"{adapter_directory}: adapts {min(pairs)} ({len(pairs)} such) | weights of this model | "
+                f"{adapter_directory}: adapts {min(unknown)} ({len(unknown)} such) | weights of this model | "
                 "the adapter belongs to another model: check --adapter"
             )
-        plan = cls(tuple(weights), base, adapter)
-        for weight in weights:
-            plan.check_adapter_shapes(weight)
         return plan
 
-    def check_adapter_shapes(self, weight: PlannedWeight) -> None:
-        """Refuse LoRA factors that do not multiply to the weight's shape."""
-        if weight.lora is None or self.adapter is None:
+    def stored_name(self, source: str) -> str:
+        """Return the name that a tensor has in the checkpoint; a tied table may be stored as lm_head."""
+        return LM_HEAD if source == EMBEDDING_TABLE and source not in self.base.entries else source
+
+    def check_adapter_shapes(self, source: str, shape: tuple[int, ...]) -> None:
+        """Refuse LoRA factors that do not multiply to the tensor's shape."""
+        lora = self._lora(source)
+        if lora is None or self.adapter is None:
             return
-        a, b = (self.adapter.index.entries[name].shape for name in (weight.lora.a, weight.lora.b))
-        if len(a) != 2 or len(b) != 2 or (b[0], a[1]) != weight.shape or a[0] != b[1]:
+        a, b = (self.adapter.index.entries[name].shape for name in (lora.a, lora.b))
+        if len(a) != 2 or len(b) != 2 or (b[0], a[1]) != shape or a[0] != b[1]:
             raise CheckpointError(
-                f"{weight.lora.file}: {weight.lora.a} {list(a)} and {weight.lora.b} {list(b)} | factors of "
-                f"{weight.source} {list(weight.shape)} | the adapter belongs to another model: check --adapter"
+                f"{lora.file}: {lora.a} {list(a)} and {lora.b} {list(b)} | factors of "
+                f"{source} {list(shape)} | the adapter belongs to another model: check --adapter"
             )
 
     def blocks(self, weight: PlannedWeight) -> Iterator[Tensor]:
-        """Yield a weight as it is stored, (rows, ...) in its type, block by block.
+        """Yield a weight that is copied as it is stored, (rows, ...) in its type, block by block.
 
         Raises:
             CheckpointError: a value is NaN or infinite, or the adapter does not change the weight.
             ExportError: a value is outside the range of the type.
         """
-        changed = False
-        rows = _rows_at_once(weight)
-        factors = self._factors(weight)
-        for start in range(0, weight.shape[0], rows):
-            block = self.base.read_rows(weight.source, slice(start, start + rows))
-            if factors is not None:
-                merged = block + factors[1][start : start + rows] @ factors[0]
-                changed = changed or not torch.equal(merged, block)
-                block = merged
-            if not torch.isfinite(block).all():
-                raise CheckpointError(
-                    f"{self.base.entries[weight.source].file}: {weight.source} holds NaN or infinity | finite weights | "
-                    "the checkpoint or the adapter is damaged: download it again"
-                )
+        for block in self.merged_blocks(weight.source, rows_at_once=_rows_at_once(weight)):
             narrow = block.to(_TORCH_TYPES[weight.dtype])
             if not torch.isfinite(narrow).all():
                 raise ExportError(
@@ -158,18 +165,48 @@ class WeightPlan:
                     f"--precision bf16, or --keep-float32 {weight.name.removesuffix(TRANSPOSED_SUFFIX)}"
                 )
             yield narrow.T.contiguous() if weight.transposed else narrow
-        if weight.lora is not None and not changed:
+
+    def merged_blocks(self, source: str, *, rows_at_once: int | None = None) -> Iterator[Tensor]:
+        """Yield a tensor of the checkpoint with the LoRA merged, FP32, some rows at a time.
+
+        Args:
+            source: its name.
+            rows_at_once: None takes as many as ``BLOCK_ELEMENTS`` allows.
+
+        Raises:
+            CheckpointError: a value is NaN or infinite, or the adapter does not change the tensor.
+        """
+        stored = self.base.entries[self.stored_name(source)]
+        lora, changed = self._lora(source), False
+        factors = self._factors(lora)
+        rows = rows_at_once or max(1, BLOCK_ELEMENTS // math.prod(stored.shape[1:]))
+        for start in range(0, stored.shape[0], rows):
+            block = self.base.read_rows(stored.name, slice(start, start + rows))
+            if factors is not None:
+                merged = block + factors[1][start : start + rows] @ factors[0]
+                changed = changed or not torch.equal(merged, block)
+                block = merged
+            if not torch.isfinite(block).all():
+                raise CheckpointError(
+                    f"{stored.file}: {stored.name} holds NaN or infinity | finite weights | "
+                    "the checkpoint or the adapter is damaged: download it again"
+                )
+            yield block
+        if lora is not None and not changed:
             raise CheckpointError(
-                f"{weight.lora.file}: {weight.lora.b} leaves {weight.source} as it is | an adapter that changes every "
+                f"{lora.file}: {lora.b} leaves {source} as it is | an adapter that changes every "
                 "weight it names | the adapter is untrained or damaged: check --adapter"
             )
 
-    def _factors(self, weight: PlannedWeight) -> tuple[Tensor, Tensor] | None:
+    def _lora(self, source: str) -> LoraPair | None:
+        return self.adapter.pairs.get(source) if self.adapter is not None else None
+
+    def _factors(self, lora: LoraPair | None) -> tuple[Tensor, Tensor] | None:
         """Return A and scaling * B in FP32."""
-        if weight.lora is None or self.adapter is None:
+        if lora is None or self.adapter is None:
             return None
         index = self.adapter.index
-        return index.read_rows(weight.lora.a), index.read_rows(weight.lora.b) * weight.lora.scaling
+        return index.read_rows(lora.a), index.read_rows(lora.b) * lora.scaling
 
 
 def estimate_bytes(base: SafetensorsIndex) -> tuple[int, int]:
@@ -191,12 +228,17 @@ def write_weights(plan: WeightPlan, path: Path, *, on_bytes: Callable[[int], Non
         Size and SHA-256, taken while writing.
     """
     digest = hashlib.sha256()
+    recipe: Recipe | None = None
+    made: Mapping[str, Tensor] = {}
     with path.open("wb") as file:
         for weight in plan.weights:
             padding = bytes(weight.offset - file.tell())
             file.write(padding)
             digest.update(padding)
-            for block in plan.blocks(weight):
+            if weight.recipe is not None and weight.recipe is not recipe:  # its initializers follow one another
+                recipe = weight.recipe
+                made = recipe.tensors(plan.merged_blocks)
+            for block in plan.blocks(weight) if weight.recipe is None else [made[weight.name]]:
                 data = block.reshape(-1).view(torch.uint8).numpy().data  # no copy
                 file.write(data)
                 digest.update(data)

@@ -9,6 +9,7 @@ from gircse.runtime.errors import (
     GircseError,
     MeasurementError,
     ProviderError,
+    TextFileError,
 )
 from gircse.runtime.token_batch import Overflow
 
@@ -23,4 +24,5 @@ __all__ = [
     "Overflow",
     "ProviderError",
     "SelfTestReport",
+    "TextFileError",
 ]

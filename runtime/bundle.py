@@ -29,11 +29,22 @@ class Layout(StrEnum):
 
 
 class Precision(StrEnum):
-    """Type of weights and matrix products; the name of a variant."""
+    """Type of weights and matrix products; the name of a variant.
+
+    ``int8`` has scales of activations from a calibration, ``int8-dynamic`` takes them from the values at hand, and
+    ``int8-weights`` computes in FP32 on 8-bit weights.
+    """
 
     FP32 = "fp32"
     FP16 = "fp16"
     BF16 = "bf16"
+    INT8 = "int8"
+    INT8_WEIGHTS = "int8-weights"
+    INT8_DYNAMIC = "int8-dynamic"
+
+
+INT8_PRECISIONS = (Precision.INT8, Precision.INT8_WEIGHTS, Precision.INT8_DYNAMIC)
+"""Their variants have no unrolled graph beside the stepwise one: it would hold K + 1 packed copies of every weight."""
 
 
 class Pooling(StrEnum):
@@ -81,7 +92,8 @@ class GraphFacts(_Record, frozen=True):
 
     Attributes:
         architecture: ``model_type`` of the config, such as ``qwen2``.
-        layout: the layout that ONNX Runtime runs by default. An ``unrolled`` bundle holds the stepwise graph too.
+        layout: the layout that ONNX Runtime runs by default, where a variant has it (see ``Bundle.layout``). An
+            ``unrolled`` bundle holds the stepwise graph too.
         steps: K. The unrolled graph always runs K steps; the stepwise one runs up to K.
         pooling: ``mean`` or ``last``.
         temperature: divisor of the logits before the softmax over the vocabulary.
@@ -114,7 +126,7 @@ class GraphFacts(_Record, frozen=True):
 
     @property
     def layouts(self) -> set[Layout]:
-        """The graphs of a variant."""
+        """The graphs of a variant; where there are two, one of INT8 has the stepwise graph alone."""
         return {Layout.STEPWISE, self.layout} if self.steps else {self.layout}
 
     @property
@@ -193,10 +205,11 @@ class Manifest(_Record, frozen=True):
         """Refuse a manifest whose parts do not belong together."""
         required = {"tokenizer.json"} | ({"golden.json", "golden.safetensors"} if self.golden else set())
         for precision, variant in self.variants.items():
-            if set(variant.graphs) != self.graph.layouts:
+            graphs, layouts = set(variant.graphs), self.graph.layouts
+            if not graphs <= layouts or (graphs != layouts and Layout.STEPWISE not in graphs):
                 raise BundleError(
-                    f"{MANIFEST_NAME}: variant {precision} has {_listed(variant.graphs)} | layout "
-                    f"{self.graph.layout} has {_listed(self.graph.layouts)} | export the bundle again"
+                    f"{MANIFEST_NAME}: variant {precision} has {_listed(graphs)} | layout "
+                    f"{self.graph.layout} has {_listed(layouts)} | export the bundle again"
                 )
             required |= variant.files
         if missing := sorted(required - set(self.files)):
@@ -314,17 +327,29 @@ class Bundle:
             raise BundleError(f"{self.directory}: no precision named | one of {_listed(variants)} | name one of these")
         return found or next(iter(variants))
 
+    def layout(self, precision: str, wanted: Layout | None = None) -> Layout:
+        """Return the layout to run: the one that is wanted; else the bundle's default; else, without it, stepwise.
+
+        Raises:
+            BundleError: the bundle does not have the precision.
+        """
+        if wanted is not None:
+            return wanted
+        default = self.manifest.graph.layout
+        return default if default in self.variant(precision).graphs else Layout.STEPWISE
+
     def graph(self, precision: str, layout: Layout) -> Path:
         """Return the path of a variant's graph.
 
         Raises:
-            BundleError: the bundle does not hold that layout.
+            BundleError: the bundle does not have the precision, or not in that layout.
         """
-        graphs = self.manifest.variants[precision].graphs
+        graphs = self.variant(precision).graphs
         if layout not in graphs:
+            other = "another precision" if precision in INT8_PRECISIONS else f"export again with --layout {layout}"
             raise BundleError(
-                f"{self.directory}: layout {layout} | it has {_listed(graphs)} | name one of these, or export again with "
-                f"--layout {layout}"
+                f"{self.directory}, {precision}: layout {layout} | it has {_listed(graphs)} | name one of these, or "
+                f"{other}"
             )
         return self.file(graphs[layout].path)
 

@@ -14,6 +14,7 @@ from gircse.runtime.embedder import DEFAULT_BATCH_SIZE, DEFAULT_BATCH_TOKENS, Em
 from gircse.runtime.errors import GircseError
 from gircse.runtime.numerics import Float32
 from gircse.runtime.provider import Provider
+from gircse.runtime.text_lines import decode_lines, read_lines
 from gircse.runtime.token_batch import Overflow
 from gircse.runtime.whole_file import whole_file
 
@@ -35,7 +36,8 @@ def main(argv: list[str] | None = None) -> int:
         )
         if args.self_test:
             return _self_test(embedder)
-        texts = _read_lines(args.input)
+        lines = decode_lines(sys.stdin.buffer, "stdin") if args.input == "-" else read_lines(Path(args.input))
+        texts = [line.text for line in lines]  # a blank line is an empty text: output row i is input line i + 1
         vectors = embedder.encode(
             texts,
             instruction=args.instruction,
@@ -76,7 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="gircse-embed", description="Embed one text a line with a bundle.")
     parser.add_argument("bundle", type=Path, help="bundle directory")
     parser.add_argument(
-        "--input", default="-", metavar="FILE", help="UTF-8 text, one text a line; - is stdin (default)"
+        "--input", default="-", metavar="FILE", help="UTF-8, one text a line; .gz is unpacked; - is stdin (default)"
     )
     parser.add_argument("--output", type=Path, metavar="FILE", help="x.npy or x.jsonl (default: JSON lines on stdout)")
     parser.add_argument("--instruction", default="", help="put before every text; leave out for documents")
@@ -117,24 +119,6 @@ def _check_output(path: Path) -> None:
         raise ValueError(f"--output {path}: ends in {path.suffix!r} | .npy or .jsonl | rename it")
     if not path.parent.is_dir():
         raise ValueError(f"--output {path}: no directory {path.parent} | an existing directory | make it first")
-
-
-def _read_lines(source: str) -> list[str]:
-    """Read one text a line; a blank line is an empty text, so that output row i is input line i + 1."""
-    data = sys.stdin.buffer.read() if source == "-" else Path(source).read_bytes()
-    lines = data.split(b"\n")
-    if lines[-1] == b"":
-        lines.pop()
-    texts = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            texts.append(line.removesuffix(b"\r").decode("utf-8"))
-        except UnicodeDecodeError as err:
-            raise ValueError(
-                f"--input {source}, line {number}: {err.reason} at byte {err.start} | UTF-8 | convert the file, for "
-                "example with iconv"
-            ) from err
-    return texts
 
 
 def _write(output: Path | None, texts: Sequence[str], vectors: Float32) -> None:

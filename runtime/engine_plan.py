@@ -173,12 +173,12 @@ def select_plan(
         if plan.precision == precision and plan.layout is name
     ]
     if not wanted:
-        precision = next((name for name in precisions if name in bundle.manifest.variants), precisions[0])
-        layouts = bundle.manifest.graph.layouts
+        possible = [name for name in precisions if name in bundle.manifest.variants] or precisions
+        layouts = bundle.manifest.graph.layouts  # a variant with one graph of two has the stepwise one
         layout = layout or (Layout.STEPWISE if Layout.STEPWISE in layouts else Layout.UNROLLED)
-        command = ["gircse-build", str(bundle.directory), "--precision", precision, "--flavour", flavour]
+        command = ["gircse-build", str(bundle.directory), "--precision", possible[0], "--flavour", flavour]
         raise ProviderError(
-            f"{bundle.directory}: no {flavour} engine of {' or '.join(precisions)} | one in {ENGINES_FOLDER}/ | "
+            f"{bundle.directory}: no {flavour} engine of {' or '.join(possible)} | one in {ENGINES_FOLDER}/ | "
             f"build it: {shlex.join([*command, '--layout', layout, '--sm', capability])}"
         )
     differences = [_differences(plan, bundle, version, capability) for plan, _ in wanted]

@@ -29,5 +29,9 @@ class EngineMismatchError(ProviderError):
     """The bundle has an engine, but for another TensorRT, GPU or export."""
 
 
+class TextFileError(GircseError):
+    """A file of texts cannot be read, is not UTF-8, or holds no text."""
+
+
 class MeasurementError(GircseError):
     """A measurement cannot be made: unusable texts or tasks, or values that are not finite."""

@@ -20,6 +20,7 @@
 Inner values that keep their names in every precision, so that a probe can read and replace them (prefix ``stepk/`` in
 the unrolled graph, ``step/`` in the stepwise one):
     step/probabilities  (vocab, rows), softmax(lm_head(h_{k-1}) / T)
+    step/logits         (rows, vocab), lm_head(h_{k-1}) / T, in INT8 variants, which make no probabilities of all tokens
     step/soft_token     (batch, 1, hidden), s_k
     stepk/state         (batch, 1, hidden), h_k; ``prompt/state`` (batch, hidden), h_0 (unrolled only)
 """
@@ -34,6 +35,7 @@ PROMPT_EMBEDDING = "prompt_embedding"
 PROMPT_PREFIX = "prompt/"
 DECODER_PREFIX = "decoder/"
 PROBABILITIES = "probabilities"
+LOGITS = "logits"
 SOFT_TOKEN = "soft_token"
 STATE = "state"
 

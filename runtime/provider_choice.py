@@ -24,9 +24,17 @@ AUTO_ORDER = (Provider.TENSORRT, Provider.TENSORRT_RTX, Provider.CUDA, Provider.
 """Engines first, because they exist only where somebody built them. ONNX Runtime's TensorRT provider builds its own
 engines when it loads, which takes minutes: only on request."""
 
-CPU_PRECISIONS = (Precision.FP32, Precision.FP16)
-GPU_PRECISIONS = (Precision.FP16, Precision.BF16, Precision.FP32)
-"""Which variant is taken when none is named. FP16 is the slower one on a CPU, which computes it in FP32."""
+CPU_PRECISIONS = (Precision.FP32, Precision.FP16, Precision.INT8_DYNAMIC, Precision.INT8, Precision.INT8_WEIGHTS)
+GPU_PRECISIONS = (
+    Precision.FP16,
+    Precision.BF16,
+    Precision.FP32,
+    Precision.INT8,
+    Precision.INT8_WEIGHTS,
+    Precision.INT8_DYNAMIC,
+)
+"""Which variant is taken when none is named. FP16 is the slower one on a CPU, which computes it in FP32. INT8 costs
+accuracy, so it comes last: among its kinds the fastest one of the CPU, and the one that a GPU has kernels for."""
 
 MODULES = {Flavour.TENSORRT: "tensorrt", Flavour.TENSORRT_RTX: "tensorrt_rtx"}
 
@@ -52,7 +60,7 @@ class SessionOptions:
 
     Attributes:
         precision: variant; None takes the first of ``CPU_PRECISIONS`` or ``GPU_PRECISIONS`` that the bundle has.
-        layout: graph; None takes the bundle's default, or any engine.
+        layout: graph; None takes the variant's default, or any engine.
         threads: threads of one run on the CPU; None takes the physical cores.
         verify: compare the SHA-256 of the files with the manifest.
     """

@@ -15,6 +15,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
+from gircse.calibration.calibrate import CalibrationOptions, calibrate
 from gircse.export.exporter import export_bundle
 from gircse.export.options import ExportOptions
 
@@ -47,6 +48,11 @@ LLAMA3_ROPE = {
 YARN_ROPE = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 32}
 LINEAR_ROPE = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}
 
+_WORDS = "how do I reset the card after a storm in my garden while the small bird sings about old ships".split()
+CALIBRATION_TEXTS = [
+    " ".join(_WORDS[i % 11 : i % 11 + 2 + i % 7] + _WORDS[-(i % 5) - 1 :]) + f" {i}" for i in range(80)
+]
+
 CONFIGS: dict[str, Callable[[], Any]] = {
     "llama": lambda: LlamaConfig(**SIZES, tie_word_embeddings=True),
     "llama-biased-llama3": lambda: LlamaConfig(
@@ -71,6 +77,7 @@ class SmallModels:
 
     root: Path
     bundles: dict[tuple[Any, ...], Path] = field(default_factory=dict)
+    calibrations: dict[tuple[Any, ...], Path] = field(default_factory=dict)
 
     def checkpoint(self, name: str) -> Path:
         """Return the folder of a seeded model."""
@@ -99,6 +106,17 @@ class SmallModels:
             )
             self.bundles[key] = output
         return self.bundles[key]
+
+    def calibration(self, name: str, *, steps: int = 5, **options: Any) -> Path:
+        """Return the calibration of a seeded model; a drop of 1 keeps nothing in float."""
+        key = (name, steps, *sorted(options.items()))
+        if key not in self.calibrations:
+            texts, output = self.root / "calibration.txt", self.root / f"calibration-{len(self.calibrations)}.json"
+            texts.write_text("\n".join(CALIBRATION_TEXTS), encoding="utf-8")
+            options = {"texts": texts, "samples": 40, "max_drop": 1.0, "max_tokens": 48, **options}
+            calibrate(CalibrationOptions(steps=steps, output=output, model=str(self.checkpoint(name)), **options))
+            self.calibrations[key] = output
+        return self.calibrations[key]
 
 
 @torch.no_grad()
@@ -129,6 +147,15 @@ def scale_weights(bundle: Path, start: float, end: float, factor: float) -> None
     weights[int(start * len(weights)) : int(end * len(weights))] *= factor
     weights.tofile(path)
     rehash(bundle)
+
+
+def add_stepwise_variants(bundle: Path, *precisions: str) -> None:
+    """Add variants that have the stepwise graph alone, as those of INT8 do; graph and weights are those of FP32."""
+    manifest = json.loads((bundle / "gircse.json").read_text())
+    fp32 = manifest["variants"]["fp32"]
+    alone = {**fp32, "graphs": {"stepwise": fp32["graphs"]["stepwise"]}}
+    manifest["variants"].update(dict.fromkeys(precisions, alone))
+    (bundle / "gircse.json").write_text(json.dumps(manifest))
 
 
 def rehash(bundle: Path) -> None:

@@ -1,5 +1,6 @@
 """The two commands as users run them: outputs, exit codes, messages."""
 
+import gzip
 import io
 import json
 from pathlib import Path
@@ -91,10 +92,17 @@ def test_embed_writes_npy_and_jsonl(
 def test_embed_reads_stdin_and_writes_stdout(
     small_models: SmallModels, capsys: pytest.CaptureFixture[str], stdin: io.BytesIO
 ) -> None:
-    feed(stdin, b"one\r\ntwo\n")
+    feed(stdin, "\ufeffone\r\n\n two\u2028\x0c\n".encode())
     assert embed_command.main([str(small_models.bundle("qwen2"))]) == 0
-    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert [row["text"] for row in rows] == ["one", "two"]
+    rows = [json.loads(line) for line in capsys.readouterr().out.split("\n")[:-1]]
+    assert [row["text"] for row in rows] == ["one", "", " two\u2028\x0c"]
+
+
+def test_embed_unpacks_gzip(small_models: SmallModels, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = tmp_path / "texts.txt.gz"
+    source.write_bytes(gzip.compress(b"one\n\ntwo"))
+    assert embed_command.main([str(small_models.bundle("qwen2")), "--input", str(source)]) == 0
+    assert [json.loads(line)["text"] for line in capsys.readouterr().out.splitlines()] == ["one", "", "two"]
 
 
 def test_embed_of_nothing(small_models: SmallModels, tmp_path: Path, stdin: io.BytesIO) -> None:
@@ -107,8 +115,8 @@ def test_embed_of_nothing(small_models: SmallModels, tmp_path: Path, stdin: io.B
     [
         (["--output", "x.csv"], b"a\n", "--output x.csv: ends in '.csv' | .npy or .jsonl"),
         (["--output", "no/such/x.npy"], b"a\n", "no directory no/such"),
-        (["--input", "nowhere.txt"], b"", "nowhere.txt"),
-        ([], b"fine\nbad \xff byte\n", "--input -, line 2: invalid start byte at byte 4 | UTF-8"),
+        (["--input", "nowhere.txt"], b"", "nowhere.txt: No such file or directory | a text file that can be read |"),
+        ([], b"fine\nbad \xff byte\n", "stdin, line 2: invalid start byte at byte 4 | UTF-8"),
         (["--steps", "9"], b"a\n", "steps: 9 | this bundle has 0..5"),
         (["--on-overflow", "error"], b"word " * 300, "texts[0]:"),
         (["--batch-tokens", "0"], b"a\n", "batch_tokens 0"),

@@ -1,13 +1,14 @@
 """The benchmark: sides in turn, honest about what each has run, and about what died."""
 
 import os
+import shutil
 import signal
 from pathlib import Path
 
 import msgspec
 import numpy as np
 import pytest
-from conftest import SmallModels
+from conftest import SmallModels, add_stepwise_variants
 from test_evaluation_metrics import STS, write
 from tolerances import SMALL_MODEL_MAX_DIFFERENCE
 
@@ -16,7 +17,7 @@ from gircse.evaluation.bandwidth import memory_bandwidth, weight_bytes_read
 from gircse.evaluation.bench_report import BenchReport
 from gircse.evaluation.bench_worker import Kind, SideSpec, Worker
 from gircse.runtime import Embedder, MeasurementError
-from gircse.runtime.bundle import Bundle
+from gircse.runtime.bundle import Bundle, Layout
 
 SMALL = ["--batch", "1,3", "--tokens", "4,9", "--repeats", "3", "--threads", "1"]
 
@@ -57,6 +58,23 @@ def test_report(small_models: SmallModels, tmp_path: Path, capsys: pytest.Captur
     for quality in report.quality:
         assert len(quality.scores) == 6
     assert report.quality[0].scores == pytest.approx(report.quality[1].scores, abs=1e-3)
+
+
+def test_a_variant_without_the_unrolled_graph_runs_stepwise(
+    small_models: SmallModels, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bundle = shutil.copytree(small_models.bundle("llama"), tmp_path / "bundle")
+    add_stepwise_variants(bundle, "int8")
+    flags = [str(bundle), "--batch", "1", "--tokens", "4", "--repeats", "3", "--threads", "1"]
+    assert bench_command.main([*flags, "--layout", "unrolled", "--precision", "fp32", "int8"]) == 2
+    assert "int8: layout unrolled | it has stepwise | " in capsys.readouterr().err
+    for layout, sides in (
+        ([], {("bundle:fp32", 5), ("bundle:int8", 1), ("bundle:int8", 5)}),
+        (["--layout", "unrolled"], {("bundle:fp32", 5)}),
+    ):
+        assert bench_command.main([*flags, *layout, "--steps", "1,5", "--report", str(tmp_path / "report")]) == 0
+        report = msgspec.json.decode((tmp_path / "report" / "bench.json").read_bytes(), type=BenchReport)
+        assert {(entry.side, entry.steps) for entry in report.latencies} == sides
 
 
 def test_worker_runs_what_it_is_given(small_models: SmallModels) -> None:
@@ -141,6 +159,7 @@ def test_weight_traffic_by_hand(small_models: SmallModels) -> None:
     unrolled = Bundle.open(small_models.bundle("llama"))
     total = weight_bytes_read(unrolled, "fp32", steps=5)
     assert total == pytest.approx(prompt + 5 * step, rel=0.01)
+    assert weight_bytes_read(unrolled, "fp32", layout=Layout.STEPWISE, steps=0) == prompt
 
 
 def test_bandwidth_is_plausible() -> None:

@@ -9,13 +9,9 @@ import pytest
 from scipy.stats import spearmanr
 from sklearn.metrics import ndcg_score
 
-from gircse.evaluation.metrics import (
-    cross_rank_correlation,
-    neighbour_overlap,
-    pairwise_rank_correlation,
-    soft_token_health,
-)
+from gircse.calibration.similarity import cross_rank_correlation, neighbour_overlap, pairwise_rank_correlation
 from gircse.evaluation.prompts import Prompt, read_prompts
+from gircse.evaluation.soft_token_health import soft_token_health
 from gircse.evaluation.task_files import TaskOptions, read_tasks
 from gircse.runtime import GircseError
 from gircse.runtime.numerics import l2_normalize

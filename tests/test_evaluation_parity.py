@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,7 +13,7 @@ import msgspec
 import numpy as np
 import pytest
 import torch
-from conftest import SmallModels, rehash, scale_weights
+from conftest import SmallModels, add_stepwise_variants, rehash, scale_weights
 from reference_loop import plain_states
 from test_evaluation_metrics import STS, beir, write
 from tolerances import CONTROL_MIN_DIFFERENCE, PROBE_MAX_DIFFERENCE, SMALL_MODEL_MAX_DIFFERENCE
@@ -27,7 +28,7 @@ from gircse.evaluation.prompts import read_prompts, tokenize_prompts
 from gircse.evaluation.sides import BundleSide, TorchSide, parse_bundle_reference, source_checkpoint, token_count
 from gircse.evaluation.step_trace import StepTrace, pooled
 from gircse.evaluation.task_files import TaskOptions, read_tasks
-from gircse.runtime import Embedder, MeasurementError
+from gircse.runtime import BundleError, Embedder, MeasurementError
 from gircse.runtime.bundle import Bundle, Layout, Pooling
 from gircse.runtime.numerics import l2_normalize
 from gircse.runtime.token_batch import open_tokenizer
@@ -320,6 +321,16 @@ def test_low_precisions_in_both_layouts(small_models: SmallModels, tmp_path: Pat
         assert [candidate.precision for candidate in result.report.candidates] == ["fp16", "bf16"]
         fp16, bf16 = (1 - candidate.steps[1].cosine_mean for candidate in result.report.candidates)
         assert 0 < fp16 < bf16 / 10  # three bits of mantissa apart
+
+
+def test_a_variant_without_the_unrolled_graph_is_judged_in_the_stepwise_one(bundle_copy: Path) -> None:
+    add_stepwise_variants(bundle_copy, "int8")
+    candidates = measure_parity(ParityOptions(bundle_copy, reference=f"{bundle_copy}:fp32")).report.candidates
+    assert [(candidate.precision, candidate.passed) for candidate in candidates] == [("int8", True)]
+    unrolled = ParityOptions(bundle_copy, reference=f"{bundle_copy}:int8", layout=Layout.UNROLLED)
+    assert [candidate.precision for candidate in measure_parity(unrolled).report.candidates] == ["fp32"]
+    with pytest.raises(BundleError, match=r"int8: layout unrolled \| it has stepwise \| "):
+        measure_parity(replace(unrolled, precisions=("int8",)))
 
 
 def test_too_little_memory_is_said_beforehand(

@@ -14,7 +14,6 @@ from safetensors.torch import load_file, save_file
 from test_export_parity import PROMPTS, expected
 from tolerances import LOW_PRECISION_MIN_COSINE
 
-from gircse.calibration.corpus import read_texts
 from gircse.calibration.magnitudes import largest_magnitudes
 from gircse.evaluation.sides import BundleSide
 from gircse.export.exporter import export_bundle
@@ -259,15 +258,3 @@ def test_cures(tensor: str, keep: tuple[str, ...], cure: str | None) -> None:
     for risk in risks:
         assert str(risk).startswith(f"{tensor}: 4e+04 at step 1, 1.6 times below")
     assert not overflow_risks({tensor: np.array([30000.0, 1.0])}, keep_float32=keep, tied=True)
-
-
-def test_read_texts(tmp_path: Path) -> None:
-    path = tmp_path / "texts.txt"
-    path.write_text("\ufeffone\n\n  two \n", encoding="utf-8")
-    assert read_texts(path) == ["one", "two"]
-    for content, match in ((b"\n \n", "no text"), (b"caf\xe9\n", r"byte 3 is no UTF-8 \| UTF-8 text \| convert")):
-        path.write_bytes(content)
-        with pytest.raises(CheckpointError, match=match):
-            read_texts(path)
-    with pytest.raises(CheckpointError, match=r"No such file .* \| a file of one text a line"):
-        read_texts(tmp_path / "missing.txt")

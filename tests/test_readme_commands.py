@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from gircse.calibration import calibrate_command
 from gircse.evaluation import bench_command, parity_command
 from gircse.export import build_command, export_command
 from gircse.runtime import embed_command
@@ -16,6 +17,7 @@ from gircse.runtime import embed_command
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PARSERS = {
+    "gircse-calibrate": calibrate_command._parser,
     "gircse-export": export_command._parser,
     "gircse-build": build_command._parser,
     "gircse-embed": embed_command._parser,

@@ -8,10 +8,10 @@ from typing import Any
 
 import onnx
 import pytest
-from conftest import SmallModels
+from conftest import SmallModels, add_stepwise_variants
 
 from gircse.runtime import BundleError, Embedder
-from gircse.runtime.bundle import Bundle, FileEntry, Manifest, file_sha256
+from gircse.runtime.bundle import INT8_PRECISIONS, Bundle, FileEntry, Layout, Manifest, Precision, file_sha256
 
 
 def edit_manifest(bundle: Path, change: Callable[[dict[str, Any]], None]) -> None:
@@ -57,6 +57,11 @@ def test_no_bundle_there(tmp_path: Path) -> None:
         (lambda m: m["graph"].update(temperature=0.0), r"temperature above 0"),
         (lambda m: m["graph"].update(pooling="max"), r"Invalid enum value 'max'"),
         (lambda m: m["graph"].update(layout="stepwise"), "has stepwise, unrolled . layout stepwise has stepwise "),
+        (
+            lambda m: m["variants"]["fp32"]["graphs"].pop("stepwise"),
+            "fp32 has unrolled . .*unrolled has stepwise, unroll",
+        ),
+        (lambda m: m["variants"]["fp32"]["graphs"].clear(), r"variant fp32 has  \| layout unrolled has stepwise, "),
         (lambda m: m["files"].pop("fp32/weights.bin"), r"no entry for fp32/weights\.bin"),
         (lambda m: m["files"].pop("tokenizer.json"), r"no entry for tokenizer\.json"),
         (lambda m: m.update(prompt_template="no place"), r"\{text\} exactly once"),
@@ -169,6 +174,36 @@ def test_graph_of_another_architecture(small_models: SmallModels, small_bundle: 
 def test_unknown_precision(small_bundle: Path) -> None:
     with pytest.raises(BundleError, match=r"precision 'int8' \| it has fp32 "):
         Embedder(small_bundle, precision="int8")
+
+
+@pytest.mark.parametrize("precision", INT8_PRECISIONS)
+def test_variant_with_the_stepwise_graph_alone(small_bundle: Path, precision: Precision) -> None:
+    """INT8 has no unrolled graph, also where the bundle's default is unrolled."""
+    add_stepwise_variants(small_bundle, precision)
+    bundle = Bundle.open(small_bundle)
+    assert Manifest.from_json(bundle.manifest.to_json()) == bundle.manifest
+    assert bundle.manifest.graph.layout is Layout.UNROLLED
+    assert bundle.layout("fp32") is Layout.UNROLLED
+    assert bundle.layout(precision) is Layout.STEPWISE
+    for name in ("fp32", precision):
+        for layout in Layout:
+            assert bundle.layout(name, layout) is layout  # what was asked for is never replaced
+    assert bundle.graph(precision, Layout.STEPWISE) == small_bundle / "fp32" / "stepwise.onnx"
+    match = rf"bundle, {precision}: layout unrolled \| it has stepwise \| .* or another precision$"
+    with pytest.raises(BundleError, match=match):
+        bundle.graph(precision, Layout.UNROLLED)
+    with pytest.raises(BundleError, match=r"precision 'fp8' \| it has fp32, int8"):
+        bundle.layout("fp8")
+
+
+def test_without_steps_every_variant_has_the_one_graph(small_models: SmallModels) -> None:
+    bundle = Bundle.open(small_models.bundle("qwen2", steps=0))
+    assert set(bundle.manifest.variants["fp32"].graphs) == {Layout.UNROLLED}
+    assert bundle.layout("fp32") is Layout.UNROLLED
+    with pytest.raises(
+        BundleError, match=r"layout stepwise \| it has unrolled \| .* export again with --layout stepwise"
+    ):
+        bundle.graph("fp32", Layout.STEPWISE)
 
 
 def test_file_entry_is_immutable() -> None:

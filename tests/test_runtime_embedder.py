@@ -4,11 +4,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import SmallModels
+from conftest import SmallModels, add_stepwise_variants
 from tolerances import BATCH_MAX_DIFFERENCE
 
 from gircse.runtime import BundleError, Embedder, ProviderError, SelfTestReport
-from gircse.runtime.embedder import SELF_TEST_MIN_COSINE
+from gircse.runtime.bundle import Bundle, Layout
+from gircse.runtime.embedder import SELF_TEST_MIN_COSINES
+from gircse.runtime.ort_session import StepwiseSession, load_graph
 
 TEXTS = [
     "where: what came | what was expected | what to do",
@@ -139,7 +141,36 @@ def test_self_test_fails_on_wrong_weights(small_bundle: Path) -> None:
     weights.tofile(path)
     report = Embedder(small_bundle, verify=False).self_test()
     assert not report.passed
-    assert report.min_cosine < SELF_TEST_MIN_COSINE
+    assert report.min_cosine < SELF_TEST_MIN_COSINES["fp32"]
+
+
+def test_a_variant_without_the_unrolled_graph_runs_stepwise(small_models: SmallModels, small_bundle: Path) -> None:
+    add_stepwise_variants(small_bundle, "int8")
+    wanted = Embedder(small_models.bundle("qwen2"), layout="stepwise").encode(TEXTS, all_steps=True)
+    embedder = Embedder(small_bundle, precision="int8")
+    np.testing.assert_array_equal(embedder.encode(TEXTS, all_steps=True), wanted)
+    assert embedder.self_test().limit == SELF_TEST_MIN_COSINES["int8"]
+    with pytest.raises(BundleError, match=r"int8: layout unrolled \| it has stepwise"):
+        Embedder(small_bundle, precision="int8", layout="unrolled")
+
+
+def test_the_cpu_runs_without_a_binding_and_gets_the_same_bits(small_models: SmallModels) -> None:
+    """A binding for each of the many cache tensors costs more; it stays the way of a GPU, and is as good here."""
+
+    class Bound(StepwiseSession):
+        _run_on_cpu = StepwiseSession._run_on_device
+
+    bundle = Bundle.open(small_models.bundle("llama", precisions=("fp32", "fp16")))
+    facts = bundle.manifest.graph
+    draw = np.random.default_rng(0)
+    input_ids = draw.integers(1, facts.vocab_size, (3, 12))
+    mask = np.tril(np.ones((12, 12), np.int64))[[11, 4, 0], ::-1]  # left padding
+    for precision in bundle.manifest.variants:
+        graph = load_graph(bundle.graph(precision, Layout.STEPWISE), threads=1)
+        for steps in (0, 1, facts.steps):
+            ours, theirs = (kind(graph, facts).run(input_ids, mask, steps=steps) for kind in (StepwiseSession, Bound))
+            np.testing.assert_array_equal(ours.prompt_embedding, theirs.prompt_embedding)
+            np.testing.assert_array_equal(ours.step_embeddings, theirs.step_embeddings)
 
 
 def test_self_test_does_not_pass_nan() -> None:

@@ -4,8 +4,6 @@ A cosine between the two vectors of one text hides damage, because unrelated tex
 cosines of 0.9. So the order of the similarities *between* texts is compared too.
 """
 
-from dataclasses import dataclass
-
 import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import spearmanr
@@ -16,23 +14,6 @@ Float64 = NDArray[np.float64]
 
 NEIGHBOURS = 10
 """Neighbours compared for each text."""
-
-
-@dataclass(frozen=True)
-class SoftTokenHealth:
-    """What the softmax over the vocabulary looks like, text by text and step by step; (n, K) float32 each.
-
-    Attributes:
-        entropy: in nats; ln(vocab) for a uniform mixture, 0 for a single token.
-        top1_mass: probability of the likeliest token.
-        padded_mass: probability on vocabulary rows that belong to no token.
-        norm: length of the soft token s_k.
-    """
-
-    entropy: Float32
-    top1_mass: Float32
-    padded_mass: Float32
-    norm: Float32
 
 
 def pairwise_rank_correlation(a: Float32, b: Float32) -> float:
@@ -83,26 +64,6 @@ def similarities(a: Float32, b: Float32) -> Float64:
     """Cosines of all pairs (len(a), len(b)), in float64 so that near-equal ones keep their order."""
     product: Float64 = a.astype(np.float64) @ b.astype(np.float64).T
     return product
-
-
-def soft_token_health(probabilities: Float32, soft_tokens: Float32, *, tokens: int) -> SoftTokenHealth:
-    """Describe the soft tokens of one step.
-
-    Args:
-        probabilities: (n, vocab) float32.
-        soft_tokens: (n, hidden) float32.
-        tokens: tokens of the tokenizer; vocabulary rows from there on are padding.
-
-    Returns:
-        Arrays of shape (n,).
-    """
-    logs = np.log(np.where(probabilities > 0, probabilities, 1))
-    return SoftTokenHealth(
-        entropy=-(probabilities * logs).sum(1, dtype=np.float64).astype(np.float32),
-        top1_mass=probabilities.max(1),
-        padded_mass=probabilities[:, tokens:].sum(1),
-        norm=np.linalg.norm(soft_tokens, axis=1),
-    )
 
 
 def _neighbours(vectors: Float32) -> NDArray[np.intp]:

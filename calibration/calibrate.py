@@ -1,0 +1,375 @@
+"""The calibration from end to end, as a list of stages. ``calibrate`` is what ``gircse-calibrate`` calls.
+
+Pass 1 streams the texts through the reference for channel ranges, sampled rows and the mixture's tail; smoothing is
+searched on those. A method that clips needs a second pass, for histograms of the smoothed inputs. Then the sensitivity
+is measured on texts that were left out.
+"""
+
+import hashlib
+import importlib.metadata
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import torch
+from safetensors import safe_open
+from tokenizers import Tokenizer
+
+from gircse.calibration.checkpoint import Checkpoint, pad_token_id, resolve_checkpoint
+from gircse.calibration.corpus import read_texts
+from gircse.calibration.histogram import MagnitudeHistogram
+from gircse.calibration.observe import MIXTURE_TOKENS, Observer, run_batch, watched
+from gircse.calibration.partial import Partial
+from gircse.calibration.progress import StageProgress
+from gircse.calibration.reference import load_reference
+from gircse.calibration.sensitivity import SensitivityStudy, measure_sensitivity
+from gircse.calibration.sites import (
+    FLOAT_CHANNELS,
+    QUANTIZATIONS,
+    SMOOTHED,
+    Site,
+    SiteKind,
+    decoder_sites,
+)
+from gircse.calibration.smoothing import MIGRATIONS, Migrations, Smoothing, range_without, search_smoothing
+from gircse.calibration.table import (
+    SCHEMA_VERSION,
+    Calibration,
+    MixtureCalibration,
+    SiteCalibration,
+    Subject,
+    TextsUsed,
+)
+from gircse.calibration.thresholds import Method, threshold
+from gircse.runtime.bundle import MAX_STEPS, Pooling, Precision
+from gircse.runtime.errors import CheckpointError
+from gircse.runtime.token_batch import TokenBatch, load_tokenizer, padded_batches, tokenize
+from gircse.runtime.whole_file import whole_file
+
+MIN_TEXTS = 32
+"""Fewer different texts say too little about ranges, and leave none to judge on."""
+
+JUDGED_TEXTS, JUDGED_TOKENS = 64, 32
+"""Texts, and tokens of each, that the sensitivity is measured on."""
+
+BATCH_SIZE, BATCH_TOKENS = 16, 2048
+TOOLS = ("gircse-deploy", "torch", "transformers", "peft", "safetensors", "tokenizers")
+
+
+@dataclass(frozen=True)
+class CalibrationOptions:
+    """What to calibrate, and how; the fields are the flags of ``gircse-calibrate``.
+
+    Attributes:
+        texts: file of one text a line.
+        steps: K.
+        output: the file to write.
+        model: ``demo``, a local directory or a Hugging Face id.
+        adapter: directory or Hugging Face id of a LoRA, ``none``, or None for the model's default.
+        revision: revision of a Hugging Face model.
+        pooling: ``mean`` or ``last``.
+        temperature: divisor of the logits.
+        max_tokens: longest prompt.
+        method: how thresholds are chosen.
+        smooth: migration strength of every input, or None to search one for each.
+        samples: most texts to use.
+        seed: chooses the texts and the sampled rows.
+        max_drop: largest loss of rank correlation before inputs are kept in float.
+    """
+
+    texts: Path
+    steps: int
+    output: Path
+    model: str = "demo"
+    adapter: str | None = None
+    revision: str | None = None
+    pooling: Pooling = Pooling.MEAN
+    temperature: float = 1.0
+    max_tokens: int = 512
+    method: Method = Method.MAX
+    smooth: float | None = None
+    samples: int = 512
+    seed: int = 0
+    max_drop: float = 0.005
+
+    def __post_init__(self) -> None:
+        """Refuse values that mean nothing.
+
+        Raises:
+            CheckpointError: a flag is out of its range.
+        """
+        limits = {
+            "--steps": (self.steps, 0 <= self.steps <= MAX_STEPS, f"0 to {MAX_STEPS}"),
+            "--samples": (self.samples, self.samples >= MIN_TEXTS, f"at least {MIN_TEXTS}"),
+            "--smooth": (self.smooth, self.smooth is None or 0 <= self.smooth <= 1, "0 to 1, or auto"),
+            "--max-drop": (self.max_drop, 0 <= self.max_drop <= 1, "0 to 1"),
+            "--temperature": (self.temperature, 0 < self.temperature < float("inf"), "a finite number above 0"),
+            "--max-tokens": (self.max_tokens, self.max_tokens >= 1, "at least 1"),
+        }
+        for flag, (came, fits, expected) in limits.items():
+            if not fits:
+                raise CheckpointError(f"{flag} {came} | {expected} | choose another value")
+
+
+@dataclass(frozen=True)
+class _Corpus:
+    """Token ids to observe and to judge on, and the record of the former."""
+
+    observed: tuple[TokenBatch, ...]
+    judged: tuple[TokenBatch, ...]
+    used: TextsUsed
+
+
+def calibrate(options: CalibrationOptions, *, progress: StageProgress | None = None) -> Calibration:
+    """Calibrate a model and write the file.
+
+    Args:
+        options: what to calibrate, and how.
+        progress: where to show the stages; None makes one on stderr.
+
+    Returns:
+        What was written.
+
+    Raises:
+        CheckpointError: model, adapter or texts cannot be used, or the file cannot be written.
+    """
+    progress = progress or StageProgress()
+    texts = read_texts(options.texts)
+    _check_output(options.output)
+    with progress.stage(f"find the model {options.model}"):
+        checkpoint = resolve_checkpoint(options.model, adapter=options.adapter, revision=options.revision)
+        subject = subject_of(checkpoint, options)
+        corpus = _prepare(texts, checkpoint, options)
+    with progress.stage("load the PyTorch reference"):
+        model = load_reference(checkpoint)
+    sites = decoder_sites(model.config.num_hidden_layers)
+    if not options.steps:
+        sites = tuple(site for site in sites if site.kind is not SiteKind.VOCABULARY)
+    try:
+        calibrations, mixture = _calibrate_sites(model, sites, corpus, subject, options, progress)
+        study = SensitivityStudy(
+            model,
+            sites,
+            calibrations,
+            mixture,
+            corpus.judged,
+            options.steps,
+            options.pooling,
+            options.temperature,
+        )
+        total = len(SiteKind) + 2 + model.config.num_hidden_layers
+        variants = {}
+        for precision in QUANTIZATIONS:
+            with progress.stage(f"measure the sensitivity of {precision}", total=total) as advance:
+                variants[str(precision)] = measure_sensitivity(
+                    study, precision, max_drop=options.max_drop, advance=advance
+                )
+        calibration = Calibration(
+            schema_version=SCHEMA_VERSION,
+            subject=subject,
+            texts=corpus.used,
+            method=options.method,
+            max_drop=options.max_drop,
+            sites=calibrations,
+            mixture=mixture,
+            variants=variants,
+            tools={name: importlib.metadata.version(name) for name in TOOLS},
+        )
+        with whole_file(options.output) as file:
+            file.write(calibration.to_json())
+    except OSError as err:
+        raise CheckpointError(
+            f"--output {options.output}: {err.strerror or err} | room and permission to write | free some space or choose "
+            "another --output; what was observed so far is kept beside it"
+        ) from err
+    _partial(options, subject, corpus, "").remove()
+    return calibration
+
+
+def subject_of(checkpoint: Checkpoint, options: Any) -> Subject:
+    """Return what a calibration of this checkpoint with these steps, pooling and temperature belongs to."""
+    return Subject(
+        checkpoint.model,
+        _norm_sha256(checkpoint),
+        checkpoint.adapter,
+        options.steps,
+        options.pooling,
+        options.temperature,
+    )
+
+
+def _norm_sha256(checkpoint: Checkpoint) -> str:
+    for shard in checkpoint.shards:
+        with safe_open(shard, framework="pt") as file:
+            if "model.norm.weight" in file.keys():
+                weight = file.get_tensor("model.norm.weight").contiguous()
+                return hashlib.sha256(weight.view(torch.uint8).numpy().tobytes()).hexdigest()
+    raise CheckpointError(
+        f"{checkpoint.directory}: no tensor model.norm.weight | a decoder-only model | check the checkpoint"
+    )
+
+
+def _check_output(path: Path) -> None:
+    """See that the folder can be written before the long work, not after it."""
+    try:
+        with whole_file(path.parent / f"{path.name}.partial.test"):
+            pass
+        (path.parent / f"{path.name}.partial.test").unlink()
+    except OSError as err:
+        raise CheckpointError(
+            f"--output {path}: {err.strerror} | a file in a folder that can be written | choose another"
+        ) from err
+
+
+def _prepare(texts: Sequence[str], checkpoint: Checkpoint, options: CalibrationOptions) -> _Corpus:
+    """Draw the texts to observe and, from the rest if there is one, those to judge on."""
+    different = list(dict.fromkeys(texts))
+    if len(different) < MIN_TEXTS:
+        raise CheckpointError(
+            f"--texts {options.texts}: {len(different)} different texts | at least {MIN_TEXTS} | add texts of the kind "
+            "that will be embedded"
+        )
+    order = np.random.default_rng(options.seed).permutation(len(different))
+    tokenizer: Tokenizer = load_tokenizer(checkpoint.directory / "tokenizer.json")
+    pad = pad_token_id(checkpoint.directory, tokenizer.get_vocab())
+    observed = [different[row] for row in order[: options.samples]]
+    judged = [different[row] for row in order[options.samples :][:JUDGED_TEXTS]]
+    if len(judged) < MIN_TEXTS:
+        judged = observed[-JUDGED_TEXTS:]
+
+    def batches(chosen: Sequence[str], most_tokens: int) -> tuple[TokenBatch, ...]:
+        ids = [found[:most_tokens] for found in tokenize(tokenizer, chosen, empty_token_id=pad)]
+        return tuple(padded_batches(ids, pad_token_id=pad, batch_size=BATCH_SIZE, batch_tokens=BATCH_TOKENS))
+
+    seen = batches(observed, options.max_tokens)
+    digest = hashlib.sha256("\n".join(observed).encode()).hexdigest()
+    tokens = sum(int(batch.attention_mask.sum()) for batch in seen)
+    return _Corpus(seen, batches(judged, JUDGED_TOKENS), TextsUsed(digest, len(observed), tokens, options.seed))
+
+
+def _calibrate_sites(
+    model: Any,
+    sites: tuple[Site, ...],
+    corpus: _Corpus,
+    subject: Subject,
+    options: CalibrationOptions,
+    progress: StageProgress,
+) -> tuple[dict[str, SiteCalibration], MixtureCalibration | None]:
+    """Observe, smooth, and choose thresholds."""
+    observer = _observe(model, sites, corpus, subject, options, progress)
+    with progress.stage("search the smoothing", total=len(sites)) as advance:
+        smoothings = {}
+        for site in sites:
+            smoothings[site.name] = _smooth(model, site, observer, options)
+            advance(1)
+    if options.method is not Method.MAX:
+        histograms = _fill_histograms(model, sites, smoothings, corpus, subject, options, progress)
+    calibrations = {}
+    for site in sites:
+        smoothing = smoothings[site.name]
+        ranges = [
+            range_without(maxima / smoothing.scales, smoothing.float_channels)
+            for maxima in observer.channel_maxima[site.name]
+        ]
+        chosen = ranges
+        if options.method is not Method.MAX:
+            chosen = [threshold(histogram, options.method) for histogram in histograms[site.name]]
+        calibrations[site.name] = _site_calibration(smoothing, ranges, chosen)
+    tail = tuple(_rounded(observer.tail().tolist()))
+    mixture = MixtureCalibration(min(MIXTURE_TOKENS, model.config.vocab_size), tail) if options.steps else None
+    return calibrations, mixture
+
+
+def _observe(
+    model: Any,
+    sites: tuple[Site, ...],
+    corpus: _Corpus,
+    subject: Subject,
+    options: CalibrationOptions,
+    progress: StageProgress,
+) -> Observer:
+    observer = Observer(model, sites, steps=options.steps, seed=options.seed)
+    partial = _partial(options, subject, corpus, "observe")
+    if (state := partial.load()) is not None:
+        observer.load_state(state)
+        progress.note(f"  goes on after {observer.batches} of {len(corpus.observed)} batches")
+    title = f"observe {corpus.used.samples} texts, {corpus.used.tokens} tokens"
+    with progress.stage(title, total=len(corpus.observed)) as advance:
+        advance(observer.batches)
+        try:
+            for batch in corpus.observed[observer.batches :]:
+                observer.observe(batch, temperature=options.temperature)
+                partial.save_if_due(observer.state)
+                advance(1)
+        except KeyboardInterrupt:
+            partial.save(observer.state())
+            raise
+    return observer
+
+
+def _smooth(model: Any, site: Site, observer: Observer, options: CalibrationOptions) -> Smoothing:
+    migrations: Migrations = ()
+    if site.kind in SMOOTHED:
+        migrations = MIGRATIONS if options.smooth is None else (options.smooth,)
+    weight = torch.cat([model.get_submodule(name).weight.detach() for name in site.projections]).cpu()
+    return search_smoothing(
+        observer.sampled_rows(site.name),
+        weight,
+        observer.channel_maxima[site.name].amax(0),
+        scale=QUANTIZATIONS[Precision.INT8_DYNAMIC][site.kind].scale,
+        float_channels=FLOAT_CHANNELS[site.kind],
+        migrations=migrations,
+    )
+
+
+def _fill_histograms(
+    model: Any,
+    sites: tuple[Site, ...],
+    smoothings: Mapping[str, Smoothing],
+    corpus: _Corpus,
+    subject: Subject,
+    options: CalibrationOptions,
+    progress: StageProgress,
+) -> dict[str, list[MagnitudeHistogram]]:
+    """Stream the texts once more, for a histogram of every smoothed input in the prompt and at each step."""
+    histograms = {site.name: [MagnitudeHistogram() for _ in range(options.steps + 1)] for site in sites}
+
+    def watch(site: Site, step: int, rows: torch.Tensor) -> None:
+        smoothing = smoothings[site.name]
+        smoothed = rows / smoothing.scales
+        smoothed[:, list(smoothing.float_channels)] = 0
+        histograms[site.name][step].add(smoothed.cpu().numpy(), where=site.name)
+
+    with progress.stage("fill the histograms", total=len(corpus.observed)) as advance:
+        for batch in corpus.observed:
+            with watched(model, sites, watch) as position:
+                for _ in run_batch(model, batch, position, steps=options.steps, temperature=options.temperature):
+                    pass
+            advance(1)
+    return histograms
+
+
+def _site_calibration(smoothing: Smoothing, ranges: Sequence[float], thresholds: Sequence[float]) -> SiteCalibration:
+    scales = smoothing.scales
+    return SiteCalibration(
+        smoothing.migration,
+        () if bool((scales == 1).all()) else tuple(_rounded(scales.tolist())),
+        smoothing.float_channels,
+        tuple(_rounded(ranges)),
+        tuple(_rounded(thresholds)),
+        float(f"{smoothing.error**0.5:.4g}"),
+    )
+
+
+def _rounded(numbers: Sequence[float]) -> list[float]:
+    """Six digits: what int8 cannot tell apart would only make the file longer."""
+    return [float(f"{number:.6g}") for number in numbers]
+
+
+def _partial(options: CalibrationOptions, subject: Subject, corpus: _Corpus, stage: str) -> Partial:
+    facts = (subject, corpus.used, options.max_tokens, stage, str(torch.__version__))
+    identity = msgspec.json.encode(facts).decode()
+    return Partial(options.output.with_name(f"{options.output.name}.partial"), identity=identity)

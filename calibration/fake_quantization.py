@@ -1,0 +1,88 @@
+"""An INT8 variant computed by the PyTorch reference: every quantised value rounded to its integers and back.
+
+It is what the sensitivity is measured with, because one input or layer can be quantised at a time without an export.
+Integer products are exact, so it differs from the exported graph by the order of float sums only (a test compares).
+"""
+
+from collections.abc import Callable, Collection, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gircse.calibration.reference import Mixture
+from gircse.calibration.sites import QUANTIZATIONS, Site
+from gircse.calibration.smoothing import quantize_rows, quantize_weight, split_weight
+from gircse.calibration.table import MixtureCalibration, SiteCalibration
+from gircse.runtime.bundle import Precision
+
+
+@contextmanager
+def quantized_sites(
+    model: Any,
+    sites: Collection[Site],
+    calibrations: dict[str, SiteCalibration],
+    precision: Precision,
+) -> Iterator[None]:
+    """Quantise some inputs and the weights that read them while the block runs; the model is restored afterwards.
+
+    Args:
+        model: a ``transformers`` causal LM in FP32.
+        sites: what to quantise.
+        calibrations: of at least these sites.
+        precision: the variant, which says how.
+    """
+    modules = dict(model.named_modules())
+    with ExitStack() as undo:
+        for site in sites:
+            calibration = calibrations[site.name]
+            hook = _activation_hook(site, calibration, precision)
+            for name in site.projections:
+                module = modules[name]
+                undo.callback(setattr, module.weight, "data", module.weight.data)
+                undo.callback(module.register_forward_pre_hook(hook).remove)
+                module.weight.data = _rounded_weight(module.weight.data, calibration)
+        yield
+
+
+def mixture_of(calibration: MixtureCalibration | None) -> Mixture:
+    """Return the mixture of an INT8 variant: the likeliest tokens, and the calibrated tail for what they leave."""
+    if calibration is None:
+        return torch.matmul
+    tail = torch.tensor(calibration.tail)
+
+    def mix(probabilities: Tensor, table: Tensor) -> Tensor:
+        top = probabilities.topk(min(calibration.tokens, probabilities.shape[1]))
+        likeliest = (top.values[:, None] @ table[top.indices])[:, 0]
+        return likeliest + (1 - top.values.sum(1, keepdim=True)) * tail.to(table)
+
+    return mix
+
+
+def _activation_hook(
+    site: Site, calibration: SiteCalibration, precision: Precision
+) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor]]:
+    quantization = QUANTIZATIONS[precision][site.kind]
+    scales = torch.tensor(calibration.smoothing) if calibration.smoothing else torch.ones(1)
+    channels = list(calibration.float_channels)
+
+    def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor]:
+        smoothed = inputs[0] / scales.to(inputs[0].device)
+        rounded = quantize_rows(
+            smoothed, scale=quantization.scale, threshold=calibration.threshold, digits=quantization.digits
+        )
+        rounded[..., channels] = smoothed[..., channels]
+        return (rounded,)
+
+    return hook
+
+
+def _rounded_weight(weight: Tensor, calibration: SiteCalibration) -> Tensor:
+    """Return W' (out, in) as the variant multiplies with it, the columns of the float channels as they are."""
+    scales = torch.tensor(calibration.smoothing) if calibration.smoothing else torch.ones(weight.shape[1])
+    integer_weight, columns = split_weight(weight, scales.to(weight.device), calibration.float_channels)
+    integers, steps = quantize_weight(integer_weight)
+    rounded = integers * steps[:, None]
+    rounded[:, list(calibration.float_channels)] = columns
+    return rounded

@@ -1,0 +1,150 @@
+"""Which inputs an INT8 variant cannot quantise without losing the embedding: found by measurement, one at a time.
+
+The measure is the rank correlation of all pairs' similarities with those of FP32, after K steps, on texts that were
+not calibrated on. If everything quantised at once stays within the allowed drop, nothing is kept in float. Otherwise
+every input is quantised alone, and the most sensitive ones are kept, as few as meet the drop.
+"""
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from gircse.calibration.fake_quantization import mixture_of, quantized_sites
+from gircse.calibration.progress import Advance
+from gircse.calibration.reference import Mixture, refine
+from gircse.calibration.similarity import neighbour_overlap, pairwise_rank_correlation
+from gircse.calibration.sites import Site
+from gircse.calibration.table import Fidelity, MixtureCalibration, SiteCalibration, VariantSensitivity
+from gircse.runtime.bundle import Pooling, Precision
+from gircse.runtime.numerics import Float32, l2_normalize
+from gircse.runtime.token_batch import TokenBatch
+
+MIXING = "soft-token mixing"
+EVERYTHING = "everything"
+
+
+@dataclass(frozen=True)
+class SensitivityStudy:
+    """What stays the same while inputs are quantised.
+
+    Attributes:
+        model: the reference, in FP32.
+        sites: every input.
+        calibrations: of every input.
+        mixture: of the INT8 variants.
+        batches: texts to judge on.
+        steps: K.
+        pooling: of the vectors.
+        temperature: divisor of the logits.
+    """
+
+    model: Any
+    sites: tuple[Site, ...]
+    calibrations: Mapping[str, SiteCalibration]
+    mixture: MixtureCalibration | None
+    batches: tuple[TokenBatch, ...]
+    steps: int
+    pooling: Pooling
+    temperature: float
+
+    def embed(self, *, mixture: Mixture = torch.matmul) -> Float32:
+        """Return the vectors after K steps, (n, hidden) float32, of the model as it is now."""
+        size = sum(len(batch.rows) for batch in self.batches)
+        vectors = np.empty((size, self.model.config.hidden_size), np.float32)
+        for batch in self.batches:
+            ids, mask = (torch.from_numpy(a).to(self.model.device) for a in (batch.input_ids, batch.attention_mask))
+            states = [
+                state.hidden
+                for state in refine(
+                    self.model, ids, mask, steps=self.steps, temperature=self.temperature, mixture=mixture
+                )
+            ]
+            pooled = torch.stack(states[1:]).mean(0) if self.pooling is Pooling.MEAN and self.steps else states[-1]
+            vectors[list(batch.rows)] = l2_normalize(pooled.float().cpu().numpy())
+        return vectors
+
+    def embed_quantized(self, sites: Collection[Site], precision: Precision, *, mixture: Mixture) -> Float32:
+        """Return the vectors with some inputs quantised."""
+        with quantized_sites(self.model, sites, dict(self.calibrations), precision):
+            return self.embed(mixture=mixture)
+
+
+def measure_sensitivity(
+    study: SensitivityStudy, precision: Precision, *, max_drop: float, advance: Advance
+) -> VariantSensitivity:
+    """Quantise everything, each kind and each layer, and choose what has to stay in float.
+
+    Args:
+        study: model, calibrations and texts.
+        precision: the variant.
+        max_drop: largest loss of rank correlation.
+        advance: told about each measurement.
+    """
+    exact = study.embed()
+    mixture = mixture_of(study.mixture)
+
+    def fidelity(name: str, sites: Collection[Site], *, mix: Mixture = torch.matmul) -> Fidelity:
+        vectors = study.embed_quantized(sites, precision, mixture=mix)
+        advance(1)
+        return Fidelity(name, pairwise_rank_correlation(vectors, exact), neighbour_overlap(vectors, exact))
+
+    kinds = [
+        fidelity(kind, [site for site in study.sites if site.kind is kind])
+        for kind in dict.fromkeys(site.kind for site in study.sites)
+    ]
+    if study.mixture is not None:
+        kinds.append(fidelity(MIXING, [], mix=mixture))
+    layers = [fidelity(name, sites) for name, sites in _by_layer(study.sites).items()]
+    everything = fidelity(EVERYTHING, study.sites, mix=mixture)
+    curve: tuple[Fidelity, ...] = ()
+    kept: tuple[str, ...] = ()
+    result = everything
+    if 1 - everything.rank_correlation > max_drop:
+        alone = {site.name: fidelity(site.name, [site]).rank_correlation for site in study.sites}
+        ranked = sorted(study.sites, key=lambda site: alone[site.name])
+
+        def keeping(count: int) -> Fidelity:
+            return fidelity(f"{count} kept", ranked[count:], mix=mixture)
+
+        count, curve = fewest_kept(keeping, len(ranked), everything=everything, max_drop=max_drop)
+        kept = tuple(site.name for site in ranked[:count])
+        result = next((f for f in curve if f.name == f"{count} kept"), everything)
+    return VariantSensitivity(kept, result, tuple(kinds), tuple(layers), curve)
+
+
+def fewest_kept(
+    keeping: Callable[[int], Fidelity], total: int, *, everything: Fidelity, max_drop: float
+) -> tuple[int, tuple[Fidelity, ...]]:
+    """Find by bisection how many of the ranked inputs have to be kept for the drop to be allowed.
+
+    Args:
+        keeping: measures the fidelity with that many kept.
+        total: number of inputs.
+        everything: fidelity with none kept, which is not enough.
+        max_drop: largest loss of rank correlation.
+
+    Returns:
+        The number, and the measured points of the trade-off curve, fewest kept first.
+    """
+    measured = {0: everything}
+    low, high = 0, total  # low does not suffice; more than all of them cannot be kept
+    while high - low > 1:
+        middle = (low + high) // 2
+        measured[middle] = keeping(middle)
+        if 1 - measured[middle].rank_correlation <= max_drop:
+            high = middle
+        else:
+            low = middle
+    if high not in measured:
+        measured[high] = keeping(high)
+    return high, tuple(measured[count] for count in sorted(measured))
+
+
+def _by_layer(sites: Sequence[Site]) -> dict[str, list[Site]]:
+    layers: dict[str, list[Site]] = {}
+    for site in sites:
+        layers.setdefault(site.name.rpartition(".")[0] or site.name, []).append(site)
+    return layers

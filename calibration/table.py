@@ -1,0 +1,216 @@
+"""``calibration.json``: what ``gircse-calibrate`` found, and what ``gircse-export`` builds INT8 variants from.
+
+The fields are those of :class:`Calibration`. Every number is finite. The file names the model, the adapter and the
+settings that it was measured with, and ``check`` refuses it for any other.
+"""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Self
+
+import msgspec
+
+from gircse.runtime.bundle import AdapterSource, ModelSource, Pooling, SchemaVersion
+from gircse.runtime.errors import CheckpointError
+
+SCHEMA_VERSION = 1
+
+
+class _Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Base of what the file is made of."""
+
+
+class Subject(_Record, frozen=True):
+    """What a calibration belongs to.
+
+    Attributes:
+        model: the backbone.
+        norm_sha256: SHA-256 of the bytes of ``model.norm.weight``, which tells fine-tuned checkpoints of one config apart.
+        adapter: the LoRA, or None.
+        steps: K.
+        pooling: ``mean`` or ``last``; the sensitivity is that of the pooled vectors.
+        temperature: divisor of the logits.
+    """
+
+    model: ModelSource
+    norm_sha256: str
+    adapter: AdapterSource | None
+    steps: int
+    pooling: Pooling
+    temperature: float
+
+
+class TextsUsed(_Record, frozen=True):
+    """The calibration texts: SHA-256 of those that were used, in order, their number and tokens, and the seed."""
+
+    sha256: str
+    samples: int
+    tokens: int
+    seed: int
+
+
+class SiteCalibration(_Record, frozen=True):
+    """One quantised input; see ``sites.py`` and ``smoothing.py``.
+
+    Attributes:
+        migration: SmoothQuant's migration strength, or None for no smoothing.
+        smoothing: (in,) divisors of the activations, or nothing where all are 1.
+        float_channels: channels that stay in float.
+        ranges: (K + 1,) largest magnitude after smoothing, float channels apart, in the prompt and at each step.
+        thresholds: (K + 1,) magnitude that becomes 127, by the method; at most the range.
+        error: root of the mean squared relative error of the quantised product, over the sampled rows.
+    """
+
+    migration: float | None
+    smoothing: tuple[float, ...]
+    float_channels: tuple[int, ...]
+    ranges: tuple[float, ...]
+    thresholds: tuple[float, ...]
+    error: float
+
+    @property
+    def threshold(self) -> float:
+        """The threshold of one graph for the prompt and all steps."""
+        return max(self.thresholds)
+
+
+class MixtureCalibration(_Record, frozen=True):
+    """The soft token as the ``tokens`` likeliest, added up, and ``tail`` (hidden,) times the probability they leave."""
+
+    tokens: int
+    tail: tuple[float, ...]
+
+
+class Fidelity(_Record, frozen=True):
+    """How near the vectors stay to FP32 with something quantised; on texts left out of the calibration, if enough were.
+
+    Attributes:
+        name: what is quantised, or for a trade-off curve, what is kept.
+        rank_correlation: of all pairs' similarities, after K steps.
+        overlap: of ten nearest neighbours, after K steps.
+    """
+
+    name: str
+    rank_correlation: float
+    overlap: float
+
+
+class VariantSensitivity(_Record, frozen=True):
+    """What a variant costs in fidelity, and where.
+
+    Attributes:
+        kept: inputs whose products stay in float.
+        result: fidelity with everything else quantised.
+        kinds: with one kind of input quantised alone.
+        layers: with one layer quantised alone.
+        curve: with more and more inputs kept, the most sensitive first; empty if nothing had to be kept.
+    """
+
+    kept: tuple[str, ...]
+    result: Fidelity
+    kinds: tuple[Fidelity, ...]
+    layers: tuple[Fidelity, ...]
+    curve: tuple[Fidelity, ...]
+
+
+class Calibration(_Record, frozen=True):
+    """Everything in ``calibration.json``.
+
+    Attributes:
+        schema_version: version of these fields.
+        subject: what it belongs to.
+        texts: what it was measured on.
+        method: how thresholds were chosen.
+        max_drop: largest loss of rank correlation that the kept inputs were chosen for.
+        sites: input name to its calibration.
+        mixture: how the soft token is made; None for K = 0.
+        variants: variant name to its sensitivity.
+        tools: versions of the packages that made the file.
+    """
+
+    schema_version: int
+    subject: Subject
+    texts: TextsUsed
+    method: str
+    max_drop: float
+    sites: Mapping[str, SiteCalibration]
+    mixture: MixtureCalibration | None
+    variants: Mapping[str, VariantSensitivity]
+    tools: Mapping[str, str]
+
+    def to_json(self) -> bytes:
+        """Return the content of the file.
+
+        Raises:
+            CheckpointError: a number is NaN or infinite.
+        """
+        self._check_finite("calibration")
+        return msgspec.json.format(msgspec.json.encode(self), indent=0) + b"\n"
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """Read a file.
+
+        Raises:
+            CheckpointError: it cannot be read, is no calibration, is of a newer schema, or holds NaN or infinity.
+        """
+        try:
+            content = path.read_bytes()
+            version = msgspec.json.decode(content, type=SchemaVersion).schema_version
+            if version > SCHEMA_VERSION:
+                raise CheckpointError(
+                    f"{path}: schema version {version} | this gircse-deploy reads up to {SCHEMA_VERSION} | "
+                    "upgrade: pip install -U gircse-deploy"
+                )
+            calibration = msgspec.json.decode(content, type=cls)
+        except OSError as err:
+            raise CheckpointError(
+                f"--calibration {path}: {err.strerror} | a file of gircse-calibrate | check the path"
+            ) from err
+        except msgspec.MsgspecError as err:
+            raise CheckpointError(
+                f"--calibration {path}: {err} | a file of gircse-calibrate | calibrate again"
+            ) from err
+        calibration._check_finite(str(path))
+        return calibration
+
+    def check(self, subject: Subject, path: Path) -> None:
+        """Refuse to be used for anything but what was calibrated.
+
+        Raises:
+            CheckpointError: model, adapter, K, pooling or temperature differ; the message names which.
+        """
+        ours, theirs = _facts(self.subject), _facts(subject)
+        for name, value in theirs.items():
+            if ours[name] != value:
+                raise CheckpointError(
+                    f"--calibration {path}: {name} {ours[name]} | {value}, as this export has | calibrate again with the "
+                    "same --model, --adapter, --steps, --pooling and --temperature"
+                )
+
+    def _check_finite(self, where: str) -> None:
+        groups: dict[str, tuple[float, ...]] = {
+            f"site {name}": (*s.smoothing, *s.ranges, *s.thresholds, s.error, s.migration or 0.0)
+            for name, s in self.sites.items()
+        }
+        groups["settings"] = (self.max_drop, self.subject.temperature)
+        if self.mixture is not None:
+            groups["mixture"] = self.mixture.tail
+        for name, variant in self.variants.items():
+            every = (variant.result, *variant.kinds, *variant.layers, *variant.curve)
+            groups[f"variant {name}"] = tuple(x for f in every for x in (f.rank_correlation, f.overlap))
+        for name, numbers in groups.items():
+            if not all(map(math.isfinite, numbers)):
+                raise CheckpointError(f"{where}: {name} holds NaN or infinity | finite numbers | calibrate again")
+
+
+def _facts(subject: Subject) -> dict[str, object]:
+    return {
+        "config.json with SHA-256": subject.model.config_sha256,
+        "model.norm.weight with SHA-256": subject.norm_sha256,
+        "adapter with SHA-256": subject.adapter.sha256 if subject.adapter else None,
+        "steps": subject.steps,
+        "pooling": str(subject.pooling),
+        "temperature": subject.temperature,
+    }

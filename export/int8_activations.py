@@ -1,0 +1,120 @@
+"""The operators that turn an activation into int8 and multiply it: explicit Q/DQ, or a scale for each token.
+
+Static scales, one digit, in standard ONNX; TensorRT and ONNX Runtime both make one integer product of it::
+
+    y = DQ(Q(x, t/127)) @ DQ(W, scale per column)
+
+Two digits add 8 bits to the activation by a second row that the same product reads; the weights are read once::
+
+    x1 = DQ(Q(x)),  rows = [x1; 254 (x - x1)],  [hi; lo] = DQ(Q(rows)) @ DQ(W),  y = hi + lo / 254
+
+A scale for each token has no standard operator that ONNX Runtime runs as one product, so it takes
+``com.microsoft.MatMulIntegerToFloat``, with unsigned integers around 128, for which x86 CPUs have instructions::
+
+    m = max|x| of the token,  y = MatMulIntegerToFloat(Q(127 x / m), W, scale / 127) m
+"""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+import onnx_ir as ir
+
+from gircse.calibration.sites import Quantization, Scale
+from gircse.calibration.smoothing import INT8_MAX, LO_DIGIT
+from gircse.runtime.errors import ExportError
+
+MICROSOFT = "com.microsoft"
+_TINY = 1e-20
+_ZERO_POINT = 128
+
+Attribute = int | float | Sequence[int]
+
+
+class NodeMaker(Protocol):
+    """Adds nodes and constants to a graph."""
+
+    def op(self, op_type: str, *inputs: ir.Value, domain: str = "", **attributes: Attribute) -> ir.Value:
+        """Add a node and return its output."""
+
+    def op_multi(
+        self, op_type: str, *inputs: ir.Value, outputs: int, domain: str = "", **attributes: Attribute
+    ) -> Sequence[ir.Value]:
+        """Add a node of several outputs."""
+
+    def constant(self, name: str, value: np.ndarray) -> ir.Value:
+        """Return the initializer of a name, made at its first use."""
+
+
+class IntegerOperators:
+    """Adds the operators of one graph."""
+
+    def __init__(self, graph: NodeMaker) -> None:
+        """Take what adds nodes and constants."""
+        self.op, self.op_multi, self.constant = graph.op, graph.op_multi, graph.constant
+
+    def product(
+        self, x: ir.Value, weight: ir.Value, scale: ir.Value, *, quantization: Quantization, threshold: float
+    ) -> ir.Value:
+        """Multiply an activation with an integer weight.
+
+        Args:
+            x: (..., in) float32.
+            weight: (in, out) int8 initializer.
+            scale: (out,) float32 initializer.
+            quantization: of x.
+            threshold: of a static scale; 0 for an input that is always 0.
+
+        Returns:
+            (..., out) float32.
+        """
+        if quantization.scale is Scale.TOKEN:
+            if quantization.digits != 1:
+                raise ExportError(f"{quantization} | one digit with a scale for each token | report this")
+            return self._token_product(x, weight, scale)
+        step = self.number((threshold or INT8_MAX) / INT8_MAX)
+        wide = self.op("DequantizeLinear", weight, scale, axis=1)
+        if quantization.digits == 1:
+            return self.op("MatMul", self._rounded(x, step), wide)
+        first = self._rounded(x, step)
+        remainder = self.op("Mul", self.op("Sub", x, first), self.number(LO_DIGIT))
+        digits = self._rounded(self.op("Concat", first, remainder, axis=0), step)
+        product = self.op("MatMul", digits, wide)
+        hi, lo = self.op_multi("Split", product, outputs=2, axis=0, num_outputs=2)
+        return self.op("Add", hi, self.op("Mul", lo, self.number(1 / LO_DIGIT)))
+
+    def _rounded(self, x: ir.Value, step: ir.Value) -> ir.Value:
+        zero = self.constant("int8_zero", np.array(0, np.int8))
+        return self.op("DequantizeLinear", self.op("QuantizeLinear", x, step, zero), step, zero)
+
+    def _token_product(self, x: ir.Value, weight: ir.Value, scale: ir.Value) -> ir.Value:
+        axis = self.constant("ints_-1", np.array([-1], np.int64))
+        zero = self.constant("uint8_128", np.array(_ZERO_POINT, np.uint8))
+        largest = self.op("ReduceMax", self.op("Abs", x), axis, keepdims=1)
+        largest = self.op("Max", largest, self.number(_TINY))
+        scaled = self.op("Mul", x, self.op("Div", self.number(INT8_MAX), largest))
+        integers = self.op("QuantizeLinear", scaled, self.number(1.0), zero)
+        unit = self.number(1 / INT8_MAX)
+        product = self.op("MatMulIntegerToFloat", integers, weight, unit, scale, zero, domain=MICROSOFT)
+        return self.op("Mul", product, largest)
+
+    def float_channels(self, x: ir.Value, channels: tuple[int, ...], weight: ir.Value) -> ir.Value:
+        """Multiply some channels of x (..., in) with their rows (n, out) in float."""
+        name = "channels_" + "_".join(map(str, channels))
+        chosen = self.op("Gather", x, self.constant(name, np.array(channels, np.int64)), axis=-1)
+        return self.op("MatMul", chosen, weight)
+
+    def rows(self, table: ir.Value, scale: ir.Value, ids: ir.Value) -> ir.Value:
+        """Look up rows of an int8 table (vocab, hidden) with one scale each: ids (...) -> (..., hidden) float32."""
+        integers = self.op("DequantizeLinear", self.op("Gather", table, ids), self.number(1.0))
+        axis = self.constant("ints_-1", np.array([-1], np.int64))
+        return self.op("Mul", integers, self.op("Unsqueeze", self.op("Gather", scale, ids), axis))
+
+    def blockwise_product(self, x: ir.Value, weight: ir.Value, scale: ir.Value, *, block: int) -> ir.Value:
+        """Multiply x (..., in) float32 with an int8 weight (in, out) and its scales (in / block, out)."""
+        wide = self.op("DequantizeLinear", weight, scale, axis=0, block_size=block)
+        return self.op("MatMul", x, wide)
+
+    def number(self, value: float) -> ir.Value:
+        """Return a float32 constant."""
+        return self.constant(f"float_{float(value)!r}", np.array(value, np.float32))

@@ -1,0 +1,233 @@
+"""Weights that INT8 variants store in place of the checkpoint's: integers with their scales, and folded smoothing.
+
+A recipe names the tensors of the checkpoint that it reads and turns them, LoRA merged, into initializers. Tensors
+arrive in blocks of rows, so that the vocabulary is never whole in FP32.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from gircse.calibration.smoothing import quantize_weight, split_weight
+
+Shape = tuple[int, ...]
+ReadBlocks = Callable[[str], Iterator[Tensor]]
+"""Yields a tensor of the checkpoint, LoRA merged, as FP32 blocks of rows."""
+
+
+class Recipe(Protocol):
+    """How some initializers are made."""
+
+    @property
+    def sources(self) -> Mapping[str, Shape]:
+        """Tensors of the checkpoint with the shapes they must have."""
+
+    @property
+    def shapes(self) -> Mapping[str, Shape]:
+        """The initializers that are made, with their shapes."""
+
+    def tensors(self, read: ReadBlocks) -> Mapping[str, Tensor]:
+        """Make the initializers."""
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """One weight divided by calibrated scales: RMSNorm's weight, or what is left in float of a smoothed product.
+
+    Attributes:
+        name: the initializer.
+        source: tensor of the checkpoint.
+        shape: its shape there.
+        divisors: (rows,) float32.
+        transposed: whether it is stored as the transpose.
+    """
+
+    name: str
+    source: str
+    shape: Shape
+    divisors: Tensor
+    transposed: bool = False
+
+    @property
+    def sources(self) -> Mapping[str, Shape]:
+        """The one tensor."""
+        return {self.source: self.shape}
+
+    @property
+    def shapes(self) -> Mapping[str, Shape]:
+        """The one initializer."""
+        return {self.name: tuple(reversed(self.shape)) if self.transposed else self.shape}
+
+    def tensors(self, read: ReadBlocks) -> Mapping[str, Tensor]:
+        """Divide the rows."""
+        weight = torch.cat(list(read(self.source)))
+        scaled = weight / self.divisors.reshape(-1, *[1] * (weight.dim() - 1))
+        return {self.name: scaled.T.contiguous() if self.transposed else scaled}
+
+
+@dataclass(frozen=True)
+class IntegerProduct:
+    """The weights of one integer product (in, out), the projections of one input side by side.
+
+    Attributes:
+        name: of the product; the initializers are ``weight_name``, ``scale_name`` and ``float_name``.
+        sources: projections (out, in), in order.
+        smoothing: (in,) float32, s, which the columns are multiplied with; None for none.
+        float_channels: columns that stay in float.
+        row_divisors: by projection, (out,) float32 that its rows are divided by: smoothing of what reads its output.
+    """
+
+    name: str
+    sources: Mapping[str, Shape]
+    smoothing: Tensor | None = None
+    float_channels: tuple[int, ...] = ()
+    row_divisors: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def weight_name(self) -> str:
+        """(in, out) int8."""
+        return f"{self.name}.int8"
+
+    @property
+    def scale_name(self) -> str:
+        """(out,) float32."""
+        return f"{self.name}.scale"
+
+    @property
+    def float_name(self) -> str:
+        """(n, out) float32, rows of the float channels."""
+        return f"{self.name}.float"
+
+    @property
+    def outputs(self) -> int:
+        """Columns of the product."""
+        return sum(shape[0] for shape in self.sources.values())
+
+    @property
+    def shapes(self) -> Mapping[str, Shape]:
+        """Weight, scale, and where channels stay in float, their rows."""
+        inputs = next(iter(self.sources.values()))[1]
+        floats = {self.float_name: (len(self.float_channels), self.outputs)} if self.float_channels else {}
+        return {self.weight_name: (inputs, self.outputs), self.scale_name: (self.outputs,), **floats}
+
+    def tensors(self, read: ReadBlocks) -> Mapping[str, Tensor]:
+        """Smooth and round, row block by row block."""
+        integers, scales, columns = [], [], []
+        for source in self.sources:
+            start = 0
+            for block in read(source):
+                rows = slice(start, start + len(block))
+                start += len(block)
+                if source in self.row_divisors:
+                    block = block / self.row_divisors[source][rows, None]
+                smoothing = torch.ones(block.shape[1]) if self.smoothing is None else self.smoothing
+                smoothed, floats = split_weight(block, smoothing, self.float_channels)
+                rounded, steps = quantize_weight(smoothed)
+                integers.append(rounded)
+                scales.append(steps)
+                columns.append(floats)
+        made = {self.weight_name: torch.cat(integers).T.contiguous(), self.scale_name: torch.cat(scales)}
+        if self.float_channels:
+            made[self.float_name] = torch.cat(columns).T.contiguous()
+        return made
+
+
+@dataclass(frozen=True)
+class BlockwiseProduct:
+    """One weight (in, out) as int8 with a scale for every block of inputs of every output.
+
+    Attributes:
+        name: prefix of the initializers ``weight_name`` and ``scale_name``.
+        source: tensor of the checkpoint.
+        shape: (out, in).
+        block: inputs that share a scale; divides ``in``.
+    """
+
+    name: str
+    source: str
+    shape: Shape
+    block: int
+
+    @property
+    def weight_name(self) -> str:
+        """(in, out) int8."""
+        return f"{self.name}.int8"
+
+    @property
+    def scale_name(self) -> str:
+        """(in / block, out) float32."""
+        return f"{self.name}.scale"
+
+    @property
+    def sources(self) -> Mapping[str, Shape]:
+        """The one tensor."""
+        return {self.source: self.shape}
+
+    @property
+    def shapes(self) -> Mapping[str, Shape]:
+        """Weight and scales."""
+        outputs, inputs = self.shape
+        return {self.weight_name: (inputs, outputs), self.scale_name: (inputs // self.block, outputs)}
+
+    def tensors(self, read: ReadBlocks) -> Mapping[str, Tensor]:
+        """Round every block of inputs on its own."""
+        integers, scales = [], []
+        for rows in read(self.source):
+            rounded, steps = quantize_weight(rows.reshape(-1, self.block))
+            integers.append(rounded.reshape(rows.shape))
+            scales.append(steps.reshape(len(rows), -1))
+        return {
+            self.weight_name: torch.cat(integers).T.contiguous(),
+            self.scale_name: torch.cat(scales).T.contiguous(),
+        }
+
+
+@dataclass(frozen=True)
+class IntegerRows:
+    """The embedding table as int8 rows that are looked up, each with its scale.
+
+    Attributes:
+        name: prefix of the initializers ``weight_name`` and ``scale_name``.
+        source: tensor of the checkpoint.
+        shape: (vocab, hidden).
+    """
+
+    name: str
+    source: str
+    shape: Shape
+
+    @property
+    def weight_name(self) -> str:
+        """(vocab, hidden) int8."""
+        return f"{self.name}.int8"
+
+    @property
+    def scale_name(self) -> str:
+        """(vocab,) float32."""
+        return f"{self.name}.scale"
+
+    @property
+    def sources(self) -> Mapping[str, Shape]:
+        """The one tensor."""
+        return {self.source: self.shape}
+
+    @property
+    def shapes(self) -> Mapping[str, Shape]:
+        """Rows and scales."""
+        return {self.weight_name: self.shape, self.scale_name: self.shape[:1]}
+
+    def tensors(self, read: ReadBlocks) -> Mapping[str, Tensor]:
+        """Round every row on its own."""
+        pairs = [quantize_weight(block) for block in read(self.source)]
+        return {
+            self.weight_name: torch.cat([integers for integers, _ in pairs]),
+            self.scale_name: torch.cat([scales for _, scales in pairs]),
+        }
+
+
+def block_size(inputs: int) -> int:
+    """Return how many inputs share a scale: 32 or 16, which ONNX Runtime has kernels for, or all of them."""
+    return next((size for size in (32, 16) if inputs % size == 0), inputs)

@@ -1,0 +1,295 @@
+"""Rewrite a FP32 graph to an INT8 variant, by a calibration.
+
+Every input that the calibration does not keep in float becomes one integer product: the weights of the projections
+that read it lie side by side, and a Split hands the parts on. Smoothing costs nothing at run time: it is folded into
+the weight of the RMSNorm before, or into the rows of up_proj. The channels that stay in float are multiplied beside the
+integer product. ``int8-weights`` stores int8 with a scale for every block of 32 inputs and computes in float.
+"""
+
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from onnx_ir.passes.common import RemoveUnusedNodesPass
+
+from gircse.calibration.sites import QUANTIZATIONS, VOCABULARY_SITE, Site, SiteKind, decoder_sites
+from gircse.calibration.table import Calibration, SiteCalibration
+from gircse.export.architecture import DecoderShape
+from gircse.export.compose import FloatVocabulary, Vocabulary
+from gircse.export.int8_activations import MICROSOFT, Attribute, IntegerOperators
+from gircse.export.int8_vocabulary import IntegerVocabulary
+from gircse.export.int8_weights import BlockwiseProduct, IntegerProduct, Recipe, Scaled, block_size
+from gircse.export.simplify import TRANSPOSED_SUFFIX
+from gircse.runtime.bundle import Precision
+from gircse.runtime.errors import ExportError
+
+MICROSOFT_VERSION = 1
+
+UP_PROJ, DOWN_PROJ = "up_proj", "down_proj"
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """What was done to a graph.
+
+    Attributes:
+        counts: integer products by kind of input, and the smoothing that was folded.
+        recipes: what fills the new initializers.
+    """
+
+    counts: Mapping[str, int]
+    recipes: tuple[Recipe, ...]
+
+
+def int8_vocabulary(
+    precision: Precision, calibration: Calibration, shape: DecoderShape, kept: Collection[str]
+) -> Vocabulary:
+    """Return how a variant's graph reads the vocabulary, which is as in FP32 if its projection is kept."""
+    if VOCABULARY_SITE.name in kept:
+        return FloatVocabulary()
+    site = calibration.sites.get(VOCABULARY_SITE.name)
+    quantization = QUANTIZATIONS[precision][SiteKind.VOCABULARY] if precision in QUANTIZATIONS else None
+    return IntegerVocabulary(
+        (shape.vocab_size, shape.hidden_size),
+        shape.tied,
+        calibration.mixture,
+        quantization,
+        site.threshold if site else 0.0,
+    )
+
+
+def kept_sites(
+    precision: Precision, calibration: Calibration, shape: DecoderShape, *, keep_float32: Sequence[str] = ()
+) -> tuple[str, ...]:
+    """Return the inputs whose products stay in float.
+
+    Args:
+        precision: the variant.
+        calibration: knows the sensitive ones.
+        shape: sizes of the decoder.
+        keep_float32: parts of weight names; products with such a weight are kept too.
+
+    Raises:
+        ExportError: an entry of ``keep_float32`` fits no weight.
+    """
+    sites = decoder_sites(shape.num_layers)
+    variant = calibration.variants.get(precision)
+    kept = set(variant.kept) if variant else set()
+    for part in keep_float32:
+        found = {site.name for site in sites if any(part in f"{name}.weight" for name in site.projections)}
+        if not found:
+            raise ExportError(
+                f"--keep-float32 {part}: fits no weight | a part of a name such as {sites[0].projections[0]}.weight | check it"
+            )
+        kept |= found
+    return tuple(sorted(kept))
+
+
+def quantize(
+    model: ir.Model,
+    precision: Precision,
+    calibration: Calibration,
+    shape: DecoderShape,
+    *,
+    vocabulary: Vocabulary,
+    kept: Collection[str],
+) -> Quantized:
+    """Rewrite a FP32 graph in place.
+
+    Args:
+        model: a graph of ``compose_graph`` with the variant's vocabulary.
+        precision: one of the INT8 precisions.
+        calibration: of this model.
+        shape: sizes of the decoder.
+        vocabulary: what the graph was composed with.
+        kept: inputs whose products stay in float.
+
+    Raises:
+        ExportError: a product was not found, or the calibration has no entry for it.
+    """
+    rewriter = _Rewriter(model.graph, precision, calibration, kept)
+    for site in decoder_sites(shape.num_layers):
+        if site.kind is not SiteKind.VOCABULARY:
+            rewriter.rewrite(site)
+    rewriter.fold_rows()
+    RemoveUnusedNodesPass()(model)
+    if any(node.domain == MICROSOFT for node in model.graph):
+        model.graph.opset_imports[MICROSOFT] = MICROSOFT_VERSION
+    recipes = [*rewriter.recipes, *(vocabulary.recipes if isinstance(vocabulary, IntegerVocabulary) else ())]
+    if isinstance(vocabulary, IntegerVocabulary):
+        rewriter.counts[SiteKind.VOCABULARY] += 1
+    if not rewriter.counts:
+        raise ExportError(
+            f"--precision {precision}: the calibration keeps every input in float | at least one integer product | "
+            "calibrate with a larger --max-drop"
+        )
+    return Quantized(dict(sorted(rewriter.counts.items())), tuple(recipes))
+
+
+class _Rewriter:
+    """Rewrites the products of one graph, site by site."""
+
+    def __init__(self, graph: ir.Graph, precision: Precision, calibration: Calibration, kept: Collection[str]) -> None:
+        self._graph, self._precision, self._calibration, self._kept = graph, precision, calibration, kept
+        self._products = _products_by_weight(graph)
+        self._row_divisors: dict[str, torch.Tensor] = {}
+        self.counts: Counter[str] = Counter()
+        self.recipes: list[Recipe] = []
+
+    def rewrite(self, site: Site) -> None:
+        """Turn the products of one input into one integer product, unless it is kept."""
+        nodes = [self._product(name) for name in site.projections]
+        if site.name in self._kept:
+            return
+        if self._precision is Precision.INT8_WEIGHTS:
+            for node, name in zip(nodes, site.projections, strict=True):
+                self._store_blockwise(node, name)
+        else:
+            self._make_integer(site, nodes)
+        self.counts[site.kind] += 1
+
+    def fold_rows(self) -> None:
+        """Divide what is left in float of the projections whose outputs were smoothed: biases and kept products."""
+        done = {source for recipe in self.recipes for source in recipe.sources}
+        for weight, divisors in self._row_divisors.items():
+            if weight not in done:
+                value = self._graph.initializers[weight + TRANSPOSED_SUFFIX]
+                shape = tuple(reversed(_dims(value)))
+                self.recipes.append(Scaled(str(value.name), weight, shape, divisors, transposed=True))
+            bias = weight.removesuffix("weight") + "bias"
+            if bias in self._graph.initializers:
+                self.recipes.append(Scaled(bias, bias, _dims(self._graph.initializers[bias]), divisors))
+
+    def _product(self, projection: str) -> ir.Node:
+        name = f"{projection}.weight{TRANSPOSED_SUFFIX}"
+        if name not in self._products:
+            raise ExportError(
+                f"--precision {self._precision}: no product with {name} | one in every decoder layer | report this model: "
+                "its graph has another form"
+            )
+        return self._products[name]
+
+    def _store_blockwise(self, node: ir.Node, projection: str) -> None:
+        source = f"{projection}.weight"
+        shape = tuple(reversed(_dims(node.inputs[1])))
+        recipe = BlockwiseProduct(projection, source, shape, block_size(shape[1]))
+        weight, scale = self._initializers(recipe, (recipe.weight_name, recipe.scale_name))
+        nodes = _Inserted(self._graph, node)
+        product = IntegerOperators(nodes).blockwise_product(_first(node), weight, scale, block=recipe.block)
+        node.outputs[0].replace_all_uses_with(product)
+        self.recipes.append(recipe)
+
+    def _make_integer(self, site: Site, nodes: Sequence[ir.Node]) -> None:
+        calibration = self._site(site)
+        sources = {
+            f"{name}.weight": tuple(reversed(_dims(n.inputs[1])))
+            for name, n in zip(site.projections, nodes, strict=True)
+        }
+        smoothing = torch.tensor(calibration.smoothing) if calibration.smoothing else None
+        if smoothing is not None:
+            self._fold_smoothing(site, nodes[0], smoothing)
+        recipe = IntegerProduct(site.name, sources, smoothing, calibration.float_channels, self._row_divisors)
+        weight, scale = self._initializers(recipe, (recipe.weight_name, recipe.scale_name))
+        inserted = _Inserted(self._graph, nodes[0])
+        operators = IntegerOperators(inserted)
+        product = operators.product(
+            _first(nodes[0]),
+            weight,
+            scale,
+            quantization=QUANTIZATIONS[self._precision][site.kind],
+            threshold=calibration.threshold,
+        )
+        if calibration.float_channels:
+            (floats,) = self._initializers(recipe, (recipe.float_name,))
+            beside = operators.float_channels(_first(nodes[0]), calibration.float_channels, floats)
+            product = inserted.op("Add", product, beside)
+        parts: Sequence[ir.Value] = [product]
+        if len(nodes) > 1:
+            widths = np.array([shape[0] for shape in sources.values()], np.int64)
+            sizes = inserted.constant("widths_" + "_".join(map(str, widths)), widths)
+            parts = inserted.op_multi("Split", product, sizes, outputs=len(nodes), axis=-1)
+        for node, part in zip(nodes, parts, strict=True):
+            node.outputs[0].replace_all_uses_with(part)
+        self.recipes.append(recipe)
+
+    def _fold_smoothing(self, site: Site, node: ir.Node, smoothing: torch.Tensor) -> None:
+        """Divide the input by its smoothing where it is made: RMSNorm's weight, or the rows of up_proj."""
+        if site.kind is SiteKind.MLP_OUTPUT:
+            up = site.projections[0].replace(DOWN_PROJ, UP_PROJ)
+            # Recipes read this when the weights are written, after every site has been rewritten.
+            self._row_divisors[f"{up}.weight"] = smoothing
+            return
+        norm = _first(node).producer()
+        if norm is None or norm.op_type != "RMSNormalization" or norm.inputs[1] is None:
+            raise ExportError(
+                f"--precision {self._precision}: {site.name} does not come from RMSNorm | a decoder that normalises it | "
+                "report this model: its graph has another form"
+            )
+        name = str(norm.inputs[1].name)
+        self.recipes.append(Scaled(name, name, _dims(norm.inputs[1]), smoothing))
+        self.counts["fold_smoothing"] += 1
+
+    def _site(self, site: Site) -> SiteCalibration:
+        if site.name not in self._calibration.sites:
+            raise ExportError(
+                f"--calibration: no entry for {site.name} | one for every input of the model | calibrate again"
+            )
+        return self._calibration.sites[site.name]
+
+    def _initializers(self, recipe: Recipe, names: Sequence[str]) -> list[ir.Value]:
+        values = []
+        for name in names:
+            dtype = ir.DataType.INT8 if name.endswith(".int8") else ir.DataType.FLOAT
+            value = ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(recipe.shapes[name]))
+            self._graph.initializers.add(value)
+            values.append(value)
+        return values
+
+
+class _Inserted:
+    """Adds nodes in front of a node of a finished graph."""
+
+    def __init__(self, graph: ir.Graph, before: ir.Node) -> None:
+        self._graph, self._before = graph, before
+
+    def op(self, op_type: str, *inputs: ir.Value, domain: str = "", **attributes: Attribute) -> ir.Value:
+        return self.op_multi(op_type, *inputs, outputs=1, domain=domain, **attributes)[0]
+
+    def op_multi(
+        self, op_type: str, *inputs: ir.Value, outputs: int, domain: str = "", **attributes: Attribute
+    ) -> Sequence[ir.Value]:
+        node = ir.node(op_type, inputs, attributes, domain=domain, num_outputs=outputs)
+        self._graph.insert_before(self._before, node)
+        return node.outputs
+
+    def constant(self, name: str, value: np.ndarray) -> ir.Value:
+        if name not in self._graph.initializers:
+            tensor = ir.tensor(value, name=name)
+            self._graph.initializers.add(
+                ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(value.shape), const_value=tensor)
+            )
+        return self._graph.initializers[name]
+
+
+def _products_by_weight(graph: ir.Graph) -> dict[str, ir.Node]:
+    return {
+        str(node.inputs[1].name): node
+        for node in graph
+        if node.op_type == "MatMul" and node.inputs[1] is not None and node.inputs[1].is_initializer()
+    }
+
+
+def _first(node: ir.Node) -> ir.Value:
+    value = node.inputs[0]
+    if value is None:
+        raise ValueError(f"{node.name}: a product without an input")
+    return value
+
+
+def _dims(value: ir.Value | None) -> tuple[int, ...]:
+    if value is None or value.shape is None:
+        raise ValueError("an initializer without a shape")
+    return tuple(int(dim) for dim in value.shape.numpy())

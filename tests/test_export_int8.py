@@ -1,0 +1,207 @@
+"""INT8 variants: the exported graphs compute what the calibration's PyTorch model of them computes, text by text."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from conftest import SmallModels
+from test_export_parity import PROMPTS, padded
+from tolerances import (
+    CONTROL_MIN_DIFFERENCE,
+    INT8_BATCH_MAX_DIFFERENCE,
+    INT8_FAKE_MIN_COSINE,
+    INT8_MIN_COSINE,
+    INT8_PROMPT_MIN_COSINE,
+)
+
+from gircse.calibration.fake_quantization import quantized_sites
+from gircse.calibration.reference import refine
+from gircse.calibration.sites import Site, SiteKind, decoder_sites
+from gircse.calibration.table import Calibration
+from gircse.evaluation.parity import ParityOptions, measure_parity
+from gircse.export.exporter import export_bundle
+from gircse.export.options import ExportOptions
+from gircse.runtime import CheckpointError, Embedder, ExportError
+from gircse.runtime.bundle import Bundle, Precision
+from gircse.runtime.numerics import l2_normalize, row_cosine
+from gircse.runtime.ort_session import open_session
+
+STEPS = 5
+INT8 = ("int8", "int8-weights", "int8-dynamic")
+MODELS = ("llama", "llama-biased-llama3", "qwen2", "qwen3", "mistral-linear")
+
+
+def int8_bundle(small_models: SmallModels, name: str) -> Path:
+    return small_models.bundle(
+        name, steps=STEPS, precisions=("fp32", *INT8), calibration=small_models.calibration(name, steps=STEPS)
+    )
+
+
+def states(session_outputs: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
+    prompt, steps = session_outputs
+    return np.concatenate([prompt[:, None], steps], axis=1)
+
+
+def run(bundle: Path, precision: str, prompts: list[list[int]] = PROMPTS) -> np.ndarray:
+    session = open_session(Bundle.open(bundle), precision, threads=1)
+    return states(tuple(session.run(*padded(prompts, left=True), steps=STEPS)))
+
+
+def fake_prompt_state(small_models: SmallModels, name: str, precision: str, sites: tuple[Site, ...]) -> np.ndarray:
+    """Return h_0 of the PyTorch model with some inputs quantised."""
+    model = small_models.load(name)
+    calibration = Calibration.read(small_models.calibration(name, steps=STEPS))
+    ids, mask = map(torch.from_numpy, padded(PROMPTS, left=True, extra=0))
+    with quantized_sites(model, sites, dict(calibration.sites), Precision(precision)):
+        state = next(iter(refine(model, ids, mask, steps=0, temperature=1.0)))
+    return l2_normalize(state.hidden.numpy())
+
+
+@pytest.mark.parametrize(
+    ("precision", "kind"), [*(("int8", kind) for kind in list(SiteKind)[:4]), ("int8-dynamic", SiteKind.MLP_OUTPUT)]
+)
+@pytest.mark.parametrize("name", ["llama", "llama-biased-llama3", "qwen3"])
+def test_graph_is_what_the_sensitivity_measured(
+    small_models: SmallModels, tmp_path: Path, name: str, precision: str, kind: SiteKind
+) -> None:
+    """One kind at a time, in the prompt: these models amplify the one rounding in a thousand that falls the other way."""
+    sites = decoder_sites(2)
+    content = json.loads(small_models.calibration(name, steps=STEPS).read_text())
+    content["variants"][precision]["kept"] = [site.name for site in sites if site.kind is not kind]
+    calibration = tmp_path / "one-kind.json"
+    calibration.write_text(json.dumps(content))
+    bundle = export(small_models, tmp_path / "bundle", calibration, model=name, precisions=(precision,))
+    chosen = tuple(site for site in sites if site.kind is kind)
+    ours, fake = run(bundle, precision)[:, 0], fake_prompt_state(small_models, name, precision, chosen)
+    assert row_cosine(ours, fake).min() > INT8_FAKE_MIN_COSINE
+    exact = run(int8_bundle(small_models, name), "fp32")[:, 0]
+    assert row_cosine(ours, exact).min() < row_cosine(ours, fake).min(), "nothing was quantised"
+
+
+@pytest.mark.parametrize("precision", INT8)
+@pytest.mark.parametrize("name", MODELS)
+def test_every_variant_stays_near_fp32(small_models: SmallModels, name: str, precision: str) -> None:
+    bundle = int8_bundle(small_models, name)
+    cosines = row_cosine(run(bundle, precision), run(bundle, "fp32"))
+    assert cosines[:, 0].min() > INT8_PROMPT_MIN_COSINE[precision]
+    assert cosines.min() > INT8_MIN_COSINE[precision]
+
+
+@pytest.mark.parametrize("precision", INT8)
+def test_a_text_does_not_depend_on_its_neighbours(small_models: SmallModels, precision: str) -> None:
+    bundle = int8_bundle(small_models, "llama")
+    together = run(bundle, precision)
+    for row, prompt in enumerate(PROMPTS):
+        assert np.abs(run(bundle, precision, [prompt])[0] - together[row]).max() < INT8_BATCH_MAX_DIFFERENCE
+
+
+def test_weights_are_int8_and_stored_once(small_models: SmallModels) -> None:
+    bundle = int8_bundle(small_models, "llama")
+    for precision in INT8:
+        graph = onnx.load(bundle / precision / "stepwise.onnx", load_external_data=False).graph
+        weights = [tensor for tensor in graph.initializer if len(tensor.dims) == 2 and min(tensor.dims) > 8]
+        low = [tensor for tensor in weights if tensor.data_type == onnx.TensorProto.INT8]
+        assert {t.name for t in weights} - {t.name for t in low} <= {"rotary.cos", "rotary.sin"} | {
+            t.name for t in weights if t.name.endswith(".scale")
+        }
+        used = [name for node in graph.node for name in node.input]
+        table = "model.embed_tokens.int8"  # looked up twice: for the prompt and for the soft token
+        assert all(used.count(tensor.name) == (2 if tensor.name == table else 1) for tensor in low)
+        assert not (bundle / precision / "model.onnx").exists()
+        assert (bundle / precision / "calibration.json").is_file()
+
+
+def test_q_dq_variant_is_standard_onnx(small_models: SmallModels) -> None:
+    bundle = int8_bundle(small_models, "llama")
+    for precision in ("int8", "int8-weights"):
+        model = onnx.load(bundle / precision / "stepwise.onnx", load_external_data=False)
+        assert {node.domain for node in model.graph.node} == {""}
+        onnx.checker.check_model(str(bundle / precision / "stepwise.onnx"))
+
+
+def edited(path: Path, tmp_path: Path, **sites: dict[str, object]) -> Path:
+    content = json.loads(path.read_text())
+    for name, fields in sites.items():
+        content["sites"][name].update(fields)
+    copy = tmp_path / "edited.json"
+    copy.write_text(json.dumps(content))
+    return copy
+
+
+def export(
+    small_models: SmallModels, output: Path, calibration: Path | None, *, model: str = "llama", **options: Any
+) -> Path:
+    settings = {"steps": STEPS, "precisions": ("int8",), "max_tokens": 48, **options}
+    return export_bundle(
+        ExportOptions(output=output, model=str(small_models.checkpoint(model)), calibration=calibration, **settings)
+    )
+
+
+def test_a_wrong_scale_is_noticed(small_models: SmallModels, tmp_path: Path) -> None:
+    path = small_models.calibration("llama", steps=STEPS)
+    thresholds = Calibration.read(path).sites["model.layers.1.mlp_input"].thresholds
+    wrong = edited(path, tmp_path, **{"model.layers.1.mlp_input": {"thresholds": [t / 20 for t in thresholds]}})
+    ours = run(export(small_models, tmp_path / "wrong", wrong), "int8")
+    assert np.abs(ours - run(int8_bundle(small_models, "llama"), "int8")).max() > CONTROL_MIN_DIFFERENCE
+
+
+def test_an_input_of_zero_range_is_exported(small_models: SmallModels, tmp_path: Path) -> None:
+    path = small_models.calibration("llama", steps=STEPS)
+    zero = {"thresholds": [0.0] * (STEPS + 1), "ranges": [0.0] * (STEPS + 1), "smoothing": [], "float_channels": []}
+    ours = run(
+        export(small_models, tmp_path / "zero", edited(path, tmp_path, **{"model.layers.0.attention_output": zero})),
+        "int8",
+    )
+    assert np.isfinite(ours).all()
+
+
+def test_kept_inputs_stay_in_float(small_models: SmallModels, tmp_path: Path) -> None:
+    content = json.loads(small_models.calibration("llama", steps=STEPS).read_text())
+    every = [site.name for site in decoder_sites(2)]
+    exact = run(int8_bundle(small_models, "llama"), "fp32")
+    far = np.abs(run(int8_bundle(small_models, "llama"), "int8") - exact).max()
+    for kept in (every[:1], ["model.layers.0.mlp_input"], ["model.layers.0.mlp_output"], ["lm_head"], every[1:]):
+        content["variants"]["int8"]["kept"] = kept
+        calibration = tmp_path / "kept.json"
+        calibration.write_text(json.dumps(content))
+        bundle = export(small_models, tmp_path / "kept", calibration, force=True)
+        assert set(kept) <= set(Bundle.open(bundle).manifest.variants["int8"].float32)
+        assert np.abs(run(bundle, "int8") - exact).max() < max(4 * far, 0.1), kept
+    content["variants"]["int8"]["kept"] = every
+    calibration.write_text(json.dumps(content))
+    with pytest.raises(ExportError, match="keeps every input in float"):
+        export(small_models, tmp_path / "none", calibration)
+
+
+def test_int8_needs_a_calibration_of_this_model(small_models: SmallModels, tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match=r"no --calibration .* gircse-calibrate --steps 5"):
+        export(small_models, tmp_path / "a", None)
+    with pytest.raises(CheckpointError, match=r"config\.json with SHA-256"):
+        export(small_models, tmp_path / "a", small_models.calibration("qwen2", steps=STEPS))
+    with pytest.raises(CheckpointError, match=r"steps 5 \| 3"):
+        export(small_models, tmp_path / "a", small_models.calibration("llama", steps=STEPS), steps=3)
+    with pytest.raises(CheckpointError, match=r"pooling mean \| last"):
+        export(small_models, tmp_path / "a", small_models.calibration("llama", steps=STEPS), pooling="last")
+    assert not (tmp_path / "a").exists()
+
+
+def test_without_steps(small_models: SmallModels) -> None:
+    calibration = small_models.calibration("llama", steps=0)
+    bundle = small_models.bundle("llama", steps=0, precisions=("fp32", *INT8), calibration=calibration)
+    exact = Embedder(bundle, precision="fp32").encode(["a storm", "my old garden"])
+    for precision in INT8:
+        assert row_cosine(Embedder(bundle, precision=precision).encode(["a storm", "my old garden"]), exact).min() > 0.9
+
+
+def test_parity_sees_the_same_softmax_in_every_variant(small_models: SmallModels) -> None:
+    bundle = int8_bundle(small_models, "llama")
+    precisions = ("fp32", "int8", "int8-dynamic")
+    options = ParityOptions(bundle, precisions=precisions, reference=f"{bundle}:int8-weights")
+    found = [candidate.steps[1].soft_tokens for candidate in measure_parity(options).report.candidates]
+    exact, *others = (soft for soft in found if soft is not None)
+    assert len(others) == 2
+    assert all(soft.entropy == pytest.approx(exact.entropy, rel=0.02) for soft in others)
