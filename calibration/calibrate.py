@@ -19,7 +19,6 @@ from safetensors import safe_open
 from tokenizers import Tokenizer
 
 from gircse.calibration.checkpoint import Checkpoint, pad_token_id, resolve_checkpoint
-from gircse.calibration.corpus import read_texts
 from gircse.calibration.histogram import MagnitudeHistogram
 from gircse.calibration.observe import MIXTURE_TOKENS, Observer, run_batch, watched
 from gircse.calibration.partial import Partial
@@ -46,6 +45,7 @@ from gircse.calibration.table import (
 from gircse.calibration.thresholds import Method, threshold
 from gircse.runtime.bundle import MAX_STEPS, Pooling, Precision
 from gircse.runtime.errors import CheckpointError
+from gircse.runtime.text_lines import read_texts
 from gircse.runtime.token_batch import TokenBatch, load_tokenizer, padded_batches, tokenize
 from gircse.runtime.whole_file import whole_file
 

@@ -12,7 +12,6 @@ from tokenizers import Tokenizer
 
 from gircse.calibration.calibrate import subject_of
 from gircse.calibration.checkpoint import Checkpoint, pad_token_id, read_json, resolve_checkpoint
-from gircse.calibration.corpus import read_texts
 from gircse.calibration.magnitudes import largest_magnitudes
 from gircse.calibration.progress import Advance, StageProgress
 from gircse.calibration.reference import load_reference
@@ -39,6 +38,7 @@ from gircse.runtime.bundle import (
     file_sha256,
 )
 from gircse.runtime.errors import CheckpointError, ExportError
+from gircse.runtime.text_lines import read_texts
 from gircse.runtime.token_batch import PROMPT_TEMPLATE, TokenBatch, load_tokenizer, padded_batches, tokenize
 
 TOOLS = ("gircse-deploy", "torch", "transformers", "peft", "onnx", "onnxscript", "onnx-ir", "safetensors", "tokenizers")

@@ -99,6 +99,16 @@ def test_a_text_does_not_depend_on_its_neighbours(small_models: SmallModels, pre
         assert np.abs(run(bundle, precision, [prompt])[0] - together[row]).max() < INT8_BATCH_MAX_DIFFERENCE
 
 
+@pytest.mark.parametrize("precision", INT8)
+def test_what_the_neighbours_say_changes_no_bit(small_models: SmallModels, precision: str) -> None:
+    """A scale that is taken over a batch would show here: in a batch of one shape nothing else can."""
+    bundle = int8_bundle(small_models, "llama")
+    loud = [PROMPTS[0], *([(token * 37 + 11) % 500 for token in prompt] for prompt in PROMPTS[1:])]
+    first, second = run(bundle, precision), run(bundle, precision, loud)
+    assert np.array_equal(first[0], second[0])
+    assert not np.array_equal(first[1], second[1])
+
+
 def test_weights_are_int8_and_stored_once(small_models: SmallModels) -> None:
     bundle = int8_bundle(small_models, "llama")
     for precision in INT8:
