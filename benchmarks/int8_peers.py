@@ -13,8 +13,8 @@ Each row is measured against the bundle's FP32 vectors at K: rank correlation of
 common ten nearest neighbours, smallest cosine; with --sts also the Spearman correlation of the task. ``products`` says
 how many of the graph's matrix products have two INT8 operands, those inside attention not counted. What a tool makes
 and cannot run, or refuses to make, is a row with its message. Every side gets the same batches (at most 32 texts, by
-length); calibration takes one text at a time, so that no padding is calibrated on. The tools write several copies of
-the graph where TMPDIR points to.
+length). The calibration texts are those of ``gircse-calibrate --samples`` with the same number, one at a time, so that no
+padding is calibrated on. The tools write several copies of the graph where TMPDIR points to.
 """
 
 import argparse
@@ -46,6 +46,9 @@ from gircse.runtime.ort_session import Session, StepOutputs, StepwiseSession, lo
 PACKAGES = {"quantize_dynamic": "onnxruntime", "quantize_static": "onnxruntime", "modelopt": "nvidia-modelopt"}
 SMOOTHQUANT_ALPHAS = (1.0, 0.5)
 """Model Optimizer's default, and the SmoothQuant paper's."""
+
+SEED = 0
+"""Chooses the calibration texts; the default of ``gircse-calibrate``."""
 
 NAME_WIDTH = 62
 Feed = dict[str, Any]
@@ -83,7 +86,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundle", type=Path, help="bundle with FP32 graphs")
     parser.add_argument("--calibration-texts", type=Path, required=True, metavar="FILE", help="one a line, may be .gz")
-    parser.add_argument("--samples", type=int, default=128, help="calibration texts, spread evenly over the file")
+    parser.add_argument("--samples", type=int, default=128, help="calibration texts to draw from the file")
     parser.add_argument("--texts", type=Path, required=True, metavar="FILE", help="texts to compare on, one a line")
     parser.add_argument("--sts", type=Path, metavar="FILE", help="scored pairs, TSV: score, sentence1, sentence2")
     parser.add_argument("--peers", default=",".join(PACKAGES), help="default: %(default)s")
@@ -93,7 +96,7 @@ def main() -> None:
         parser.error(f"--peers: {', '.join(sorted(unknown))} | some of {', '.join(PACKAGES)}")
 
     bundle = Bundle.open(args.bundle)
-    texts, calibration = read_prompts(args.texts), spread(read_prompts(args.calibration_texts), args.samples)
+    texts, calibration = read_prompts(args.texts), draw(read_prompts(args.calibration_texts), args.samples)
     sts = read_sts(args.sts, instruction=STS_INSTRUCTION) if args.sts else None
     print(f"{versions()}; K = {bundle.manifest.graph.steps}, {len(texts)} texts, {len(calibration)} calibration texts")
     with tempfile.TemporaryDirectory() as scratch:
@@ -361,11 +364,9 @@ def copy_graph(bundle: Bundle, directory: Path) -> Path:
     return path
 
 
-def spread(prompts: Sequence[Prompt], count: int) -> list[Prompt]:
-    """Take so many prompts at even distances, or all."""
-    if count >= len(prompts):
-        return list(prompts)
-    return [prompts[at * len(prompts) // count] for at in range(count)]
+def draw(prompts: Sequence[Prompt], count: int) -> list[Prompt]:
+    """Draw so many prompts, the same that ``gircse-calibrate`` draws."""
+    return [prompts[row] for row in np.random.default_rng(SEED).permutation(len(prompts))[:count]]
 
 
 def versions() -> str:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gircse.calibration.observe import FLAT_MASS
 from gircse.calibration.reference import Mixture
 from gircse.calibration.sites import QUANTIZATIONS, Site
 from gircse.calibration.smoothing import quantize_rows, quantize_weight, split_weight
@@ -47,7 +48,10 @@ def quantized_sites(
 
 
 def mixture_of(calibration: MixtureCalibration | None) -> Mixture:
-    """Return the mixture of an INT8 variant: the likeliest tokens, and the calibrated tail for what they leave."""
+    """Return the mixture of an INT8 variant: the likeliest tokens, and the calibrated tail for what they leave.
+
+    Where they leave more than ``FLAT_MASS``, all tokens.
+    """
     if calibration is None:
         return torch.matmul
     tail = torch.tensor(calibration.tail)
@@ -55,7 +59,8 @@ def mixture_of(calibration: MixtureCalibration | None) -> Mixture:
     def mix(probabilities: Tensor, table: Tensor) -> Tensor:
         top = probabilities.topk(min(calibration.tokens, probabilities.shape[1]))
         likeliest = (top.values[:, None] @ table[top.indices])[:, 0]
-        return likeliest + (1 - top.values.sum(1, keepdim=True)) * tail.to(table)
+        left = 1 - top.values.sum(1, keepdim=True)
+        return torch.where(left > FLAT_MASS, probabilities @ table, likeliest + left * tail.to(table))
 
     return mix
 

@@ -234,13 +234,18 @@ class GraphBuilder:
         self._outputs: list[ir.Value] = []
 
     def op(
-        self, op_type: str, *inputs: ir.Value, domain: str = "", **attributes: int | float | Sequence[int]
+        self, op_type: str, *inputs: ir.Value, domain: str = "", **attributes: int | float | Sequence[int] | ir.Graph
     ) -> ir.Value:
         """Add a node and return its output."""
         return self._tape.op(op_type, inputs, attributes, domain=domain)
 
     def op_multi(
-        self, op_type: str, *inputs: ir.Value, outputs: int, domain: str = "", **attributes: int | float | Sequence[int]
+        self,
+        op_type: str,
+        *inputs: ir.Value,
+        outputs: int,
+        domain: str = "",
+        **attributes: int | float | Sequence[int] | ir.Graph,
     ) -> Sequence[ir.Value]:
         """Add a node of several outputs and return them."""
         return self._tape.op_multi_out(op_type, inputs, attributes, num_outputs=outputs, domain=domain)

@@ -28,7 +28,7 @@ MICROSOFT = "com.microsoft"
 _TINY = 1e-20
 _ZERO_POINT = 128
 
-Attribute = int | float | Sequence[int]
+Attribute = int | float | Sequence[int] | ir.Graph
 
 
 class NodeMaker(Protocol):

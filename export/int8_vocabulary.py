@@ -3,9 +3,10 @@
 The soft token softmax(logits) @ E reads all of E for a sum in which few rows matter. Here the ``n`` likeliest tokens
 are added up exactly, and the rest is one calibrated vector, the mean of what they leave over::
 
-    p = softmax(logits),  top = the n largest,  s = sum_top p_i E_i + (1 - sum_top p_i) tail
+    p = softmax(logits),  top = the n largest,  left = 1 - sum_top p_i,  s = sum_top p_i E_i + left tail
 
 Demo, n = 128, all else in FP32: rank correlation 0.9999 with the whole sum, where leaving the rest out gives 0.9991.
+A text whose softmax is flat (``left`` above ``FLAT_MASS``) gets the whole sum, in a branch that other batches skip.
 """
 
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
+from gircse.calibration.observe import FLAT_MASS
 from gircse.calibration.sites import Quantization
 from gircse.calibration.table import MixtureCalibration
 from gircse.export.compose import EMBEDDING_TABLE, LM_HEAD, GraphBuilder
@@ -73,7 +75,32 @@ class IntegerVocabulary:
         mixed = g.op("Squeeze", g.op("MatMul", weights, self._rows(g, ids)), g.indices([1]))
         left = g.op("Sub", g.number(1.0), g.op("ReduceSum", likeliest, axis, keepdims=1))
         tail = g.constant("mixture_tail", np.array(self.mixture_calibration.tail, np.float32))
-        return g.op("Add", mixed, g.op("Mul", left, tail))
+        near = g.op("Add", mixed, g.op("Mul", left, tail))
+        flat = g.op("Greater", left, g.number(FLAT_MASS))
+        # A sum, because the prompt pass has no rows, over which a maximum has no value.
+        count = g.op("ReduceSum", g.op("Cast", flat, to=ir.DataType.FLOAT), keepdims=0)
+        return g.op(
+            "If",
+            g.op("Greater", count, g.number(0.0)),
+            then_branch=self._whole_sum(g, logits, total, flat, near),
+            else_branch=_unchanged(near),
+        )
+
+    def _whole_sum(
+        self, g: GraphBuilder, logits: ir.Value, total: ir.Value, flat: ir.Value, near: ir.Value
+    ) -> ir.Graph:
+        """Mix all tokens, and take the result in the rows that are flat; a text does not depend on the others."""
+        table, scale = self._table_values(g)
+        shifted = ir.node("Sub", [logits, total])
+        probabilities = ir.node("Exp", [shifted.outputs[0]])
+        integers = ir.node("DequantizeLinear", [table, g.number(1.0)])
+        # The scales go to the rows, not to the probabilities: ONNX Runtime takes a dequantised right operand of a
+        # MatMul for block-wise weights, and looks for them inside the branch.
+        column = ir.node("Unsqueeze", [scale, g.indices([-1])])
+        rows = ir.node("Mul", [integers.outputs[0], column.outputs[0]])
+        mixed = ir.node("MatMul", [probabilities.outputs[0], rows.outputs[0]])
+        chosen = ir.node("Where", [flat, mixed.outputs[0], near])
+        return _branch("whole_sum", shifted, probabilities, integers, column, rows, mixed, chosen)
 
     def _logits(self, g: GraphBuilder, hidden: ir.Value) -> ir.Value:
         head = self._head
@@ -87,6 +114,22 @@ class IntegerVocabulary:
         return operators.product(hidden, weight, scale, quantization=self.quantization, threshold=self.threshold)
 
     def _rows(self, g: GraphBuilder, ids: ir.Value) -> ir.Value:
+        return IntegerOperators(g).rows(*self._table_values(g), ids)
+
+    def _table_values(self, g: GraphBuilder) -> tuple[ir.Value, ir.Value]:
         weight = g.initializer(self._table.weight_name, ir.DataType.INT8, self.shape)
-        scale = g.initializer(self._table.scale_name, ir.DataType.FLOAT, self.shape[:1])
-        return IntegerOperators(g).rows(weight, scale, ids)
+        return weight, g.initializer(self._table.scale_name, ir.DataType.FLOAT, self.shape[:1])
+
+
+def _unchanged(value: ir.Value) -> ir.Graph:
+    return _branch("unchanged", ir.node("Identity", [value]))
+
+
+def _branch(name: str, *nodes: ir.Node) -> ir.Graph:
+    """Return a subgraph that gives the last node's output."""
+    for index, node in enumerate(nodes):  # unnamed, they would get names that the graph around them has
+        node.name = f"{name}/node_{index}"
+        node.outputs[0].name = f"{name}/value_{index}"
+    output = nodes[-1].outputs[0]
+    output.type = ir.TensorType(ir.DataType.FLOAT)
+    return ir.Graph([], [output], nodes=nodes, name=name)

@@ -18,11 +18,13 @@ from tolerances import (
     INT8_PROMPT_MIN_COSINE,
 )
 
+from gircse.calibration import fake_quantization
 from gircse.calibration.fake_quantization import quantized_sites
 from gircse.calibration.reference import refine
 from gircse.calibration.sites import Site, SiteKind, decoder_sites
 from gircse.calibration.table import Calibration
 from gircse.evaluation.parity import ParityOptions, measure_parity
+from gircse.export import int8_vocabulary
 from gircse.export.exporter import export_bundle
 from gircse.export.options import ExportOptions
 from gircse.runtime import CheckpointError, Embedder, ExportError
@@ -82,6 +84,28 @@ def test_graph_is_what_the_sensitivity_measured(
     assert row_cosine(ours, exact).min() < row_cosine(ours, fake).min(), "nothing was quantised"
 
 
+@pytest.mark.parametrize("flat_mass", [0.0, 1.0])
+def test_soft_token_is_what_the_sensitivity_measured(
+    small_models: SmallModels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flat_mass: float
+) -> None:
+    """The vocabulary alone, one step: with every row in the branch of a flat softmax, and with none."""
+    monkeypatch.setattr(int8_vocabulary, "FLAT_MASS", flat_mass)
+    monkeypatch.setattr(fake_quantization, "FLAT_MASS", flat_mass)
+    content = json.loads(small_models.calibration("llama", steps=STEPS).read_text())
+    content["variants"]["int8"]["kept"] = [site.name for site in decoder_sites(2)[:-1]]
+    path = tmp_path / "vocabulary.json"
+    path.write_text(json.dumps(content))
+    ours = run(export(small_models, tmp_path / "bundle", path), "int8")
+    model, calibration = small_models.load("llama"), Calibration.read(path)
+    ids, mask = map(torch.from_numpy, padded(PROMPTS, left=True, extra=0))
+    with quantized_sites(model, decoder_sites(2)[-1:], dict(calibration.sites), Precision.INT8):
+        mixture = fake_quantization.mixture_of(calibration.mixture)
+        *_, state = refine(model, ids, mask, steps=1, temperature=1.0, mixture=mixture)
+    assert row_cosine(ours[:, 1], l2_normalize(state.hidden.numpy())).min() > INT8_FAKE_MIN_COSINE
+    exact = run(int8_bundle(small_models, "llama"), "fp32")
+    assert row_cosine(ours[:, 1], exact[:, 1]).min() > (0.999 if flat_mass == 0.0 else 0.5)
+
+
 @pytest.mark.parametrize("precision", INT8)
 @pytest.mark.parametrize("name", MODELS)
 def test_every_variant_stays_near_fp32(small_models: SmallModels, name: str, precision: str) -> None:
@@ -119,7 +143,7 @@ def test_weights_are_int8_and_stored_once(small_models: SmallModels) -> None:
             t.name for t in weights if t.name.endswith(".scale")
         }
         used = [name for node in graph.node for name in node.input]
-        table = "model.embed_tokens.int8"  # looked up twice: for the prompt and for the soft token
+        table = "model.embed_tokens.int8"  # looked up twice, for the prompt and the soft token, besides the flat branch
         assert all(used.count(tensor.name) == (2 if tensor.name == table else 1) for tensor in low)
         assert not (bundle / precision / "model.onnx").exists()
         assert (bundle / precision / "calibration.json").is_file()

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from gircse.calibration import corpus
 from gircse.runtime import TextFileError
 from gircse.runtime.text_lines import decode_lines, read_lines, read_texts
 
@@ -52,7 +51,6 @@ def test_texts_are_the_lines_that_are_not_blank(tmp_path: Path) -> None:
     for path in (plain, packed):
         assert read_texts(path) == ["one", "  two "]
         assert len(list(read_lines(path))) == 4
-    assert corpus.read_texts is read_texts
 
 
 @pytest.mark.parametrize("content", [b"", b"\n \n", "\ufeff\n".encode()])
