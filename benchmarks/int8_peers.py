@@ -39,7 +39,7 @@ from gircse.evaluation.sides import source_checkpoint
 from gircse.evaluation.task_files import STS_INSTRUCTION, read_sts
 from gircse.evaluation.tasks import StsTask
 from gircse.runtime import Embedder, io_spec
-from gircse.runtime.bundle import Bundle, GraphFacts, Layout
+from gircse.runtime.bundle import INT8_PRECISIONS, Bundle, GraphFacts, Layout
 from gircse.runtime.numerics import Float32, row_cosine
 from gircse.runtime.ort_session import Session, StepOutputs, StepwiseSession, load_graph, open_session, step_outputs
 
@@ -89,6 +89,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=128, help="calibration texts to draw from the file")
     parser.add_argument("--texts", type=Path, required=True, metavar="FILE", help="texts to compare on, one a line")
     parser.add_argument("--sts", type=Path, metavar="FILE", help="scored pairs, TSV: score, sentence1, sentence2")
+    parser.add_argument("--precision", nargs="*", help="the bundle's own variants to compare (default: its INT8 ones)")
     parser.add_argument("--peers", default=",".join(PACKAGES), help="default: %(default)s")
     args = parser.parse_args()
     peers = args.peers.split(",")
@@ -96,15 +97,17 @@ def main() -> None:
         parser.error(f"--peers: {', '.join(sorted(unknown))} | some of {', '.join(PACKAGES)}")
 
     bundle = Bundle.open(args.bundle)
+    own = args.precision
+    if own is None:
+        own = [precision for precision in bundle.manifest.variants if precision in INT8_PRECISIONS]
     texts, calibration = read_prompts(args.texts), draw(read_prompts(args.calibration_texts), args.samples)
     sts = read_sts(args.sts, instruction=STS_INSTRUCTION) if args.sts else None
     print(f"{versions()}; K = {bundle.manifest.graph.steps}, {len(texts)} texts, {len(calibration)} calibration texts")
     with tempfile.TemporaryDirectory() as scratch:
         judge = Judge(bundle, texts, sts)
-        for precision in bundle.manifest.variants:
-            if precision.startswith("int8"):
-                session = open_session(bundle, precision, layout=Layout.STEPWISE)
-                judge.print_row(f"{bundle.directory.name}:{precision}", Side(session))
+        for precision in own:
+            session = open_session(bundle, precision, layout=Layout.STEPWISE)
+            judge.print_row(f"{bundle.directory.name}:{precision}", Side(session))
         token_ids = tokenize_prompts(judge.embedder(Side(judge.fp32)).tokenizer, calibration)
         setup = Setup(bundle, copy_graph(bundle, Path(scratch)), token_ids)
         for peer in peers:
