@@ -12,9 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import onnx_ir as ir
 import psutil
 
 from gircse.calibration.progress import StageProgress
+from gircse.export.engine_form import to_engine_form
 from gircse.export.profile_shapes import (
     DEFAULT_BATCH,
     DEFAULT_TOKENS,
@@ -24,7 +26,7 @@ from gircse.export.profile_shapes import (
     engine_profiles,
 )
 from gircse.export.trt_builder import TensorRtBuilder
-from gircse.runtime.bundle import INT8_PRECISIONS, MANIFEST_NAME, Bundle, Layout, file_sha256
+from gircse.runtime.bundle import MANIFEST_NAME, Bundle, Layout, Precision, file_sha256
 from gircse.runtime.engine_plan import ENGINES_FOLDER, PLAN_SCHEMA_VERSION, EnginePlan, EngineProfile, Flavour
 from gircse.runtime.errors import ExportError, ProviderError
 from gircse.runtime.provider_choice import GPU_PRECISIONS, MODULES, import_tensorrt
@@ -42,6 +44,9 @@ BUILD_BYTES, LAYER_BYTES = 1 << 29, 1 << 18
 GiB for 2,400 layers, 4.1 GiB for 17,600)."""
 
 MAX_WORKSPACE_GIB = 1 << 20
+
+MAX_PROTO_BYTES = (1 << 31) - (1 << 24)
+"""What fits into one protobuf beside the nodes."""
 
 
 @dataclass(frozen=True)
@@ -100,11 +105,10 @@ def build_engine(options: BuildOptions, *, progress: StageProgress | None = None
     module = import_tensorrt(flavour)
     precision = options.precision or bundle.default_variant(GPU_PRECISIONS)
     bundle.variant(precision)
-    if precision in INT8_PRECISIONS:
-        # Their float parts are FP32, for which TensorRT has no fused attention: the build would fail after minutes.
+    if precision in {Precision.INT8_WEIGHTS, Precision.INT8_DYNAMIC}:
         raise ExportError(
-            f"--precision {precision}: no engines of INT8 variants yet | fp16, bf16 or fp32 | build one of these, or run "
-            "the INT8 variant in ONNX Runtime"
+            f"--precision {precision}: made for ONNX Runtime, with products that TensorRT does not have | int8, fp16, bf16 "
+            "or fp32 | build from one of these"
         )
     profiles = _profiles(options, bundle, flavour)
     capabilities = _capabilities(options, module, flavour)
@@ -112,7 +116,7 @@ def build_engine(options: BuildOptions, *, progress: StageProgress | None = None
         bundle.verify(precision)
     builder = TensorRtBuilder(module, flavour)
     with progress.stage(f"parse the {options.layout} {precision} graph"):
-        builder.parse(bundle.graph(precision, options.layout))
+        _parse(builder, bundle.graph(precision, options.layout), precision)
     _state_cost(builder, bundle, precision, profiles, flavour, progress)
     builder.configure(profiles, capabilities, workspace_gib=options.workspace_gib)
     folder = bundle.directory / ENGINES_FOLDER
@@ -146,6 +150,22 @@ def build_engine(options: BuildOptions, *, progress: StageProgress | None = None
             f"{err.filename or folder}: {err.strerror or err} | room and permission to write | nothing was left behind: "
             "free some space"
         ) from err
+
+
+def _parse(builder: TensorRtBuilder, path: Path, precision: str) -> None:
+    if precision != Precision.INT8:
+        builder.parse(path)
+        return
+    model = ir.load(path)
+    to_engine_form(model)
+    tensors = [value.const_value for value in model.graph.initializers.values() if value.const_value is not None]
+    inside = sum(tensor.nbytes for tensor in tensors if not isinstance(tensor, ir.ExternalTensor))
+    if inside > MAX_PROTO_BYTES:  # weights that change their type cannot stay in the bundle's file
+        raise ExportError(
+            f"{path}: {inside / 2**30:.1f} GiB of weights that INT8 keeps in float | less than 2 GiB | calibrate with a larger "
+            "--max-drop"
+        )
+    builder.parse(path, ir.to_proto(model).SerializeToString())
 
 
 def _installed_flavour() -> Flavour:

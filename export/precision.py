@@ -4,7 +4,8 @@ Every node that computes with floats is put into one of two classes by rule, and
 from one to the other::
 
     low    MatMul, Gemm, Attention, RotaryEmbedding; a row of a low table (Gather); a bias added to a low value;
-           Concat, Reshape and the like where every computed input is low; in FP16 also SwiGLU's Sigmoid and Mul
+           Concat, Reshape and the like where every computed input is low; in FP16 also SwiGLU's Sigmoid and Mul;
+           DequantizeLinear of an integer product's operands
     FP32   everything else: the residual stream (every other Add), RMSNormalization, the softmax over the vocabulary,
            the mean and the norm of the pooling, the attention bias; in BF16 also SwiGLU's products, whose three
            roundings cost more than any other rule: smallest cosine of the demo 0.99950 with them, 0.99979 without
@@ -50,9 +51,10 @@ MIXTURE_SCALE = 2048.0
 """A probability of 1 becomes 2048: full FP16 precision down to 3e-8, and rows of E up to 32 stay in range."""
 
 _LOW = {"MatMul", "Gemm", "Attention", "RotaryEmbedding"}
-_MOVING = {"Concat", "Gather", "Reshape", "Squeeze", "Transpose", "Unsqueeze"}
+_MOVING = {"Concat", "Gather", "Reshape", "Split", "Squeeze", "Transpose", "Unsqueeze"}
 _SWIGLU = {"Mul", "Sigmoid"}
-_NO_FLOAT_RESULT = {"Less", "Shape"}
+_OPERAND_OF = {"MatMul", "Gemm", "Gather", "Transpose"}
+_NO_FLOAT_RESULT = {"Less", "QuantizeLinear", "Shape"}
 _REQUIRED = ("MatMul", "Attention", "RotaryEmbedding", "Gather", "insert_cast")
 
 
@@ -132,6 +134,8 @@ def find_low_nodes(graph: ir.Graph, kept: set[ir.Value], *, following: set[str])
             is_low = kept.isdisjoint(weights)
         elif node.op_type == "Gather" and weights:
             is_low = kept.isdisjoint(weights)
+        elif is_operand(node):
+            is_low = True
         elif node.op_type == "Add":
             is_low = follows and bool(weights)
         else:
@@ -140,6 +144,12 @@ def find_low_nodes(graph: ir.Graph, kept: set[ir.Value], *, following: set[str])
             nodes.add(node)
             low.update(node.outputs)
     return nodes
+
+
+def is_operand(node: ir.Node) -> bool:
+    """Whether a node dequantises an operand of integer products, or a table that rows are looked up in."""
+    users = [user.op_type for output in node.outputs for user in output.consumers()]
+    return node.op_type == "DequantizeLinear" and bool(users) and _OPERAND_OF.issuperset(users)
 
 
 def _narrow_weights(graph: ir.Graph, low_nodes: set[ir.Node], kept: set[ir.Value], low: ir.DataType) -> None:

@@ -41,9 +41,14 @@ class TensorRtBuilder:
         """Layers of the parsed network."""
         return int(self._network.num_layers)
 
-    def parse(self, path: Path) -> None:
-        """Parse a graph, weights included; the parser names every operator that it refuses."""
-        if self._parser.parse_from_file(str(path)):
+    def parse(self, path: Path, graph: bytes | None = None) -> None:
+        """Parse a graph, weights included; the parser names every operator that it refuses.
+
+        Args:
+            path: the graph; its weights are found beside it.
+            graph: ONNX to parse in its place.
+        """
+        if self._parser.parse_from_file(str(path)) if graph is None else self._parser.parse(graph, str(path)):
             self._allow_decomposition()
             return
         refused = refused_operators(self._parser)
