@@ -97,7 +97,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _smooth(text: str) -> float | None:
-    return None if text == "auto" else float(text)
+    try:
+        return None if text == "auto" else float(text)
+    except ValueError as err:
+        raise argparse.ArgumentTypeError(f"{text} | 0 to 1, or auto | choose another value") from err
 
 
 if __name__ == "__main__":

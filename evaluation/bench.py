@@ -1,6 +1,5 @@
 """The benchmark from end to end: every side in turn (A B A B) on the same inputs, threads and warm-up."""
 
-import random
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -24,7 +23,7 @@ from gircse.runtime.bundle import Bundle, Layout, Precision
 from gircse.runtime.errors import MeasurementError
 from gircse.runtime.numerics import Float32, row_cosine
 from gircse.runtime.provider import Provider
-from gircse.runtime.token_batch import open_tokenizer
+from gircse.runtime.token_batch import load_tokenizer, open_tokenizer
 
 DEFAULT_TOKENS = (16, 64, 256)
 DEFAULT_STEPS = (1, 2, 4, 8)
@@ -33,6 +32,18 @@ WARM_UP = 2
 MIN_REPEATS = 3
 PAUSE_S = 0.05
 """Between two sides: idle threads of the one that just ran stop spinning (OpenBLAS and OpenMP do for milliseconds)."""
+
+
+PROSE = """\
+The harbour freezes over by late November, and the ferries stop until the ice has gone. Those who live on the islands
+order what they need for the winter in autumn: flour, candles, medicine, spare parts for the generator. A doctor comes
+by sledge every second week, if the weather allows, and takes the post with him. Years ago the mail was left in a hut
+halfway, where whoever passed first picked it up; since the telephone line was laid, the shop reads the names of those
+who have letters over the radio each evening. Children learn to tell from the sound of the ice how thick it is. In March,
+when it begins to sing, nobody drives a car on it any more, and the elders place bets on the day when the first boat will
+break through to the mainland. The winner has to buy coffee for everyone, which is why some hope to lose.
+"""
+"""What the sides embed; longer prompts start again from the beginning."""
 
 
 @dataclass(frozen=True)
@@ -250,7 +261,7 @@ def _run_setting(
     """Run every side that can in turn; ``cosines`` keeps the worst agreement of each with the first."""
     able = [worker for worker in workers if _runs(worker.spec, setting.steps)]
     seconds: list[list[float]] = [[] for _ in able]
-    input_ids = _input_ids(setting, Bundle.open(workers[0].spec.bundle).manifest.graph.vocab_size)
+    input_ids = _input_ids(setting, Bundle.open(workers[0].spec.bundle))
     start = time.perf_counter()
     first: Float32 | None = None
     for repeat in range(WARM_UP + options.repeats):
@@ -276,11 +287,14 @@ def _runs(spec: SideSpec, steps: int) -> bool:
     return steps == most or (stepwise and steps < most)
 
 
-def _input_ids(setting: _Setting, vocabulary: int) -> Int64:
-    """Return the same random tokens (batch, tokens) int64 for every side: the cost does not depend on their meaning."""
-    draw = random.Random(0)
-    ids = [draw.choices(range(min(100, vocabulary - 1), vocabulary), k=setting.tokens) for _ in range(setting.batch)]
-    return np.array(ids, np.int64)
+def _input_ids(setting: _Setting, bundle: Bundle) -> Int64:
+    """Return the same tokens (batch, tokens) int64 for every side: running prose, each row from another word on.
+
+    Not random tokens: how flat the softmax over the vocabulary is decides what a soft token costs in INT8 variants.
+    """
+    prose = load_tokenizer(bundle.file("tokenizer.json")).encode(PROSE, add_special_tokens=False).ids
+    starts = np.arange(setting.batch)[:, None] * len(prose) // setting.batch
+    return np.array(prose, np.int64)[(starts + np.arange(setting.tokens)) % len(prose)]
 
 
 def _latency(setting: _Setting, spec: SideSpec, seconds: Sequence[float], bandwidth: float) -> Latency:

@@ -11,6 +11,7 @@ from conftest import CALIBRATION_TEXTS, SmallModels
 from gircse.calibration import calibrate as calibrate_module
 from gircse.calibration import partial
 from gircse.calibration.calibrate import CalibrationOptions, calibrate
+from gircse.calibration.calibrate_command import main
 from gircse.calibration.observe import Observer
 from gircse.calibration.sites import SiteKind
 from gircse.calibration.table import Calibration
@@ -187,3 +188,9 @@ def test_padding_is_not_observed(small_models: SmallModels, tmp_path: Path) -> N
     for name, site in alone.sites.items():
         if not site.smoothing:  # the search reads a sample, which differs
             assert site.ranges == pytest.approx(single.sites[name].ranges, rel=1e-3)
+
+
+def test_command_line_refuses_a_smoothing_of_letters(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["--steps", "2", "--texts", "x", "--smooth", "abc"])
+    assert "abc | 0 to 1, or auto | choose another value" in capsys.readouterr().err

@@ -15,6 +15,7 @@ import pytest
 import torch
 from conftest import SmallModels, add_stepwise_variants, rehash, scale_weights
 from reference_loop import plain_states
+from schema_documents import documented, schema_of
 from test_evaluation_metrics import STS, beir, write
 from tolerances import CONTROL_MIN_DIFFERENCE, PROBE_MAX_DIFFERENCE, SMALL_MODEL_MAX_DIFFERENCE
 
@@ -384,8 +385,7 @@ def test_bundle_references(tmp_path: Path) -> None:
 
 
 def test_schema_document_is_up_to_date() -> None:
-    path = Path(__file__).parents[1] / "docs" / "parity.schema.json"
-    assert json.loads(path.read_text(encoding="utf-8")) == msgspec.json.schema(ParityReport)
+    assert documented("parity.schema.json") == schema_of(ParityReport)
 
 
 def test_progress_is_silent_on_request(small_models: SmallModels, capsys: pytest.CaptureFixture[str]) -> None:
