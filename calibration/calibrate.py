@@ -1,8 +1,9 @@
 """The calibration from end to end, as a list of stages. ``calibrate`` is what ``gircse-calibrate`` calls.
 
 Pass 1 streams the texts through the reference for channel ranges, sampled rows and the mixture's tail; smoothing is
-searched on those. A method that clips needs a second pass, for histograms of the smoothed inputs. Then the sensitivity
-is measured on texts that were left out.
+searched on those. A method that clips needs a second pass, for histograms of the smoothed inputs. The weights are rounded
+by the inputs' second moments, which are written beside the file, and the sensitivity is measured on texts that were left
+out.
 """
 
 import hashlib
@@ -19,11 +20,14 @@ from safetensors import safe_open
 from tokenizers import Tokenizer
 
 from gircse.calibration.checkpoint import Checkpoint, pad_token_id, resolve_checkpoint
+from gircse.calibration.fake_quantization import round_weights
 from gircse.calibration.histogram import MagnitudeHistogram
+from gircse.calibration.moments_file import moments_content, moments_path
 from gircse.calibration.observe import MIXTURE_TOKENS, Observer, run_batch, watched
 from gircse.calibration.partial import Partial
 from gircse.calibration.progress import StageProgress
 from gircse.calibration.reference import load_reference
+from gircse.calibration.rounding import RoundedWeight
 from gircse.calibration.sensitivity import SensitivityStudy, measure_sensitivity
 from gircse.calibration.sites import (
     FLOAT_CHANNELS,
@@ -149,11 +153,20 @@ def calibrate(options: CalibrationOptions, *, progress: StageProgress | None = N
     if not options.steps:
         sites = tuple(site for site in sites if site.kind is not SiteKind.VOCABULARY)
     try:
-        calibrations, mixture = _calibrate_sites(model, sites, corpus, subject, options, progress)
+        observer = _observe(model, sites, corpus, subject, options, progress)
+        calibrations = _calibrate_sites(model, sites, observer, corpus, options, progress)
+        mixture = _mixture(model, observer) if options.steps else None
+        weights: dict[str, RoundedWeight] = {}
+        with progress.stage("round the weights", total=len(sites)) as advance:
+            for site in sites:
+                moments = observer.moments.get(site.name)
+                weights |= round_weights(model, site, calibrations[site.name], moments)
+                advance(1)
         study = SensitivityStudy(
             model,
             sites,
             calibrations,
+            weights,
             mixture,
             corpus.judged,
             options.steps,
@@ -167,6 +180,7 @@ def calibrate(options: CalibrationOptions, *, progress: StageProgress | None = N
                 variants[str(precision)] = measure_sensitivity(
                     study, precision, max_drop=options.max_drop, advance=advance
                 )
+        content = moments_content(observer.moments)
         calibration = Calibration(
             schema_version=SCHEMA_VERSION,
             subject=subject,
@@ -175,11 +189,14 @@ def calibrate(options: CalibrationOptions, *, progress: StageProgress | None = N
             max_drop=options.max_drop,
             sites=calibrations,
             mixture=mixture,
+            moments_sha256=hashlib.sha256(content).hexdigest(),
             variants=variants,
             tools={name: importlib.metadata.version(name) for name in TOOLS},
         )
-        with whole_file(options.output) as file:
+        with whole_file(options.output) as file, whole_file(moments_path(options.output)) as beside:
             file.write(calibration.to_json())
+            file.flush()  # a full disk shows before the other file appears
+            beside.write(content)
     except OSError as err:
         raise CheckpointError(
             f"--output {options.output}: {err.strerror or err} | room and permission to write | free some space or choose "
@@ -253,20 +270,19 @@ def _prepare(texts: Sequence[str], checkpoint: Checkpoint, options: CalibrationO
 def _calibrate_sites(
     model: Any,
     sites: tuple[Site, ...],
+    observer: Observer,
     corpus: _Corpus,
-    subject: Subject,
     options: CalibrationOptions,
     progress: StageProgress,
-) -> tuple[dict[str, SiteCalibration], MixtureCalibration | None]:
-    """Observe, smooth, and choose thresholds."""
-    observer = _observe(model, sites, corpus, subject, options, progress)
+) -> dict[str, SiteCalibration]:
+    """Smooth, and choose thresholds."""
     with progress.stage("search the smoothing", total=len(sites)) as advance:
         smoothings = {}
         for site in sites:
             smoothings[site.name] = _smooth(model, site, observer, options)
             advance(1)
     if options.method is not Method.MAX:
-        histograms = _fill_histograms(model, sites, smoothings, corpus, subject, options, progress)
+        histograms = _fill_histograms(model, sites, smoothings, corpus, options, progress)
     calibrations = {}
     for site in sites:
         smoothing = smoothings[site.name]
@@ -278,9 +294,11 @@ def _calibrate_sites(
         if options.method is not Method.MAX:
             chosen = [threshold(histogram, options.method) for histogram in histograms[site.name]]
         calibrations[site.name] = _site_calibration(smoothing, ranges, chosen)
-    tail = tuple(_rounded(observer.tail().tolist()))
-    mixture = MixtureCalibration(min(MIXTURE_TOKENS, model.config.vocab_size), tail) if options.steps else None
-    return calibrations, mixture
+    return calibrations
+
+
+def _mixture(model: Any, observer: Observer) -> MixtureCalibration:
+    return MixtureCalibration(min(MIXTURE_TOKENS, model.config.vocab_size), tuple(_rounded(observer.tail().tolist())))
 
 
 def _observe(
@@ -330,7 +348,6 @@ def _fill_histograms(
     sites: tuple[Site, ...],
     smoothings: Mapping[str, Smoothing],
     corpus: _Corpus,
-    subject: Subject,
     options: CalibrationOptions,
     progress: StageProgress,
 ) -> dict[str, list[MagnitudeHistogram]]:

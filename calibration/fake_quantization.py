@@ -4,7 +4,7 @@ It is what the sensitivity is measured with, because one input or layer can be q
 Integer products are exact, so it differs from the exported graph by the order of float sums only (a test compares).
 """
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from gircse.calibration.observe import FLAT_MASS
 from gircse.calibration.reference import Mixture
+from gircse.calibration.rounding import Moments, RoundedWeight, round_smoothed
 from gircse.calibration.sites import QUANTIZATIONS, Site
-from gircse.calibration.smoothing import quantize_rows, quantize_weight, split_weight
+from gircse.calibration.smoothing import quantize_rows
 from gircse.calibration.table import MixtureCalibration, SiteCalibration
 from gircse.runtime.bundle import Precision
 
@@ -23,7 +24,8 @@ from gircse.runtime.bundle import Precision
 def quantized_sites(
     model: Any,
     sites: Collection[Site],
-    calibrations: dict[str, SiteCalibration],
+    calibrations: Mapping[str, SiteCalibration],
+    weights: Mapping[str, RoundedWeight],
     precision: Precision,
 ) -> Iterator[None]:
     """Quantise some inputs and the weights that read them while the block runs; the model is restored afterwards.
@@ -32,6 +34,7 @@ def quantized_sites(
         model: a ``transformers`` causal LM in FP32.
         sites: what to quantise.
         calibrations: of at least these sites.
+        weights: of ``round_weights``, by projection.
         precision: the variant, which says how.
     """
     modules = dict(model.named_modules())
@@ -43,7 +46,8 @@ def quantized_sites(
                 module = modules[name]
                 undo.callback(setattr, module.weight, "data", module.weight.data)
                 undo.callback(module.register_forward_pre_hook(hook).remove)
-                module.weight.data = _rounded_weight(module.weight.data, calibration)
+                wide = _dequantized(weights[name], calibration.float_channels)
+                module.weight.data = wide.to(module.weight.device)
         yield
 
 
@@ -83,11 +87,27 @@ def _activation_hook(
     return hook
 
 
-def _rounded_weight(weight: Tensor, calibration: SiteCalibration) -> Tensor:
-    """Return W' (out, in) as the variant multiplies with it, the columns of the float channels as they are."""
-    scales = torch.tensor(calibration.smoothing) if calibration.smoothing else torch.ones(weight.shape[1])
-    integer_weight, columns = split_weight(weight, scales.to(weight.device), calibration.float_channels)
-    integers, steps = quantize_weight(integer_weight)
-    rounded = integers * steps[:, None]
-    rounded[:, list(calibration.float_channels)] = columns
+def round_weights(
+    model: Any, site: Site, calibration: SiteCalibration, moments: Moments | None
+) -> dict[str, RoundedWeight]:
+    """Round the weights that read an input, by projection.
+
+    Args:
+        model: a ``transformers`` causal LM in FP32.
+        site: the input.
+        calibration: its smoothing and float channels.
+        moments: its blocks of H; None rounds to nearest.
+    """
+    rounded = {}
+    for name in site.projections:
+        weight = model.get_submodule(name).weight.detach().cpu()
+        scales = torch.tensor(calibration.smoothing) if calibration.smoothing else torch.ones(weight.shape[1])
+        rounded[name] = round_smoothed(weight, scales, calibration.float_channels, moments)
     return rounded
+
+
+def _dequantized(weight: RoundedWeight, float_channels: Sequence[int]) -> Tensor:
+    """Return W' (out, in) as the variant multiplies with it."""
+    wide = weight.integers * weight.steps[:, None]
+    wide[:, list(float_channels)] = weight.columns
+    return wide

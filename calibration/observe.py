@@ -1,7 +1,7 @@
 """Stream the reference model's activations into statistics of constant size, the prompt and every step apart.
 
 What is kept does not grow with the number of texts: of each input, the largest magnitude of every channel in the
-prompt and in each step, and a sample of rows; of the softmax over the vocabulary, the mean of what its likeliest
+prompt and in each step, a sample of rows, and the second moments that weights are rounded by; of the softmax over the vocabulary, the mean of what its likeliest
 tokens leave over. Padding is never counted. Batches can be observed one after the other, with a save between: the
 same batches give the same statistics, bit for bit.
 """
@@ -15,8 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from gircse.calibration.moments_file import moment_name, moment_tensors
 from gircse.calibration.reference import refine
-from gircse.calibration.sites import Site
+from gircse.calibration.rounding import add_moments, no_moments
+from gircse.calibration.sites import Site, SiteKind
 from gircse.runtime.errors import CheckpointError
 from gircse.runtime.token_batch import TokenBatch
 
@@ -82,6 +84,7 @@ class Observer:
     Attributes:
         channel_maxima: site name to (K + 1, in) float32, prompt first.
         rows: site name to (2, SAMPLE_ROWS, in) float32, of prompts and of steps; see ``sampled_rows``.
+        moments: site name to the blocks of H, of every input but that of the vocabulary; see ``rounding.py``.
     """
 
     def __init__(self, model: Any, sites: Sequence[Site], *, steps: int, seed: int) -> None:
@@ -99,6 +102,8 @@ class Observer:
         hidden = model.get_input_embeddings().weight.shape[1]
         self.channel_maxima = {name: torch.zeros(steps + 1, width) for name, width in widths.items()}
         self.rows = {name: torch.zeros(2, SAMPLE_ROWS, width) for name, width in widths.items()}
+        rounded = {site.name for site in sites if site.kind is not SiteKind.VOCABULARY}
+        self.moments = {name: no_moments(width) for name, width in widths.items() if name in rounded}
         # Bottom-k sampling: every row draws a number, and the rows with the smallest numbers stay.
         self._draws = {name: torch.full((2, SAMPLE_ROWS), torch.inf, dtype=torch.float64) for name in widths}
         self._tail = torch.zeros(hidden, dtype=torch.float64)
@@ -128,6 +133,8 @@ class Observer:
         found = self.channel_maxima[site.name][step]
         torch.maximum(found, maxima, out=found)
         self._sample(site.name, int(step > 0), step, rows)
+        if site.name in self.moments:
+            add_moments(self.moments[site.name], rows)
 
     def _sample(self, name: str, part: int, step: int, rows: Tensor) -> None:
         draws = torch.from_numpy(np.random.default_rng((self._seed, self.batches, step)).random(len(rows)))
@@ -161,7 +168,7 @@ class Observer:
             tensors[f"maxima.{name}"] = self.channel_maxima[name]
             tensors[f"rows.{name}"] = self.rows[name]
             tensors[f"draws.{name}"] = self._draws[name]
-        return tensors
+        return tensors | moment_tensors(self.moments)
 
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
         """Go on from what ``state`` returned."""
@@ -171,3 +178,5 @@ class Observer:
             self.channel_maxima[name] = tensors[f"maxima.{name}"]
             self.rows[name] = tensors[f"rows.{name}"]
             self._draws[name] = tensors[f"draws.{name}"]
+        for name, blocks in self.moments.items():
+            self.moments[name] = [tensors[moment_name(name, index)] for index in range(len(blocks))]

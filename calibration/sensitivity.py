@@ -15,6 +15,7 @@ import torch
 from gircse.calibration.fake_quantization import mixture_of, quantized_sites
 from gircse.calibration.progress import Advance
 from gircse.calibration.reference import Mixture, refine
+from gircse.calibration.rounding import RoundedWeight
 from gircse.calibration.similarity import neighbour_overlap, pairwise_rank_correlation
 from gircse.calibration.sites import Site
 from gircse.calibration.table import Fidelity, MixtureCalibration, SiteCalibration, VariantSensitivity
@@ -34,6 +35,7 @@ class SensitivityStudy:
         model: the reference, in FP32.
         sites: every input.
         calibrations: of every input.
+        weights: of every projection, rounded.
         mixture: of the INT8 variants.
         batches: texts to judge on.
         steps: K.
@@ -44,6 +46,7 @@ class SensitivityStudy:
     model: Any
     sites: tuple[Site, ...]
     calibrations: Mapping[str, SiteCalibration]
+    weights: Mapping[str, RoundedWeight]
     mixture: MixtureCalibration | None
     batches: tuple[TokenBatch, ...]
     steps: int
@@ -68,7 +71,7 @@ class SensitivityStudy:
 
     def embed_quantized(self, sites: Collection[Site], precision: Precision, *, mixture: Mixture) -> Float32:
         """Return the vectors with some inputs quantised."""
-        with quantized_sites(self.model, sites, dict(self.calibrations), precision):
+        with quantized_sites(self.model, sites, self.calibrations, self.weights, precision):
             return self.embed(mixture=mixture)
 
 

@@ -125,6 +125,7 @@ class Calibration(_Record, frozen=True):
         max_drop: largest loss of rank correlation that the kept inputs were chosen for.
         sites: input name to its calibration.
         mixture: how the soft token is made; None for K = 0.
+        moments_sha256: SHA-256 of the file of second moments beside this one, see ``moments_file.py``.
         variants: variant name to its sensitivity.
         tools: versions of the packages that made the file.
     """
@@ -136,6 +137,7 @@ class Calibration(_Record, frozen=True):
     max_drop: float
     sites: Mapping[str, SiteCalibration]
     mixture: MixtureCalibration | None
+    moments_sha256: str
     variants: Mapping[str, VariantSensitivity]
     tools: Mapping[str, str]
 

@@ -292,9 +292,11 @@ def _input_ids(setting: _Setting, bundle: Bundle) -> Int64:
 
     Not random tokens: how flat the softmax over the vocabulary is decides what a soft token costs in INT8 variants.
     """
-    prose = load_tokenizer(bundle.file("tokenizer.json")).encode(PROSE, add_special_tokens=False).ids
+    tokenizer = load_tokenizer(bundle.file("tokenizer.json"))
+    prose = np.array(tokenizer.encode(PROSE, add_special_tokens=False).ids, np.int64)
     starts = np.arange(setting.batch)[:, None] * len(prose) // setting.batch
-    return np.array(prose, np.int64)[(starts + np.arange(setting.tokens)) % len(prose)]
+    picked: Int64 = prose[(starts + np.arange(setting.tokens)) % len(prose)]
+    return picked
 
 
 def _latency(setting: _Setting, spec: SideSpec, seconds: Sequence[float], bandwidth: float) -> Latency:

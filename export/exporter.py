@@ -13,6 +13,7 @@ from tokenizers import Tokenizer
 from gircse.calibration.calibrate import subject_of
 from gircse.calibration.checkpoint import Checkpoint, pad_token_id, read_json, resolve_checkpoint
 from gircse.calibration.magnitudes import largest_magnitudes
+from gircse.calibration.moments_file import MomentsFile
 from gircse.calibration.progress import Advance, StageProgress
 from gircse.calibration.reference import load_reference
 from gircse.calibration.table import Calibration
@@ -95,7 +96,7 @@ def export_bundle(options: ExportOptions, *, progress: StageProgress | None = No
     with progress.stage(f"find the model {options.model}"):
         source = _open_source(options)
     if calibration is not None and options.calibration is not None:
-        calibration.check(subject_of(source.checkpoint, options), options.calibration)
+        calibration[0].check(subject_of(source.checkpoint, options), options.calibration)
     golden_missing_reason = _check_resources(source.weights, options.precisions, output, progress)
     variants = _trace_and_plan(options, source, calibration, progress)
     try:
@@ -113,11 +114,12 @@ def export_bundle(options: ExportOptions, *, progress: StageProgress | None = No
     return output
 
 
-def _read_calibration(options: ExportOptions) -> Calibration | None:
+def _read_calibration(options: ExportOptions) -> tuple[Calibration, MomentsFile] | None:
     """Read the calibration of INT8 variants, before anything expensive starts."""
     wanted = [precision for precision in options.precisions if precision in INT8_PRECISIONS]
     if options.calibration is not None:
-        return Calibration.read(options.calibration)
+        calibration = Calibration.read(options.calibration)
+        return calibration, MomentsFile.open(options.calibration, calibration.moments_sha256)
     if wanted:
         raise ExportError(
             f"--precision {wanted[0]}: no --calibration | a file of gircse-calibrate | make one: gircse-calibrate --steps "
@@ -167,7 +169,10 @@ def _open_tokenizer(directory: Path) -> Tokenizer:
 
 
 def _trace_and_plan(
-    options: ExportOptions, source: _Source, calibration: Calibration | None, progress: StageProgress
+    options: ExportOptions,
+    source: _Source,
+    calibration: tuple[Calibration, MomentsFile] | None,
+    progress: StageProgress,
 ) -> list[PlannedVariant]:
     """Trace, compose, and match the weights; reads headers only, so a wrong adapter fails before anything is written."""
     with progress.stage(f"trace the {source.shape.architecture} decoder ({source.shape.num_layers} layers)"):

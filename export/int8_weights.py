@@ -11,11 +11,16 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from gircse.calibration.smoothing import quantize_weight, split_weight
+from gircse.calibration.rounding import Moments, round_columns, round_smoothed
+from gircse.calibration.smoothing import quantize_weight
 
 Shape = tuple[int, ...]
 ReadBlocks = Callable[[str], Iterator[Tensor]]
 """Yields a tensor of the checkpoint, LoRA merged, as FP32 blocks of rows."""
+
+
+ReadMoments = Callable[[], Moments]
+"""Reads the second moments of what a weight is multiplied with."""
 
 
 class Recipe(Protocol):
@@ -77,6 +82,7 @@ class IntegerProduct:
         sources: projections (out, in), in order.
         smoothing: (in,) float32, s, which the columns are multiplied with; None for none.
         float_channels: columns that stay in float.
+        moments: reads the blocks of H that the rounding sees; None rounds to nearest.
         row_divisors: by projection, (out,) float32 that its rows are divided by: smoothing of what reads its output.
     """
 
@@ -84,6 +90,7 @@ class IntegerProduct:
     sources: Mapping[str, Shape]
     smoothing: Tensor | None = None
     float_channels: tuple[int, ...] = ()
+    moments: ReadMoments | None = None
     row_divisors: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
@@ -114,24 +121,24 @@ class IntegerProduct:
         return {self.weight_name: (inputs, self.outputs), self.scale_name: (self.outputs,), **floats}
 
     def tensors(self, read: ReadBlocks) -> Mapping[str, Tensor]:
-        """Smooth and round, row block by row block."""
-        integers, scales, columns = [], [], []
+        """Smooth and round: row block by row block to nearest, and whole where the inputs are seen, which takes time."""
+        moments = self.moments() if self.moments else None
+        parts = []
         for source in self.sources:
+            divisors = self.row_divisors.get(source)
             start = 0
-            for block in read(source):
-                rows = slice(start, start + len(block))
+            for block in read(source) if moments is None else [torch.cat(list(read(source)))]:
+                if divisors is not None:
+                    block = block / divisors[start : start + len(block), None]
                 start += len(block)
-                if source in self.row_divisors:
-                    block = block / self.row_divisors[source][rows, None]
                 smoothing = torch.ones(block.shape[1]) if self.smoothing is None else self.smoothing
-                smoothed, floats = split_weight(block, smoothing, self.float_channels)
-                rounded, steps = quantize_weight(smoothed)
-                integers.append(rounded)
-                scales.append(steps)
-                columns.append(floats)
-        made = {self.weight_name: torch.cat(integers).T.contiguous(), self.scale_name: torch.cat(scales)}
+                parts.append(round_smoothed(block, smoothing, self.float_channels, moments))
+        made = {
+            self.weight_name: torch.cat([part.integers for part in parts]).T.contiguous(),
+            self.scale_name: torch.cat([part.steps for part in parts]),
+        }
         if self.float_channels:
-            made[self.float_name] = torch.cat(columns).T.contiguous()
+            made[self.float_name] = torch.cat([part.columns for part in parts]).T.contiguous()
         return made
 
 
@@ -144,12 +151,14 @@ class BlockwiseProduct:
         source: tensor of the checkpoint.
         shape: (out, in).
         block: inputs that share a scale; divides ``in``.
+        moments: reads the blocks of H that the rounding sees; None rounds to nearest.
     """
 
     name: str
     source: str
     shape: Shape
     block: int
+    moments: ReadMoments | None = None
 
     @property
     def weight_name(self) -> str:
@@ -173,12 +182,14 @@ class BlockwiseProduct:
         return {self.weight_name: (inputs, outputs), self.scale_name: (inputs // self.block, outputs)}
 
     def tensors(self, read: ReadBlocks) -> Mapping[str, Tensor]:
-        """Round every block of inputs on its own."""
+        """Round with a scale for every block of inputs; whole where the inputs are seen."""
+        moments = self.moments() if self.moments else None
         integers, scales = [], []
-        for rows in read(self.source):
-            rounded, steps = quantize_weight(rows.reshape(-1, self.block))
-            integers.append(rounded.reshape(rows.shape))
+        for rows in read(self.source) if moments is None else [torch.cat(list(read(self.source)))]:
+            nearest, steps = quantize_weight(rows.reshape(-1, self.block))
             scales.append(steps.reshape(len(rows), -1))
+            rounded = nearest.reshape(rows.shape) if moments is None else round_columns(rows, scales[-1], moments)[0]
+            integers.append(rounded)
         return {
             self.weight_name: torch.cat(integers).T.contiguous(),
             self.scale_name: torch.cat(scales).T.contiguous(),

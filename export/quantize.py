@@ -6,6 +6,7 @@ the weight of the RMSNorm before, or into the rows of up_proj. The channels that
 integer product. ``int8-weights`` stores int8 with a scale for every block of 32 inputs and computes in float.
 """
 
+import functools
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,13 +16,21 @@ import onnx_ir as ir
 import torch
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
+from gircse.calibration.moments_file import MomentsFile
 from gircse.calibration.sites import QUANTIZATIONS, VOCABULARY_SITE, Site, SiteKind, decoder_sites
 from gircse.calibration.table import Calibration, SiteCalibration
 from gircse.export.architecture import DecoderShape
 from gircse.export.compose import FloatVocabulary, Vocabulary
 from gircse.export.int8_activations import MICROSOFT, Attribute, IntegerOperators
 from gircse.export.int8_vocabulary import IntegerVocabulary
-from gircse.export.int8_weights import BlockwiseProduct, IntegerProduct, Recipe, Scaled, block_size
+from gircse.export.int8_weights import (
+    BlockwiseProduct,
+    IntegerProduct,
+    ReadMoments,
+    Recipe,
+    Scaled,
+    block_size,
+)
 from gircse.export.simplify import TRANSPOSED_SUFFIX
 from gircse.runtime.bundle import Precision
 from gircse.runtime.errors import ExportError
@@ -94,6 +103,7 @@ def quantize(
     calibration: Calibration,
     shape: DecoderShape,
     *,
+    moments: MomentsFile,
     vocabulary: Vocabulary,
     kept: Collection[str],
 ) -> Quantized:
@@ -104,13 +114,14 @@ def quantize(
         precision: one of the INT8 precisions.
         calibration: of this model.
         shape: sizes of the decoder.
+        moments: of the calibration; the weights are rounded by them.
         vocabulary: what the graph was composed with.
         kept: inputs whose products stay in float.
 
     Raises:
         ExportError: a product was not found, or the calibration has no entry for it.
     """
-    rewriter = _Rewriter(model.graph, precision, calibration, kept)
+    rewriter = _Rewriter(model.graph, precision, calibration, moments, kept)
     for site in decoder_sites(shape.num_layers):
         if site.kind is not SiteKind.VOCABULARY:
             rewriter.rewrite(site)
@@ -132,8 +143,16 @@ def quantize(
 class _Rewriter:
     """Rewrites the products of one graph, site by site."""
 
-    def __init__(self, graph: ir.Graph, precision: Precision, calibration: Calibration, kept: Collection[str]) -> None:
+    def __init__(
+        self,
+        graph: ir.Graph,
+        precision: Precision,
+        calibration: Calibration,
+        moments: MomentsFile,
+        kept: Collection[str],
+    ) -> None:
         self._graph, self._precision, self._calibration, self._kept = graph, precision, calibration, kept
+        self._moments = moments
         self._products = _products_by_weight(graph)
         self._row_divisors: dict[str, torch.Tensor] = {}
         self.counts: Counter[str] = Counter()
@@ -146,7 +165,7 @@ class _Rewriter:
             return
         if self._precision is Precision.INT8_WEIGHTS:
             for node, name in zip(nodes, site.projections, strict=True):
-                self._store_blockwise(node, name)
+                self._store_blockwise(site, node, name)
         else:
             self._make_integer(site, nodes)
         self.counts[site.kind] += 1
@@ -172,10 +191,10 @@ class _Rewriter:
             )
         return self._products[name]
 
-    def _store_blockwise(self, node: ir.Node, projection: str) -> None:
+    def _store_blockwise(self, site: Site, node: ir.Node, projection: str) -> None:
         source = f"{projection}.weight"
         shape = tuple(reversed(_dims(node.inputs[1])))
-        recipe = BlockwiseProduct(projection, source, shape, block_size(shape[1]))
+        recipe = BlockwiseProduct(projection, source, shape, block_size(shape[1]), self._reader(site))
         weight, scale = self._initializers(recipe, (recipe.weight_name, recipe.scale_name))
         nodes = _Inserted(self._graph, node)
         product = IntegerOperators(nodes).blockwise_product(_first(node), weight, scale, block=recipe.block)
@@ -191,7 +210,9 @@ class _Rewriter:
         smoothing = torch.tensor(calibration.smoothing) if calibration.smoothing else None
         if smoothing is not None:
             self._fold_smoothing(site, nodes[0], smoothing)
-        recipe = IntegerProduct(site.name, sources, smoothing, calibration.float_channels, self._row_divisors)
+        recipe = IntegerProduct(
+            site.name, sources, smoothing, calibration.float_channels, self._reader(site), self._row_divisors
+        )
         weight, scale = self._initializers(recipe, (recipe.weight_name, recipe.scale_name))
         inserted = _Inserted(self._graph, nodes[0])
         operators = IntegerOperators(inserted)
@@ -231,6 +252,9 @@ class _Rewriter:
         name = str(norm.inputs[1].name)
         self.recipes.append(Scaled(name, name, _dims(norm.inputs[1]), smoothing))
         self.counts["fold_smoothing"] += 1
+
+    def _reader(self, site: Site) -> ReadMoments:
+        return functools.partial(self._moments.read, site.name)
 
     def _site(self, site: Site) -> SiteCalibration:
         if site.name not in self._calibration.sites:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 
+from gircse.calibration.moments_file import MomentsFile
 from gircse.calibration.table import Calibration
 from gircse.export.architecture import DecoderShape
 from gircse.export.compose import compose_graph, weight_initializers
@@ -81,7 +82,7 @@ def plan_variant(
     shape: DecoderShape,
     base: SafetensorsIndex,
     adapter_directory: Path | None,
-    calibration: Calibration | None,
+    calibration: tuple[Calibration, MomentsFile] | None,
 ) -> PlannedVariant:
     """Compose the graphs of a precision and match their weights with the checkpoint.
 
@@ -92,7 +93,7 @@ def plan_variant(
         shape: sizes of the decoder.
         base: tensors of the checkpoint.
         adapter_directory: folder of the LoRA, or None.
-        calibration: for an INT8 variant.
+        calibration: for an INT8 variant, with its second moments.
 
     Raises:
         CheckpointError: a tensor of checkpoint or adapter does not fit.
@@ -101,7 +102,7 @@ def plan_variant(
     if precision in INT8_PRECISIONS:
         if calibration is None:
             raise ValueError(f"{precision} without a calibration")
-        return _plan_int8(precision, decoder, options, calibration, shape=shape, base=base, adapter=adapter_directory)
+        return _plan_int8(precision, decoder, options, *calibration, shape=shape, base=base, adapter=adapter_directory)
     graphs, rewrites = {}, {}
     for layout in sorted(graph_facts(options, shape).layouts):
         graphs[layout] = compose_graph(decoder, shape, options.settings, layout=layout)
@@ -115,6 +116,7 @@ def _plan_int8(
     decoder: ir.Graph,
     options: ExportOptions,
     calibration: Calibration,
+    moments: MomentsFile,
     *,
     shape: DecoderShape,
     base: SafetensorsIndex,
@@ -125,7 +127,7 @@ def _plan_int8(
     kept = kept_sites(precision, calibration, shape, keep_float32=options.keep_float32)
     vocabulary = int8_vocabulary(precision, calibration, shape, kept)
     model = compose_graph(decoder, shape, options.settings, layout=layout, vocabulary=vocabulary)
-    quantized = quantize(model, precision, calibration, shape, vocabulary=vocabulary, kept=kept)
+    quantized = quantize(model, precision, calibration, shape, moments=moments, vocabulary=vocabulary, kept=kept)
     plan = WeightPlan.build(weight_initializers([model]), base, adapter, tied=shape.tied, recipes=quantized.recipes)
     return PlannedVariant(precision, {layout: model}, {layout: quantized.counts}, plan, (*INT8_FLOAT, *kept))
 

@@ -64,6 +64,7 @@ def small_calibration(steps: int = 2) -> Calibration:
         method="entropy",
         max_drop=0.005,
         sites=sites,
+        moments_sha256="5" * 64,
         mixture=MixtureCalibration(128, (0.5, -0.25)) if steps else None,
         variants=variants,
         tools={"torch": "2.11.0", "gircse-deploy": "0.1.0"},

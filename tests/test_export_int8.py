@@ -1,6 +1,7 @@
 """INT8 variants: the exported graphs compute what the calibration's PyTorch model of them computes, text by text."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,10 @@ from tolerances import (
 )
 
 from gircse.calibration import fake_quantization
-from gircse.calibration.fake_quantization import quantized_sites
+from gircse.calibration.fake_quantization import quantized_sites, round_weights
+from gircse.calibration.moments_file import MomentsFile, moments_path
 from gircse.calibration.reference import refine
+from gircse.calibration.rounding import RoundedWeight
 from gircse.calibration.sites import Site, SiteKind, decoder_sites
 from gircse.calibration.table import Calibration
 from gircse.evaluation.parity import ParityOptions, measure_parity
@@ -53,12 +56,24 @@ def run(bundle: Path, precision: str, prompts: list[list[int]] = PROMPTS) -> np.
     return states(tuple(session.run(*padded(prompts, left=True), steps=STEPS)))
 
 
+def rounded_weights(model: Any, sites: tuple[Site, ...], path: Path) -> dict[str, RoundedWeight]:
+    """Return the rounded weights of some inputs, by projection."""
+    calibration = Calibration.read(path)
+    moments = MomentsFile.open(path, calibration.moments_sha256)
+    weights: dict[str, RoundedWeight] = {}
+    for site in sites:
+        seen = None if site.kind is SiteKind.VOCABULARY else moments.read(site.name)
+        weights |= round_weights(model, site, calibration.sites[site.name], seen)
+    return weights
+
+
 def fake_prompt_state(small_models: SmallModels, name: str, precision: str, sites: tuple[Site, ...]) -> np.ndarray:
     """Return h_0 of the PyTorch model with some inputs quantised."""
     model = small_models.load(name)
     calibration = Calibration.read(small_models.calibration(name, steps=STEPS))
     ids, mask = map(torch.from_numpy, padded(PROMPTS, left=True, extra=0))
-    with quantized_sites(model, sites, dict(calibration.sites), Precision(precision)):
+    weights = rounded_weights(model, sites, small_models.calibration(name, steps=STEPS))
+    with quantized_sites(model, sites, calibration.sites, weights, Precision(precision)):
         state = next(iter(refine(model, ids, mask, steps=0, temperature=1.0)))
     return l2_normalize(state.hidden.numpy())
 
@@ -72,10 +87,10 @@ def test_graph_is_what_the_sensitivity_measured(
 ) -> None:
     """One kind at a time, in the prompt: these models amplify the one rounding in a thousand that falls the other way."""
     sites = decoder_sites(2)
-    content = json.loads(small_models.calibration(name, steps=STEPS).read_text())
+    original = small_models.calibration(name, steps=STEPS)
+    content = json.loads(original.read_text())
     content["variants"][precision]["kept"] = [site.name for site in sites if site.kind is not kind]
-    calibration = tmp_path / "one-kind.json"
-    calibration.write_text(json.dumps(content))
+    calibration = written(content, original, tmp_path)
     bundle = export(small_models, tmp_path / "bundle", calibration, model=name, precisions=(precision,))
     chosen = tuple(site for site in sites if site.kind is kind)
     ours, fake = run(bundle, precision)[:, 0], fake_prompt_state(small_models, name, precision, chosen)
@@ -91,14 +106,17 @@ def test_soft_token_is_what_the_sensitivity_measured(
     """The vocabulary alone, one step: with every row in the branch of a flat softmax, and with none."""
     monkeypatch.setattr(int8_vocabulary, "FLAT_MASS", flat_mass)
     monkeypatch.setattr(fake_quantization, "FLAT_MASS", flat_mass)
-    content = json.loads(small_models.calibration("llama", steps=STEPS).read_text())
+    original = small_models.calibration("llama", steps=STEPS)
+    content = json.loads(original.read_text())
     content["variants"]["int8"]["kept"] = [site.name for site in decoder_sites(2)[:-1]]
-    path = tmp_path / "vocabulary.json"
-    path.write_text(json.dumps(content))
+    path = written(content, original, tmp_path)
     ours = run(export(small_models, tmp_path / "bundle", path), "int8")
     model, calibration = small_models.load("llama"), Calibration.read(path)
     ids, mask = map(torch.from_numpy, padded(PROMPTS, left=True, extra=0))
-    with quantized_sites(model, decoder_sites(2)[-1:], dict(calibration.sites), Precision.INT8):
+    vocabulary = decoder_sites(2)[-1:]
+    with quantized_sites(
+        model, vocabulary, calibration.sites, rounded_weights(model, vocabulary, original), Precision.INT8
+    ):
         mixture = fake_quantization.mixture_of(calibration.mixture)
         *_, state = refine(model, ids, mask, steps=1, temperature=1.0, mixture=mixture)
     assert row_cosine(ours[:, 1], l2_normalize(state.hidden.numpy())).min() > INT8_FAKE_MIN_COSINE
@@ -161,8 +179,14 @@ def edited(path: Path, tmp_path: Path, **sites: dict[str, object]) -> Path:
     content = json.loads(path.read_text())
     for name, fields in sites.items():
         content["sites"][name].update(fields)
-    copy = tmp_path / "edited.json"
+    return written(content, path, tmp_path)
+
+
+def written(content: Any, original: Path, folder: Path) -> Path:
+    """Write a changed calibration, with the moments of the original beside it."""
+    copy = folder / "changed.json"
     copy.write_text(json.dumps(content))
+    shutil.copy(moments_path(original), moments_path(copy))
     return copy
 
 
@@ -194,19 +218,19 @@ def test_an_input_of_zero_range_is_exported(small_models: SmallModels, tmp_path:
 
 
 def test_kept_inputs_stay_in_float(small_models: SmallModels, tmp_path: Path) -> None:
-    content = json.loads(small_models.calibration("llama", steps=STEPS).read_text())
+    original = small_models.calibration("llama", steps=STEPS)
+    content = json.loads(original.read_text())
     every = [site.name for site in decoder_sites(2)]
     exact = run(int8_bundle(small_models, "llama"), "fp32")
     far = np.abs(run(int8_bundle(small_models, "llama"), "int8") - exact).max()
     for kept in (every[:1], ["model.layers.0.mlp_input"], ["model.layers.0.mlp_output"], ["lm_head"], every[1:]):
         content["variants"]["int8"]["kept"] = kept
-        calibration = tmp_path / "kept.json"
-        calibration.write_text(json.dumps(content))
+        calibration = written(content, original, tmp_path)
         bundle = export(small_models, tmp_path / "kept", calibration, force=True)
         assert set(kept) <= set(Bundle.open(bundle).manifest.variants["int8"].float32)
         assert np.abs(run(bundle, "int8") - exact).max() < max(4 * far, 0.1), kept
     content["variants"]["int8"]["kept"] = every
-    calibration.write_text(json.dumps(content))
+    calibration = written(content, original, tmp_path)
     with pytest.raises(ExportError, match="keeps every input in float"):
         export(small_models, tmp_path / "none", calibration)
 
@@ -220,6 +244,22 @@ def test_int8_needs_a_calibration_of_this_model(small_models: SmallModels, tmp_p
         export(small_models, tmp_path / "a", small_models.calibration("llama", steps=STEPS), steps=3)
     with pytest.raises(CheckpointError, match=r"pooling mean \| last"):
         export(small_models, tmp_path / "a", small_models.calibration("llama", steps=STEPS), pooling="last")
+    assert not (tmp_path / "a").exists()
+
+
+def test_moments_of_another_calibration(small_models: SmallModels, tmp_path: Path) -> None:
+    """Both files of one calibration, or nothing."""
+    path = tmp_path / "calibration.json"
+    shutil.copy(small_models.calibration("llama", steps=STEPS), path)
+    with pytest.raises(
+        CheckpointError, match=r"calibration\.moments\.safetensors, beside it: No such file .* copy both"
+    ):
+        export(small_models, tmp_path / "a", path)
+    shutil.copy(moments_path(small_models.calibration("qwen2", steps=STEPS)), moments_path(path))
+    with pytest.raises(
+        CheckpointError, match=r"calibration\.moments\.safetensors: SHA-256 .* as calibration\.json has"
+    ):
+        export(small_models, tmp_path / "a", path)
     assert not (tmp_path / "a").exists()
 
 
