@@ -57,30 +57,31 @@ class Site:
     projections: tuple[str, ...]
 
 
-_STATIC = Quantization(Scale.STATIC)
+_STATIC, _TWO_DIGITS = Quantization(Scale.STATIC), Quantization(Scale.STATIC, digits=2)
 _BOTH = {
     SiteKind.ATTENTION_INPUT: _STATIC,
-    SiteKind.ATTENTION_OUTPUT: _STATIC,
+    SiteKind.ATTENTION_OUTPUT: _TWO_DIGITS,
     SiteKind.MLP_INPUT: _STATIC,
-    SiteKind.VOCABULARY: Quantization(Scale.STATIC, digits=2),
+    SiteKind.VOCABULARY: _TWO_DIGITS,
 }
 QUANTIZATIONS: Mapping[Precision, Mapping[SiteKind, Quantization]] = {
-    Precision.INT8: {**_BOTH, SiteKind.MLP_OUTPUT: Quantization(Scale.STATIC, digits=2)},
+    Precision.INT8: {**_BOTH, SiteKind.MLP_OUTPUT: _TWO_DIGITS},
     Precision.INT8_DYNAMIC: {**_BOTH, SiteKind.MLP_OUTPUT: Quantization(Scale.TOKEN)},
 }
 """How each variant quantises each kind. What RMSNorm made differs little from token to token once it is smoothed, so a
-static scale is as good as the token's own there, and cheaper; SwiGLU's product differs a thousandfold."""
+static scale is as good as the token's own there, and cheaper; SwiGLU's product differs a thousandfold. Attention's output,
+which cannot be smoothed, gains most by a second digit, and its product is the smallest."""
 
 FLOAT_CHANNELS: Mapping[SiteKind, int] = {
     SiteKind.ATTENTION_INPUT: 8,
-    SiteKind.ATTENTION_OUTPUT: 8,
+    SiteKind.ATTENTION_OUTPUT: 0,
     SiteKind.MLP_INPUT: 0,
     SiteKind.MLP_OUTPUT: 8,
     SiteKind.VOCABULARY: 0,
 }
 """Channels of each input that stay in float: those with the largest values. Two narrow products beside the integer one
 (T. Dettmers et al., LLM.int8(), arXiv 2208.07339, with channels fixed by calibration). The MLP's input has none,
-because its product is the widest and the extra sum costs most there."""
+because its product is the widest and the extra sum costs most there; attention's output has a second digit instead."""
 
 _PROJECTIONS = {
     SiteKind.ATTENTION_INPUT: ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),

@@ -16,9 +16,10 @@ import onnx_ir as ir
 
 from gircse.calibration.observe import FLAT_MASS
 from gircse.calibration.sites import Quantization
+from gircse.calibration.smoothing import INT8_MAX, LO_DIGIT
 from gircse.calibration.table import MixtureCalibration
 from gircse.export.compose import EMBEDDING_TABLE, LM_HEAD, GraphBuilder
-from gircse.export.int8_activations import IntegerOperators
+from gircse.export.int8_activations import Attribute, IntegerOperators
 from gircse.export.int8_weights import BlockwiseProduct, IntegerProduct, IntegerRows, Recipe, Shape, block_size
 from gircse.runtime import io_spec
 
@@ -68,9 +69,9 @@ class IntegerVocabulary:
         axis = g.indices([-1])
         logits = g.temper(self._logits(g, hidden))
         logits.name = prefix + io_spec.LOGITS
-        values, ids = g.op_multi("TopK", logits, g.indices([self.mixture_calibration.tokens]), outputs=2, sorted=0)
-        total = g.op("ReduceLogSumExp", logits, axis, keepdims=1)
-        likeliest = g.op("Exp", g.op("Sub", values, total))  # (rows, n), probabilities
+        probabilities = g.op("Softmax", logits, axis=-1)  # (rows, vocab)
+        tokens = g.indices([self.mixture_calibration.tokens])
+        likeliest, ids = g.op_multi("TopK", probabilities, tokens, outputs=2, sorted=0)  # (rows, n)
         weights = g.op("Unsqueeze", likeliest, g.indices([1]))
         mixed = g.op("Squeeze", g.op("MatMul", weights, self._rows(g, ids)), g.indices([1]))
         left = g.op("Sub", g.number(1.0), g.op("ReduceSum", likeliest, axis, keepdims=1))
@@ -82,25 +83,36 @@ class IntegerVocabulary:
         return g.op(
             "If",
             g.op("Greater", count, g.number(0.0)),
-            then_branch=self._whole_sum(g, logits, total, flat, near),
+            then_branch=self._whole_sum(g, probabilities, flat, near),
             else_branch=_unchanged(near),
         )
 
-    def _whole_sum(
-        self, g: GraphBuilder, logits: ir.Value, total: ir.Value, flat: ir.Value, near: ir.Value
-    ) -> ir.Graph:
-        """Mix all tokens, and take the result in the rows that are flat; a text does not depend on the others."""
+    def _whole_sum(self, g: GraphBuilder, probabilities: ir.Value, flat: ir.Value, near: ir.Value) -> ir.Graph:
+        """Mix all tokens in the rows that are flat, in integers, so that the table is never wide in memory.
+
+        ``w_i = p_i scale_i``, each row's largest made 127, in two digits as everywhere: ``hi + lo / 254``.
+        """
         table, scale = self._table_values(g)
-        shifted = ir.node("Sub", [logits, total])
-        probabilities = ir.node("Exp", [shifted.outputs[0]])
-        integers = ir.node("DequantizeLinear", [table, g.number(1.0)])
-        # The scales go to the rows, not to the probabilities: ONNX Runtime takes a dequantised right operand of a
-        # MatMul for block-wise weights, and looks for them inside the branch.
-        column = ir.node("Unsqueeze", [scale, g.indices([-1])])
-        rows = ir.node("Mul", [integers.outputs[0], column.outputs[0]])
-        mixed = ir.node("MatMul", [probabilities.outputs[0], rows.outputs[0]])
-        chosen = ir.node("Where", [flat, mixed.outputs[0], near])
-        return _branch("whole_sum", shifted, probabilities, integers, column, rows, mixed, chosen)
+        first, last = g.indices([0]), g.indices([-1])
+        nodes: list[ir.Node] = []
+
+        def op(op_type: str, *inputs: ir.Value, **attributes: Attribute) -> ir.Value:
+            nodes.append(ir.node(op_type, inputs, attributes))
+            return nodes[-1].outputs[0]
+
+        rows = op("Transpose", op("NonZero", op("Squeeze", flat, last)), perm=[1, 0])  # (n, 1)
+        weights = op("Mul", op("GatherND", probabilities, rows), scale)
+        step = op("Div", op("ReduceMax", weights, last, keepdims=1), g.number(INT8_MAX))
+        scaled = op("Div", weights, step)
+        high = op("Round", scaled)
+        low = op("Round", op("Mul", op("Sub", scaled, high), g.number(LO_DIGIT)))
+        digits = op("Cast", op("Concat", high, low, axis=0), to=ir.DataType.INT8)
+        sums = op("Cast", op("MatMulInteger", digits, table), to=ir.DataType.FLOAT)
+        halves = op("Reshape", sums, g.constant("two_digits", np.array([2, -1, self.shape[1]], np.int64)))
+        weighted = op("Mul", halves, g.constant("digit_values", np.array([[[1]], [[1 / LO_DIGIT]]], np.float32)))
+        mixed = op("Mul", op("ReduceSum", weighted, first, keepdims=0), step)
+        op("ScatterND", near, rows, mixed)
+        return _branch("whole_sum", *nodes)
 
     def _logits(self, g: GraphBuilder, hidden: ir.Value) -> ir.Value:
         head = self._head

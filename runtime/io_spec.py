@@ -20,7 +20,7 @@
 Inner values that keep their names in every precision, so that a probe can read and replace them (prefix ``stepk/`` in
 the unrolled graph, ``step/`` in the stepwise one):
     step/probabilities  (vocab, rows), softmax(lm_head(h_{k-1}) / T)
-    step/logits         (rows, vocab), lm_head(h_{k-1}) / T, in INT8 variants, which make no probabilities of all tokens
+    step/logits         (rows, vocab), lm_head(h_{k-1}) / T, in INT8 variants
     step/soft_token     (batch, 1, hidden), s_k
     stepk/state         (batch, 1, hidden), h_k; ``prompt/state`` (batch, hidden), h_0 (unrolled only)
 """

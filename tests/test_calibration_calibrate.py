@@ -1,7 +1,10 @@
 """``gircse-calibrate`` from end to end on a small model: what it refuses, and that an interruption leaves no trace."""
 
 import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +20,7 @@ from gircse.calibration.sites import SiteKind
 from gircse.calibration.table import Calibration
 from gircse.calibration.thresholds import Method
 from gircse.runtime.errors import CheckpointError, GircseError
+from gircse.runtime.whole_file import whole_file
 
 STEPS = 2
 
@@ -160,16 +164,22 @@ def test_nan_activations_are_named(small_models: SmallModels, tmp_path: Path, mo
     assert not (tmp_path / "calibration.json").exists()
 
 
+@pytest.mark.parametrize("suffix", [".json", ".moments.safetensors"])
 def test_a_full_disk_leaves_nothing_half_written(
-    small_models: SmallModels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    small_models: SmallModels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str
 ) -> None:
-    def full(_: Calibration) -> bytes:
+    def refuse(_: bytes) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(Calibration, "to_json", full)
+    @contextmanager
+    def full(path: Path) -> Iterator[Any]:
+        with whole_file(path) as file:
+            yield SimpleNamespace(write=refuse) if path.name == f"calibration{suffix}" else file
+
+    monkeypatch.setattr(calibrate_module, "whole_file", full)
     with pytest.raises(CheckpointError, match=r"--output .*No space left on device"):
         run(small_models, tmp_path)
-    assert not list(tmp_path.glob("calibration.json"))
+    assert {path.name for path in tmp_path.iterdir()} <= {"texts.txt", "calibration.json.partial"}
 
 
 def test_a_folder_that_is_not_there(small_models: SmallModels, tmp_path: Path) -> None:
