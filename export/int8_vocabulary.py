@@ -16,12 +16,15 @@ import onnx_ir as ir
 
 from gircse.calibration.observe import FLAT_MASS
 from gircse.calibration.sites import Quantization
-from gircse.calibration.smoothing import INT8_MAX, LO_DIGIT
+from gircse.calibration.smoothing import INT8_MAX
 from gircse.calibration.table import MixtureCalibration
 from gircse.export.compose import EMBEDDING_TABLE, LM_HEAD, GraphBuilder
 from gircse.export.int8_activations import Attribute, IntegerOperators
 from gircse.export.int8_weights import BlockwiseProduct, IntegerProduct, IntegerRows, Recipe, Shape, block_size
 from gircse.runtime import io_spec
+
+MAX_SUM = (1 << 31) - 1
+"""Largest sum of an integer product."""
 
 
 @dataclass(frozen=True)
@@ -90,8 +93,10 @@ class IntegerVocabulary:
     def _whole_sum(self, g: GraphBuilder, probabilities: ir.Value, flat: ir.Value, near: ir.Value) -> ir.Graph:
         """Mix all tokens in the rows that are flat, in integers, so that the table is never wide in memory.
 
-        ``w_i = p_i scale_i``, each row's largest made 127, in two digits as everywhere: ``hi + lo / 254``.
+        ``w_i = p_i scale_i``, each row's largest made 127, in two digits as everywhere: ``hi + lo / 254``; less where
+        a vocabulary is so large that the int32 sums could overflow.
         """
+        largest = min(INT8_MAX, float(MAX_SUM // (INT8_MAX * self.shape[0])))
         table, scale = self._table_values(g)
         first, last = g.indices([0]), g.indices([-1])
         nodes: list[ir.Node] = []
@@ -102,14 +107,14 @@ class IntegerVocabulary:
 
         rows = op("Transpose", op("NonZero", op("Squeeze", flat, last)), perm=[1, 0])  # (n, 1)
         weights = op("Mul", op("GatherND", probabilities, rows), scale)
-        step = op("Div", op("ReduceMax", weights, last, keepdims=1), g.number(INT8_MAX))
+        step = op("Div", op("ReduceMax", weights, last, keepdims=1), g.number(largest))
         scaled = op("Div", weights, step)
         high = op("Round", scaled)
-        low = op("Round", op("Mul", op("Sub", scaled, high), g.number(LO_DIGIT)))
+        low = op("Round", op("Mul", op("Sub", scaled, high), g.number(2 * largest)))
         digits = op("Cast", op("Concat", high, low, axis=0), to=ir.DataType.INT8)
         sums = op("Cast", op("MatMulInteger", digits, table), to=ir.DataType.FLOAT)
         halves = op("Reshape", sums, g.constant("two_digits", np.array([2, -1, self.shape[1]], np.int64)))
-        weighted = op("Mul", halves, g.constant("digit_values", np.array([[[1]], [[1 / LO_DIGIT]]], np.float32)))
+        weighted = op("Mul", halves, g.constant("digit_values", np.array([[[1]], [[0.5 / largest]]], np.float32)))
         mixed = op("Mul", op("ReduceSum", weighted, first, keepdims=0), step)
         op("ScatterND", near, rows, mixed)
         return _branch("whole_sum", *nodes)

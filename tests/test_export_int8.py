@@ -99,11 +99,12 @@ def test_graph_is_what_the_sensitivity_measured(
     assert row_cosine(ours, exact).min() < row_cosine(ours, fake).min(), "nothing was quantised"
 
 
-@pytest.mark.parametrize("flat_mass", [0.0, 1.0])
+@pytest.mark.parametrize(("flat_mass", "max_sum"), [(0.0, int8_vocabulary.MAX_SUM), (0.0, 10**6), (1.0, 10**6)])
 def test_soft_token_is_what_the_sensitivity_measured(
-    small_models: SmallModels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flat_mass: float
+    small_models: SmallModels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flat_mass: float, max_sum: int
 ) -> None:
-    """The vocabulary alone, one step: with every row in the branch of a flat softmax, and with none."""
+    """The vocabulary alone, one step: with every row in the branch of a flat softmax, of large sums or not; and none."""
+    monkeypatch.setattr(int8_vocabulary, "MAX_SUM", max_sum)
     monkeypatch.setattr(int8_vocabulary, "FLAT_MASS", flat_mass)
     monkeypatch.setattr(fake_quantization, "FLAT_MASS", flat_mass)
     original = small_models.calibration("llama", steps=STEPS)
