@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gircse.calibration.smoothing import INT8_MAX, split_weight
+from gircse.calibration.smoothing import INT8_MAX, quantize_weight, split_weight
 
 BLOCK_INPUTS = 512
 """Inputs of a block of H. Demo: 512 is as good as all, 128 gives a third of the gain."""
@@ -76,11 +76,9 @@ def round_smoothed(
     """
     channels = list(float_channels)
     smoothed, columns = split_weight(weight, scales, tuple(channels))
-    steps = smoothed.abs().amax(1) / INT8_MAX
-    steps = torch.where(steps > 0, steps, torch.ones_like(steps))
+    nearest, steps = quantize_weight(smoothed)
     if moments is None:
-        integers = (smoothed / steps[:, None]).round().clamp(-INT8_MAX, INT8_MAX)
-        return RoundedWeight(integers.to(torch.int8), steps, columns)
+        return RoundedWeight(nearest, steps, columns)
     smoothed[:, channels] = columns
     blocks = zip(moments, moment_blocks(weight.shape[1]), strict=True)
     scaled = [block / (scales[inputs, None] * scales[None, inputs]) for block, inputs in blocks]
