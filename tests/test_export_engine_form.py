@@ -119,11 +119,10 @@ def test_vocabulary_that_the_calibration_keeps(small_models: SmallModels, tmp_pa
     bundle = export(small_models, tmp_path / "bundle", calibration, keep_float32=("lm_head",))
     operators = Counter(node.op_type for node in rewritten(bundle).graph)
     assert operators["Gemm"] == 1
-    assert run_rewritten(bundle, tmp_path).shape == (
-        len(PROMPTS),
-        STEPS + 1,
-        small_models.load("llama").config.hidden_size,
-    )
+    cosines = row_cosine(run_rewritten(bundle, tmp_path), run(bundle, "int8"))
+    assert cosines.shape == (len(PROMPTS), STEPS + 1)
+    assert cosines[:, 0].min() > ENGINE_FORM_PROMPT_MIN_COSINE
+    assert cosines.min() > ENGINE_FORM_MIN_COSINE
 
 
 @pytest.mark.parametrize("value", [1e-9, 1e6])
