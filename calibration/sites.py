@@ -94,6 +94,10 @@ SMOOTHED = frozenset({SiteKind.ATTENTION_INPUT, SiteKind.MLP_INPUT, SiteKind.MLP
 """Kinds whose scales fold into what comes before: RMSNorm's weight, or the rows of up_proj. Attention's output has no
 such place, because groups of query heads share one value head."""
 
+JOINED = frozenset({SiteKind.ATTENTION_INPUT})
+"""Kinds whose projections lie side by side in one integer product: those of queries, keys and values are so narrow that a
+product less saves more than taking them apart again costs. Gate and up are wide."""
+
 VOCABULARY_SITE = Site("lm_head", SiteKind.VOCABULARY, ("lm_head",))
 
 

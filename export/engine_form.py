@@ -6,6 +6,7 @@ int8 constants, and a GPU reads the vocabulary so fast that the whole sum needs 
 
     rows         DQ(Gather(E, ids)) * Gather(scale, ids)    ->  Gather(DQ(E, scale), ids)
     soft token   likeliest tokens + tail, or the branch     ->  softmax(logits) @ DQ(E, scale)
+    activations  integers around 128                        ->  around 0, the only zero point that TensorRT knows
     scales       one for QuantizeLinear and its inverse     ->  FP32 for the one, FP16 for the other, the same number
     float parts  FP32                                       ->  FP16 by the rules of ``precision.py``
 """
@@ -40,6 +41,7 @@ def to_engine_form(model: ir.Model) -> dict[str, int]:
     """
     graph = model.graph
     counts = dict(zip(("gather_rows", "mix_all_tokens"), _use_dequantized_table(graph), strict=True))
+    counts["center_activations"] = _center_activations(graph)
     counts["separate_scales"] = _separate_scales(graph)
     RemoveUnusedNodesPass()(model)
     return counts | set_precision(model, Precision.FP16)
@@ -92,17 +94,33 @@ def _is_transpose(weight: ir.Value, weight_scale: ir.Value | None, table: ir.Val
     )
 
 
+def _center_activations(graph: ir.Graph) -> int:
+    """Make unsigned activations signed: 0 to 255 around 128 are the steps of -128 to 127 around 0."""
+    nodes = [node for node in graph if len(node.inputs) > 2 and _dtype(node.inputs[2]) is ir.DataType.UINT8]
+    tensor = ir.tensor(np.array(0, np.int8), name="int8_zero")
+    zero = ir.Value(name=tensor.name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(()), const_value=tensor)
+    if nodes:
+        graph.initializers.add(zero)
+    for node in nodes:
+        node.replace_input_with(2, zero)
+        if node.op_type == "QuantizeLinear":
+            node.outputs[0].type = ir.TensorType(ir.DataType.INT8)
+    return len(nodes)
+
+
 def _separate_scales(graph: ir.Graph) -> int:
     """Give QuantizeLinear a scale of its own, FP32, and round both to FP16 so that they stay the same number.
 
     Returns:
         How many operands of products have a scale in FP16 now.
     """
+    nodes = [node for node in graph if node.op_type in {"QuantizeLinear", "DequantizeLinear"}]
+    narrowed = {node.inputs[1] for node in nodes if is_operand(node)}
     count = 0
-    for node in list(graph):
-        if node.op_type not in {"QuantizeLinear", "DequantizeLinear"}:
-            continue
+    for node in nodes:
         scale = _present(node.inputs[1])
+        if scale not in narrowed:
+            continue
         low = is_operand(node)
         name = f"{scale.name}.{'low' if low else 'rounded'}"
         if name not in graph.initializers:

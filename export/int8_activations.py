@@ -1,17 +1,18 @@
-"""The operators that turn an activation into int8 and multiply it: explicit Q/DQ, or a scale for each token.
+"""The operators that turn an activation into 8 bits and multiply it: explicit Q/DQ, or a scale for each token.
 
-Static scales, one digit, in standard ONNX; TensorRT and ONNX Runtime both make one integer product of it::
+Activations are unsigned integers around 128, for which x86 CPUs have instructions. Static scales, one digit, in standard
+ONNX; TensorRT and ONNX Runtime both make one integer product of it::
 
     y = DQ(Q(x, t/127)) @ DQ(W, scale per column)
 
 Two digits add 8 bits to the activation by a second row that the same product reads; the weights are read once::
 
-    x1 = DQ(Q(x)),  rows = [x1; 254 (x - x1)],  [hi; lo] = DQ(Q(rows)) @ DQ(W),  y = hi + lo / 254
+    hi = Q(x, t/127),  lo = Q(x - DQ(hi), t/127/254),  [a; b] = DQ([hi; lo], t/127) @ DQ(W),  y = a + b / 254
 
 A scale for each token has no standard operator that ONNX Runtime runs as one product, so it takes
-``com.microsoft.MatMulIntegerToFloat``, with unsigned integers around 128, for which x86 CPUs have instructions::
+``com.microsoft.MatMulIntegerToFloat``::
 
-    m = max|x| of the token,  y = MatMulIntegerToFloat(Q(127 x / m), W, scale / 127) m
+    m = max|x| of the token,  y = MatMulIntegerToFloat(Q(x / m, 1/127), W, scale / 127) m
 """
 
 from collections.abc import Sequence
@@ -53,50 +54,68 @@ class IntegerOperators:
         """Take what adds nodes and constants."""
         self.op, self.op_multi, self.constant = graph.op, graph.op_multi, graph.constant
 
-    def product(
-        self, x: ir.Value, weight: ir.Value, scale: ir.Value, *, quantization: Quantization, threshold: float
-    ) -> ir.Value:
-        """Multiply an activation with an integer weight.
+    def products(
+        self,
+        x: ir.Value,
+        weights: Sequence[tuple[ir.Value, ir.Value]],
+        *,
+        quantization: Quantization,
+        threshold: float,
+    ) -> list[ir.Value]:
+        """Multiply an activation with integer weights.
 
         Args:
             x: (..., in) float32.
-            weight: (in, out) int8 initializer.
-            scale: (out,) float32 initializer.
+            weights: (in, out) int8 initializers, each with its scales (out,) float32.
             quantization: of x.
             threshold: of a static scale; 0 for an input that is always 0.
 
         Returns:
-            (..., out) float32.
+            (..., out) float32 of each weight.
         """
         if quantization.scale is Scale.TOKEN:
             if quantization.digits != 1:
                 raise ExportError(f"{quantization} | one digit with a scale for each token | report this")
-            return self._token_product(x, weight, scale)
-        step = self.number((threshold or INT8_MAX) / INT8_MAX)
-        wide = self.op("DequantizeLinear", weight, scale, axis=1)
+            return self._token_products(x, weights)
+        step = (threshold or INT8_MAX) / INT8_MAX
+        integers = self._quantized(x, step)
+        first = self._dequantized(integers, step)
+        wide = [self.op("DequantizeLinear", weight, scale, axis=1) for weight, scale in weights]
         if quantization.digits == 1:
-            return self.op("MatMul", self._rounded(x, step), wide)
-        first = self._rounded(x, step)
-        remainder = self.op("Mul", self.op("Sub", x, first), self.number(LO_DIGIT))
-        digits = self._rounded(self.op("Concat", first, remainder, axis=0), step)
-        product = self.op("MatMul", digits, wide)
+            return [self.op("MatMul", first, weight) for weight in wide]
+        # The remainder is read as steps of the first digit, because one product has one scale.
+        remainder = self._quantized(self.op("Sub", x, first), step / LO_DIGIT)
+        digits = self._dequantized(self.op("Concat", integers, remainder, axis=0), step)
+        return [self._added(self.op("MatMul", digits, weight)) for weight in wide]
+
+    def _added(self, product: ir.Value) -> ir.Value:
         hi, lo = self.op_multi("Split", product, outputs=2, axis=0, num_outputs=2)
         return self.op("Add", hi, self.op("Mul", lo, self.number(1 / LO_DIGIT)))
 
-    def _rounded(self, x: ir.Value, step: ir.Value) -> ir.Value:
-        zero = self.constant("int8_zero", np.array(0, np.int8))
-        return self.op("DequantizeLinear", self.op("QuantizeLinear", x, step, zero), step, zero)
+    def _quantized(self, x: ir.Value, step: float) -> ir.Value:
+        return self.op("QuantizeLinear", x, self.number(step), self._zero_point())
 
-    def _token_product(self, x: ir.Value, weight: ir.Value, scale: ir.Value) -> ir.Value:
+    def _dequantized(self, integers: ir.Value, step: float) -> ir.Value:
+        return self.op("DequantizeLinear", integers, self.number(step), self._zero_point())
+
+    def _zero_point(self) -> ir.Value:
+        return self.constant("uint8_128", np.array(_ZERO_POINT, np.uint8))
+
+    def _token_products(self, x: ir.Value, weights: Sequence[tuple[ir.Value, ir.Value]]) -> list[ir.Value]:
         axis = self.constant("ints_-1", np.array([-1], np.int64))
-        zero = self.constant("uint8_128", np.array(_ZERO_POINT, np.uint8))
+        zero = self._zero_point()
+        unit = self.number(1 / INT8_MAX)
         largest = self.op("ReduceMax", self.op("Abs", x), axis, keepdims=1)
         largest = self.op("Max", largest, self.number(_TINY))
-        scaled = self.op("Mul", x, self.op("Div", self.number(INT8_MAX), largest))
-        integers = self.op("QuantizeLinear", scaled, self.number(1.0), zero)
-        unit = self.number(1 / INT8_MAX)
-        product = self.op("MatMulIntegerToFloat", integers, weight, unit, scale, zero, domain=MICROSOFT)
-        return self.op("Mul", product, largest)
+        integers = self.op("QuantizeLinear", self.op("Div", x, largest), unit, zero)
+        return [
+            self.op(
+                "Mul",
+                self.op("MatMulIntegerToFloat", integers, weight, unit, scale, zero, domain=MICROSOFT),
+                largest,
+            )
+            for weight, scale in weights
+        ]
 
     def float_channels(self, x: ir.Value, channels: tuple[int, ...], weight: ir.Value) -> ir.Value:
         """Multiply some channels of x (..., in) with their rows (n, out) in float."""
@@ -118,3 +137,4 @@ class IntegerOperators:
     def number(self, value: float) -> ir.Value:
         """Return a float32 constant."""
         return self.constant(f"float_{float(value)!r}", np.array(value, np.float32))
+

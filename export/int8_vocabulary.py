@@ -128,7 +128,10 @@ class IntegerVocabulary:
             return operators.blockwise_product(hidden, weight, scale, block=head.block)
         if self.quantization is None:
             raise ValueError("an integer product without a quantisation of its input")
-        return operators.product(hidden, weight, scale, quantization=self.quantization, threshold=self.threshold)
+        (logits,) = operators.products(
+            hidden, [(weight, scale)], quantization=self.quantization, threshold=self.threshold
+        )
+        return logits
 
     def _rows(self, g: GraphBuilder, ids: ir.Value) -> ir.Value:
         return IntegerOperators(g).rows(*self._table_values(g), ids)

@@ -17,7 +17,7 @@ import torch
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from gircse.calibration.moments_file import MomentsFile
-from gircse.calibration.sites import QUANTIZATIONS, VOCABULARY_SITE, Site, SiteKind, decoder_sites
+from gircse.calibration.sites import JOINED, QUANTIZATIONS, VOCABULARY_SITE, Site, SiteKind, decoder_sites
 from gircse.calibration.table import Calibration, SiteCalibration
 from gircse.export.architecture import DecoderShape
 from gircse.export.compose import FloatVocabulary, Vocabulary
@@ -203,38 +203,46 @@ class _Rewriter:
 
     def _make_integer(self, site: Site, nodes: Sequence[ir.Node]) -> None:
         calibration = self._site(site)
-        sources = {
-            f"{name}.weight": tuple(reversed(_dims(n.inputs[1])))
-            for name, n in zip(site.projections, nodes, strict=True)
-        }
         smoothing = torch.tensor(calibration.smoothing) if calibration.smoothing else None
         if smoothing is not None:
             self._fold_smoothing(site, nodes[0], smoothing)
-        recipe = IntegerProduct(
-            site.name, sources, smoothing, calibration.float_channels, self._reader(site), self._row_divisors
-        )
-        weight, scale = self._initializers(recipe, (recipe.weight_name, recipe.scale_name))
+        projections = dict(zip(site.projections, nodes, strict=True))
+        groups = [projections] if site.kind in JOINED else [{name: node} for name, node in projections.items()]
+        recipes = []
+        for group in groups:
+            sources = {f"{name}.weight": tuple(reversed(_dims(node.inputs[1]))) for name, node in group.items()}
+            name = site.name if len(groups) == 1 else next(iter(group))
+            recipes.append(
+                IntegerProduct(
+                    name, sources, smoothing, calibration.float_channels, self._reader(site), self._row_divisors
+                )
+            )
         inserted = _Inserted(self._graph, nodes[0])
         operators = IntegerOperators(inserted)
-        product = operators.product(
+        weights = [self._initializers(recipe, (recipe.weight_name, recipe.scale_name)) for recipe in recipes]
+        products = operators.products(
             _first(nodes[0]),
-            weight,
-            scale,
+            [(weight, scale) for weight, scale in weights],
             quantization=QUANTIZATIONS[self._precision][site.kind],
             threshold=calibration.threshold,
         )
-        if calibration.float_channels:
-            (floats,) = self._initializers(recipe, (recipe.float_name,))
-            beside = operators.float_channels(_first(nodes[0]), calibration.float_channels, floats)
-            product = inserted.op("Add", product, beside)
+        for recipe, product, group in zip(recipes, products, groups, strict=True):
+            if calibration.float_channels:
+                (floats,) = self._initializers(recipe, (recipe.float_name,))
+                beside = operators.float_channels(_first(nodes[0]), calibration.float_channels, floats)
+                product = inserted.op("Add", product, beside)
+            self._hand_on(inserted, product, list(group.values()))
+        self.recipes += recipes
+
+    def _hand_on(self, inserted: "_Inserted", product: ir.Value, nodes: Sequence[ir.Node]) -> None:
+        """Give the parts of a product to the users of the nodes that it replaces."""
         parts: Sequence[ir.Value] = [product]
         if len(nodes) > 1:
-            widths = np.array([shape[0] for shape in sources.values()], np.int64)
+            widths = np.array([_dims(node.inputs[1])[1] for node in nodes], np.int64)
             sizes = inserted.constant("widths_" + "_".join(map(str, widths)), widths)
             parts = inserted.op_multi("Split", product, sizes, outputs=len(nodes), axis=-1)
         for node, part in zip(nodes, parts, strict=True):
             node.outputs[0].replace_all_uses_with(part)
-        self.recipes.append(recipe)
 
     def _fold_smoothing(self, site: Site, node: ir.Node, smoothing: torch.Tensor) -> None:
         """Divide the input by its smoothing where it is made: RMSNorm's weight, or the rows of up_proj."""
