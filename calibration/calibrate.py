@@ -30,8 +30,8 @@ from gircse.calibration.reference import load_reference
 from gircse.calibration.rounding import RoundedWeight
 from gircse.calibration.sensitivity import SensitivityStudy, measure_sensitivity
 from gircse.calibration.sites import (
+    DIGITS,
     FLOAT_CHANNELS,
-    QUANTIZATIONS,
     SMOOTHED,
     Site,
     SiteKind,
@@ -47,7 +47,7 @@ from gircse.calibration.table import (
     TextsUsed,
 )
 from gircse.calibration.thresholds import Method, threshold
-from gircse.runtime.bundle import MAX_STEPS, Pooling, Precision
+from gircse.runtime.bundle import MAX_STEPS, Pooling
 from gircse.runtime.errors import CheckpointError
 from gircse.runtime.text_lines import read_texts
 from gircse.runtime.token_batch import TokenBatch, load_tokenizer, padded_batches, tokenize
@@ -173,13 +173,7 @@ def calibrate(options: CalibrationOptions, *, progress: StageProgress | None = N
             options.pooling,
             options.temperature,
         )
-        total = len(SiteKind) + 2 + model.config.num_hidden_layers
-        variants = {}
-        for precision in QUANTIZATIONS:
-            with progress.stage(f"measure the sensitivity of {precision}", total=total) as advance:
-                variants[str(precision)] = measure_sensitivity(
-                    study, precision, max_drop=options.max_drop, advance=advance
-                )
+        sensitivity = measure_sensitivity(study, max_drop=options.max_drop, progress=progress)
         content = moments_content(observer.moments)
         calibration = Calibration(
             schema_version=SCHEMA_VERSION,
@@ -190,7 +184,7 @@ def calibrate(options: CalibrationOptions, *, progress: StageProgress | None = N
             sites=calibrations,
             mixture=mixture,
             moments_sha256=hashlib.sha256(content).hexdigest(),
-            variants=variants,
+            sensitivity=sensitivity,
             tools={name: importlib.metadata.version(name) for name in TOOLS},
         )
         with whole_file(options.output) as file, whole_file(moments_path(options.output)) as beside:
@@ -337,7 +331,7 @@ def _smooth(model: Any, site: Site, observer: Observer, options: CalibrationOpti
         observer.sampled_rows(site.name),
         weight,
         observer.channel_maxima[site.name].amax(0),
-        scale=QUANTIZATIONS[Precision.INT8_DYNAMIC][site.kind].scale,
+        digits=DIGITS[site.kind],
         float_channels=FLOAT_CHANNELS[site.kind],
         migrations=migrations,
     )

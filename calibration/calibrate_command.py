@@ -43,12 +43,12 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("gircse-calibrate: interrupted; the same command goes on where it was", file=sys.stderr)
         return 130
-    for name, variant in calibration.variants.items():
-        print(
-            f"  {name}: rank correlation {variant.result.rank_correlation:.4f}, top-10 overlap "
-            f"{variant.result.overlap:.3f}, {len(variant.kept)} of {len(calibration.sites)} inputs kept in float",
-            file=sys.stderr,
-        )
+    result, kept = calibration.sensitivity.result, len(calibration.sensitivity.kept)
+    print(
+        f"  int8: rank correlation {result.rank_correlation:.4f}, top-10 overlap {result.overlap:.3f}, {kept} of "
+        f"{len(calibration.sites)} inputs kept in float",
+        file=sys.stderr,
+    )
     # ru_maxrss counts KiB on Linux and bytes on macOS.
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     print(f"  {time.perf_counter() - start:.0f} s, peak memory {peak / 2**30:.2f} GiB", file=sys.stderr)

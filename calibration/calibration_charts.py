@@ -35,7 +35,7 @@ def draw_calibration_charts(calibration: Calibration, directory: Path) -> list[P
         "error": _error,
         "sensitivity": _sensitivity,
     }
-    if any(variant.curve for variant in calibration.variants.values()):
+    if calibration.sensitivity.curve:
         charts["trade-off"] = _trade_off
     return [
         path
@@ -61,8 +61,7 @@ def sites_by_kind(calibration: Calibration) -> dict[SiteKind, list[SiteCalibrati
 def measured_parts(calibration: Calibration) -> list[str]:
     """Return the names of what was quantised alone: the kinds of input that there are, and the soft tokens' mixing."""
     kinds = sites_by_kind(calibration)
-    names = dict.fromkeys(point.name for variant in calibration.variants.values() for point in variant.kinds)
-    others = [name for name in names if name not in list(SiteKind)]
+    others = [point.name for point in calibration.sensitivity.kinds if point.name not in list(SiteKind)]
     return [*kinds, *(others if calibration.mixture else [])]
 
 
@@ -146,17 +145,12 @@ def _sensitivity(calibration: Calibration) -> Any:
     figure, (by_kind, by_layer) = new_panels(
         "Loss with one part quantised alone", ["one kind of input", "one layer"], columns=2
     )
-    variants = calibration.variants
-    kinds = measured_parts(calibration)
-    drawn = []
-    for index, (name, variant) in enumerate(variants.items()):
-        points = [point for point in variant.kinds if point.name in kinds]
-        losses = _losses(points)
-        rows = [kinds.index(point.name) + 0.2 * (index - (len(variants) - 1) / 2) for point in points]
-        by_kind.plot(losses, rows, "o", color=f"C{index}", label=name)
-        layers = _losses(point for point in variant.layers if point.name != VOCABULARY_SITE.name)
-        by_layer.plot(layers, ".-", color=f"C{index}", label=name)
-        drawn += [losses, layers]
+    found, kinds = calibration.sensitivity, measured_parts(calibration)
+    points = [point for point in found.kinds if point.name in kinds]
+    losses = _losses(points)
+    by_kind.plot(losses, [kinds.index(point.name) for point in points], "o")
+    layers = _losses(point for point in found.layers if point.name != VOCABULARY_SITE.name)
+    by_layer.plot(layers, ".-")
     by_kind.set_yticks(range(len(kinds)), [label(kind) for kind in kinds])
     by_kind.set(xlabel=LOSS_LABEL, ylim=(len(kinds) - 0.5, -0.5))
     by_layer.set(xlabel="layer", ylabel=LOSS_LABEL)
@@ -164,36 +158,26 @@ def _sensitivity(calibration: Calibration) -> Any:
     if calibration.max_drop:
         by_kind.axvline(calibration.max_drop, color="black", linestyle=":", linewidth=1)
         by_layer.axhline(calibration.max_drop, color="black", linestyle=":", linewidth=1, label="--max-drop")
-    _log_if_any(by_kind, "x", *drawn)
-    _log_if_any(by_layer, "y", *drawn)
-    by_layer.legend(fontsize="small")
+    _log_if_any(by_kind, "x", losses)
+    _log_if_any(by_layer, "y", layers)
+    if calibration.max_drop:
+        by_layer.legend(fontsize="small")
     return figure
 
 
 def _trade_off(calibration: Calibration) -> Any:
     """The loss by the number of kept inputs, as far as the search has looked; a star is what was chosen."""
     figure, axes = new_figure("What keeping inputs in float buys", x="inputs kept, most sensitive first", y=LOSS_LABEL)
-    drawn = []
-    for index, (name, variant) in enumerate(calibration.variants.items()):
-        if not variant.curve:
-            continue
-        losses = _losses(variant.curve)
-        axes.plot([kept_count(point) for point in variant.curve], losses, "o-", color=f"C{index}", label=name)
-        axes.plot(
-            len(variant.kept),
-            *_losses([variant.result]),
-            "*",
-            color=f"C{index}",
-            markersize=16,
-            label=f"{name}: chosen",
-        )
-        drawn.append(losses)
+    found = calibration.sensitivity
+    losses = _losses(found.curve)
+    axes.plot([kept_count(point) for point in found.curve], losses, "o-")
+    axes.plot(len(found.kept), *_losses([found.result]), "*", color="C0", markersize=16, label="chosen")
     if calibration.max_drop:
         axes.axhline(calibration.max_drop, color="black", linestyle=":", linewidth=1, label="--max-drop")
     axes.set_xscale("symlog", base=2, linthresh=1)
     axes.set_xlim(left=-0.5)
     axes.xaxis.set_major_formatter(ScalarFormatter())
-    _log_if_any(axes, "y", *drawn)
+    _log_if_any(axes, "y", losses)
     axes.legend(fontsize="small")
     return figure
 

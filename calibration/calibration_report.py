@@ -15,7 +15,7 @@ from gircse.calibration.calibration_charts import (
 )
 from gircse.calibration.report_parts import markdown_table, open_report_directory, write_files
 from gircse.calibration.sites import SiteKind
-from gircse.calibration.table import Calibration, Fidelity, SiteCalibration, VariantSensitivity
+from gircse.calibration.table import Calibration, Fidelity, Sensitivity, SiteCalibration
 from gircse.runtime.bundle import AdapterSource, ModelSource
 from gircse.runtime.errors import MeasurementError
 
@@ -55,7 +55,7 @@ def markdown(calibration: Calibration) -> str:
     """Return the content of ``calibration.md``, which shows the charts that stand beside it."""
     parts = [
         *_subject(calibration),
-        *_variants(calibration),
+        *_fidelity(calibration),
         *_kinds(calibration),
         *_layers(calibration),
         *_ratios(calibration),
@@ -81,55 +81,52 @@ def _source(source: ModelSource | AdapterSource) -> str:
     return f"`{name}`, revision `{source.revision}`" if source.revision else f"`{name}`"
 
 
-def _variants(calibration: Calibration) -> list[str]:
-    rows = [
-        (
-            name,
-            f"{variant.result.rank_correlation:.4f}",
-            f"{variant.result.overlap:.3f}",
-            f"{len(variant.kept)} of {len(calibration.sites)}",
-        )
-        for name, variant in calibration.variants.items()
-    ]
+def _fidelity(calibration: Calibration) -> list[str]:
+    found = calibration.sensitivity
+    row = (
+        f"{found.result.rank_correlation:.4f}",
+        f"{found.result.overlap:.3f}",
+        f"{len(found.kept)} of {len(calibration.sites)}",
+    )
     parts = [
-        "## Variants",
-        markdown_table(("variant", "rank correlation", "top-10 overlap", "inputs kept in float"), rows),
+        "## What `int8` keeps",
+        markdown_table(("rank correlation", "top-10 overlap", "inputs kept in float"), [row]),
         f"Against FP32 with K = {calibration.subject.steps}, by emulation in PyTorch. Rank correlation: Spearman of the "
         "similarities of all pairs of texts; top-10 overlap: common nearest neighbours; loss, below: 1 - rank "
         "correlation.",
-        *(_kept(name, variant, calibration.max_drop) for name, variant in calibration.variants.items()),
+        _kept(found, calibration.max_drop),
     ]
-    if any(variant.curve for variant in calibration.variants.values()):
+    if found.curve:
         parts.append(_chart("trade-off"))
     return parts
 
 
-def _kept(name: str, variant: VariantSensitivity, max_drop: float) -> str:
+def _kept(found: Sensitivity, max_drop: float) -> str:
     """Say which inputs stay in float, and why."""
-    loss = rank_loss(variant.result)
-    if not variant.kept:
-        return f"`{name}` keeps nothing in float: all quantised, it loses {_number(loss)}, and `--max-drop` is {max_drop:g}."
-    everything = next((_number(rank_loss(point)) for point in variant.curve if not kept_count(point)), "more")
+    loss = rank_loss(found.result)
+    if not found.kept:
+        return f"Nothing stays in float: all quantised, it loses {_number(loss)}, and `--max-drop` is {max_drop:g}."
+    everything = next((_number(rank_loss(point)) for point in found.curve if not kept_count(point)), "more")
     text = (
-        f"`{name}` keeps in float, most sensitive first: {', '.join(f'`{site}`' for site in variant.kept)}. All quantised, "
-        f"it would lose {everything}, and `--max-drop` is {max_drop:g}. So each input was quantised alone, and of those "
-        f"that lost most, the fewest are kept that meet it: the loss is {_number(loss)}."
+        f"These stay in float, most sensitive first: {', '.join(f'`{site}`' for site in found.kept)}. All quantised, it "
+        f"would lose {everything}, and `--max-drop` is {max_drop:g}. So each input was quantised alone, and of those that "
+        f"lost most, the fewest are kept that meet it: the loss is {_number(loss)}."
     )
     return text if loss <= max_drop else f"{text} **That is still more than `--max-drop`.**"
 
 
 def _kinds(calibration: Calibration) -> list[str]:
     calibrated = sites_by_kind(calibration)
-    variants = {name: {point.name: point for point in v.kinds} for name, v in calibration.variants.items()}
+    points = {point.name: point for point in calibration.sensitivity.kinds}
     rows = [
         (
             label(part),
             *(_kind_cells(calibrated[SiteKind(part)]) if part in calibrated else ["-"] * 4),
-            *(_loss(points.get(part)) for points in variants.values()),
+            _loss(points.get(part)),
         )
         for part in measured_parts(calibration)
     ]
-    header = ("kind", "inputs", "range in the prompt", "range in the steps", "error", *_loss_headers(calibration))
+    header = ("kind", "inputs", "range in the prompt", "range in the steps", "error", "loss")
     return [
         "## Kinds of input",
         markdown_table(header, rows),
@@ -151,15 +148,12 @@ def _kind_cells(sites: Sequence[SiteCalibration]) -> tuple[str, ...]:
 
 
 def _layers(calibration: Calibration) -> list[str]:
-    variants = [{point.name: point for point in variant.layers} for variant in calibration.variants.values()]
-    names = dict.fromkeys(name for points in variants for name in points)
-    worst = {name: max(rank_loss(points[name]) for points in variants if name in points) for name in names}
-    chosen = sorted(worst, key=lambda name: -worst[name])[:SHOWN]
-    rows = [(f"`{name}`", *(_loss(points.get(name)) for points in variants)) for name in chosen]
+    layers = calibration.sensitivity.layers
+    chosen = sorted(layers, key=rank_loss, reverse=True)[:SHOWN]
     return [
         "## Most sensitive layers",
-        markdown_table(("layer", *_loss_headers(calibration)), rows),
-        f"Each quantised alone; {len(chosen)} of {len(names)}.",
+        markdown_table(("layer", "loss"), [(f"`{point.name}`", _loss(point)) for point in chosen]),
+        f"Each quantised alone; {len(chosen)} of {len(layers)}.",
     ]
 
 
@@ -181,10 +175,6 @@ def _ratios(calibration: Calibration) -> list[str]:
             "leaves the steps 13 of the 127 levels.",
         ]
     return [*parts, _chart("ranges-by-step")]
-
-
-def _loss_headers(calibration: Calibration) -> list[str]:
-    return [f"loss, {name}" for name in calibration.variants]
 
 
 def _loss(point: Fidelity | None) -> str:

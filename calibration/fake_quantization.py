@@ -1,4 +1,4 @@
-"""An INT8 variant computed by the PyTorch reference: every quantised value rounded to its integers and back.
+"""The ``int8`` variant computed by the PyTorch reference: every quantised value rounded to its integers and back.
 
 It is what the sensitivity is measured with, because one input or layer can be quantised at a time without an export.
 Integer products are exact, so it differs from the exported graph by the order of float sums only (a test compares).
@@ -14,10 +14,9 @@ from torch import Tensor, nn
 from gircse.calibration.observe import FLAT_MASS
 from gircse.calibration.reference import Mixture
 from gircse.calibration.rounding import Moments, RoundedWeight, round_smoothed
-from gircse.calibration.sites import QUANTIZATIONS, Site
+from gircse.calibration.sites import DIGITS, Site
 from gircse.calibration.smoothing import quantize_rows
 from gircse.calibration.table import MixtureCalibration, SiteCalibration
-from gircse.runtime.bundle import Precision
 
 
 @contextmanager
@@ -26,7 +25,6 @@ def quantized_sites(
     sites: Collection[Site],
     calibrations: Mapping[str, SiteCalibration],
     weights: Mapping[str, RoundedWeight],
-    precision: Precision,
 ) -> Iterator[None]:
     """Quantise some inputs and the weights that read them while the block runs; the model is restored afterwards.
 
@@ -35,13 +33,12 @@ def quantized_sites(
         sites: what to quantise.
         calibrations: of at least these sites.
         weights: of ``round_weights``, by projection.
-        precision: the variant, which says how.
     """
     modules = dict(model.named_modules())
     with ExitStack() as undo:
         for site in sites:
             calibration = calibrations[site.name]
-            hook = _activation_hook(site, calibration, precision)
+            hook = _activation_hook(site, calibration)
             for name in site.projections:
                 module = modules[name]
                 undo.callback(setattr, module.weight, "data", module.weight.data)
@@ -70,17 +67,14 @@ def mixture_of(calibration: MixtureCalibration | None) -> Mixture:
 
 
 def _activation_hook(
-    site: Site, calibration: SiteCalibration, precision: Precision
+    site: Site, calibration: SiteCalibration
 ) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor]]:
-    quantization = QUANTIZATIONS[precision][site.kind]
     scales = torch.tensor(calibration.smoothing) if calibration.smoothing else torch.ones(1)
     channels = list(calibration.float_channels)
 
     def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor]:
         smoothed = inputs[0] / scales.to(inputs[0].device)
-        rounded = quantize_rows(
-            smoothed, scale=quantization.scale, threshold=calibration.threshold, digits=quantization.digits
-        )
+        rounded = quantize_rows(smoothed, threshold=calibration.threshold, digits=DIGITS[site.kind])
         rounded[..., channels] = smoothed[..., channels]
         return (rounded,)
 
@@ -101,7 +95,7 @@ def round_weights(
     rounded = {}
     for name in site.projections:
         weight = model.get_submodule(name).weight.detach().cpu()
-        scales = torch.tensor(calibration.smoothing) if calibration.smoothing else torch.ones(weight.shape[1])
+        scales = torch.tensor(calibration.smoothing) if calibration.smoothing else None
         rounded[name] = round_smoothed(weight, scales, calibration.float_channels, moments)
     return rounded
 

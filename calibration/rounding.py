@@ -64,16 +64,17 @@ def add_moments(moments: Moments, rows: Tensor) -> None:
 
 
 def round_smoothed(
-    weight: Tensor, scales: Tensor, float_channels: Sequence[int], moments: Moments | None
+    weight: Tensor, scales: Tensor | None, float_channels: Sequence[int], moments: Moments | None
 ) -> RoundedWeight:
     """Smooth a weight and round it with one step for each output channel.
 
     Args:
         weight: (out, in) float32.
-        scales: (in,) float32, s of SmoothQuant.
+        scales: (in,) float32, s of SmoothQuant; None for 1.
         float_channels: columns that stay in float.
         moments: H of the inputs before smoothing; None rounds to nearest.
     """
+    scales = torch.ones(weight.shape[1]) if scales is None else scales
     channels = list(float_channels)
     smoothed, columns = split_weight(weight, scales, tuple(channels))
     nearest, steps = quantize_weight(smoothed)

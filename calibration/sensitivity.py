@@ -1,4 +1,4 @@
-"""Which inputs an INT8 variant cannot quantise without losing the embedding: found by measurement, one at a time.
+"""Which inputs the ``int8`` variant cannot quantise without losing the embedding: found by measurement, one at a time.
 
 The measure is the rank correlation of all pairs' similarities with those of FP32, after K steps, on texts that were
 not calibrated on. If everything quantised at once stays within the allowed drop, nothing is kept in float. Otherwise
@@ -13,13 +13,13 @@ import numpy as np
 import torch
 
 from gircse.calibration.fake_quantization import mixture_of, quantized_sites
-from gircse.calibration.progress import Advance
+from gircse.calibration.progress import StageProgress
 from gircse.calibration.reference import Mixture, refine
 from gircse.calibration.rounding import RoundedWeight
 from gircse.calibration.similarity import neighbour_overlap, pairwise_rank_correlation
 from gircse.calibration.sites import Site
-from gircse.calibration.table import Fidelity, MixtureCalibration, SiteCalibration, VariantSensitivity
-from gircse.runtime.bundle import Pooling, Precision
+from gircse.calibration.table import Fidelity, MixtureCalibration, Sensitivity, SiteCalibration
+from gircse.runtime.bundle import Pooling
 from gircse.runtime.numerics import Float32, l2_normalize
 from gircse.runtime.token_batch import TokenBatch
 
@@ -69,53 +69,59 @@ class SensitivityStudy:
             vectors[list(batch.rows)] = l2_normalize(pooled.float().cpu().numpy())
         return vectors
 
-    def embed_quantized(self, sites: Collection[Site], precision: Precision, *, mixture: Mixture) -> Float32:
+    def embed_quantized(self, sites: Collection[Site], *, mixture: Mixture) -> Float32:
         """Return the vectors with some inputs quantised."""
-        with quantized_sites(self.model, sites, self.calibrations, self.weights, precision):
+        with quantized_sites(self.model, sites, self.calibrations, self.weights):
             return self.embed(mixture=mixture)
 
 
-def measure_sensitivity(
-    study: SensitivityStudy, precision: Precision, *, max_drop: float, advance: Advance
-) -> VariantSensitivity:
+def measure_sensitivity(study: SensitivityStudy, *, max_drop: float, progress: StageProgress) -> Sensitivity:
     """Quantise everything, each kind and each layer, and choose what has to stay in float.
 
     Args:
         study: model, calibrations and texts.
-        precision: the variant.
         max_drop: largest loss of rank correlation.
-        advance: told about each measurement.
+        progress: where to show the stages.
     """
     exact = study.embed()
-    mixture = mixture_of(study.mixture)
+    exactly, approximately = torch.matmul, mixture_of(study.mixture)
 
-    def fidelity(name: str, sites: Collection[Site], *, mix: Mixture = torch.matmul) -> Fidelity:
-        vectors = study.embed_quantized(sites, precision, mixture=mix)
-        advance(1)
+    def fidelity(name: str, sites: Collection[Site], mixture: Mixture) -> Fidelity:
+        vectors = study.embed_quantized(sites, mixture=mixture)
         return Fidelity(name, pairwise_rank_correlation(vectors, exact), neighbour_overlap(vectors, exact))
 
-    kinds = [
-        fidelity(kind, [site for site in study.sites if site.kind is kind])
-        for kind in dict.fromkeys(site.kind for site in study.sites)
-    ]
-    if study.mixture is not None:
-        kinds.append(fidelity(MIXING, [], mix=mixture))
-    layers = [fidelity(name, sites) for name, sites in _by_layer(study.sites).items()]
-    everything = fidelity(EVERYTHING, study.sites, mix=mixture)
-    curve: tuple[Fidelity, ...] = ()
-    kept: tuple[str, ...] = ()
-    result = everything
-    if 1 - everything.rank_correlation > max_drop:
-        alone = {site.name: fidelity(site.name, [site]).rank_correlation for site in study.sites}
-        ranked = sorted(study.sites, key=lambda site: alone[site.name])
+    def alone(title: str, parts: Mapping[str, Collection[Site]]) -> list[Fidelity]:
+        found = []
+        with progress.stage(title, total=len(parts)) as advance:
+            for name, sites in parts.items():
+                found.append(fidelity(name, sites, exactly))
+                advance(1)
+        return found
 
-        def keeping(count: int) -> Fidelity:
-            return fidelity(f"{count} kept", ranked[count:], mix=mixture)
-
-        count, curve = fewest_kept(keeping, len(ranked), everything=everything, max_drop=max_drop)
-        kept = tuple(site.name for site in ranked[:count])
-        result = next((f for f in curve if f.name == f"{count} kept"), everything)
-    return VariantSensitivity(kept, result, tuple(kinds), tuple(layers), curve)
+    kinds = alone("quantise each kind of input", _by_kind(study.sites))
+    layers = alone("quantise each layer", _by_layer(study.sites))
+    with progress.stage("quantise everything"):
+        if study.mixture is not None:
+            kinds.append(fidelity(MIXING, [], approximately))
+        everything = fidelity(EVERYTHING, study.sites, approximately)
+    loss = 1 - everything.rank_correlation
+    if loss <= max_drop:
+        return Sensitivity((), everything, tuple(kinds), tuple(layers), ())
+    progress.note(f"  everything quantised loses {loss:.2g} of rank correlation, --max-drop is {max_drop:g}")
+    losses = {
+        point.name: 1 - point.rank_correlation
+        for point in alone("quantise each input", {site.name: [site] for site in study.sites})
+    }
+    ranked = sorted(study.sites, key=lambda site: losses[site.name], reverse=True)
+    with progress.stage("search the fewest inputs to keep in float"):
+        count, curve = fewest_kept(
+            lambda count: fidelity(f"{count} kept", ranked[count:], approximately),
+            len(ranked),
+            everything=everything,
+            max_drop=max_drop,
+        )
+    result = next((point for point in curve if point.name == f"{count} kept"), everything)
+    return Sensitivity(tuple(site.name for site in ranked[:count]), result, tuple(kinds), tuple(layers), curve)
 
 
 def fewest_kept(
@@ -144,6 +150,13 @@ def fewest_kept(
     if high not in measured:
         measured[high] = keeping(high)
     return high, tuple(measured[count] for count in sorted(measured))
+
+
+def _by_kind(sites: Sequence[Site]) -> dict[str, list[Site]]:
+    kinds: dict[str, list[Site]] = {}
+    for site in sites:
+        kinds.setdefault(site.kind, []).append(site)
+    return kinds
 
 
 def _by_layer(sites: Sequence[Site]) -> dict[str, list[Site]]:

@@ -14,8 +14,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gircse.calibration.sites import Scale
-
 Migrations = tuple[float | None, ...]
 MIGRATIONS: Migrations = (None, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 INT8_MAX = 127.0
@@ -84,19 +82,15 @@ def range_without(channel_maxima: Tensor, channels: tuple[int, ...]) -> float:
     return float(rest.max())
 
 
-def quantize_rows(values: Tensor, *, scale: Scale, threshold: float, digits: int) -> Tensor:
+def quantize_rows(values: Tensor, *, threshold: float, digits: int) -> Tensor:
     """Round activations (..., in) to symmetric int8 and back.
 
     Args:
         values: float32.
-        scale: static, by ``threshold``, or each row's own largest magnitude.
         threshold: largest magnitude that is not clipped; 0 for an input that is always 0.
         digits: 1, or 2 for a second digit that holds the remainder.
     """
-    if scale is Scale.TOKEN:
-        step = values.abs().amax(-1, keepdim=True).clamp(min=_TINY) / INT8_MAX
-    else:
-        step = torch.tensor((threshold or INT8_MAX) / INT8_MAX)
+    step = (threshold or INT8_MAX) / INT8_MAX
     hi = (values / step).round().clamp(-INT8_MAX, INT8_MAX)
     if digits == 1:
         return hi * step
@@ -134,7 +128,7 @@ def split_weight(weight: Tensor, scales: Tensor, float_channels: tuple[int, ...]
 
 
 def product_error(
-    rows: Tensor, weight: Tensor, scales: Tensor, float_channels: tuple[int, ...], *, scale: Scale, threshold: float
+    rows: Tensor, weight: Tensor, scales: Tensor, float_channels: tuple[int, ...], *, threshold: float, digits: int
 ) -> float:
     """Mean over rows of the squared relative error that int8 leaves in rows @ weight^T.
 
@@ -143,13 +137,13 @@ def product_error(
         weight: (out, in) float32.
         scales: (in,) float32, s.
         float_channels: see ``split_float_channels``.
-        scale: of the activations.
-        threshold: of a static scale.
+        threshold: of the activations.
+        digits: of the activations.
     """
     smoothed = rows / scales
     integer_weight, columns = split_weight(weight, scales, float_channels)
     integers, weight_scales = quantize_weight(integer_weight)
-    quantized = quantize_rows(smoothed, scale=scale, threshold=threshold, digits=1)
+    quantized = quantize_rows(smoothed, threshold=threshold, digits=digits)
     product = quantized @ (integers * weight_scales[:, None]).T + smoothed[:, list(float_channels)] @ columns.T
     exact = rows @ weight.T
     norms = exact.square().sum(1)
@@ -158,7 +152,7 @@ def product_error(
 
 
 def search_smoothing(
-    rows: Tensor, weight: Tensor, channel_maxima: Tensor, *, scale: Scale, float_channels: int, migrations: Migrations
+    rows: Tensor, weight: Tensor, channel_maxima: Tensor, *, digits: int, float_channels: int, migrations: Migrations
 ) -> Smoothing:
     """Try migration strengths and keep the one with the smallest error of the quantised product.
 
@@ -166,7 +160,7 @@ def search_smoothing(
         rows: (n, in) float32, sampled inputs.
         weight: (out, in) float32, all projections of the input.
         channel_maxima: (in,) float32, over all calibration texts.
-        scale: of the activations.
+        digits: of the activations.
         float_channels: how many channels stay in float.
         migrations: strengths to try; None is no smoothing. Empty where no scales can be folded.
     """
@@ -180,6 +174,6 @@ def search_smoothing(
         if migrations:
             scales = hide_channels(channel_maxima, scales, channels)
         threshold = range_without(channel_maxima / scales, channels)
-        error = product_error(rows, weight, scales, channels, scale=scale, threshold=threshold)
+        error = product_error(rows, weight, scales, channels, threshold=threshold, digits=digits)
         found.append(Smoothing(migration, scales, channels, error))
     return min(found, key=lambda smoothing: smoothing.error)

@@ -96,8 +96,8 @@ class Fidelity(_Record, frozen=True):
     overlap: float
 
 
-class VariantSensitivity(_Record, frozen=True):
-    """What a variant costs in fidelity, and where.
+class Sensitivity(_Record, frozen=True):
+    """What ``int8`` costs in fidelity, and where.
 
     Attributes:
         kept: inputs whose products stay in float.
@@ -126,7 +126,7 @@ class Calibration(_Record, frozen=True):
         sites: input name to its calibration.
         mixture: how the soft token is made; None for K = 0.
         moments_sha256: SHA-256 of the file of second moments beside this one, see ``moments_file.py``.
-        variants: variant name to its sensitivity.
+        sensitivity: of ``int8``; the inputs that it keeps in float.
         tools: versions of the packages that made the file.
     """
 
@@ -138,7 +138,7 @@ class Calibration(_Record, frozen=True):
     sites: Mapping[str, SiteCalibration]
     mixture: MixtureCalibration | None
     moments_sha256: str
-    variants: Mapping[str, VariantSensitivity]
+    sensitivity: Sensitivity
     tools: Mapping[str, str]
 
     def to_json(self) -> bytes:
@@ -199,9 +199,9 @@ class Calibration(_Record, frozen=True):
         groups["settings"] = (self.max_drop, self.subject.temperature)
         if self.mixture is not None:
             groups["mixture"] = self.mixture.tail
-        for name, variant in self.variants.items():
-            every = (variant.result, *variant.kinds, *variant.layers, *variant.curve)
-            groups[f"variant {name}"] = tuple(x for f in every for x in (f.rank_correlation, f.overlap))
+        found = self.sensitivity
+        every = (found.result, *found.kinds, *found.layers, *found.curve)
+        groups["sensitivity"] = tuple(x for f in every for x in (f.rank_correlation, f.overlap))
         for name, numbers in groups.items():
             if not all(map(math.isfinite, numbers)):
                 raise CheckpointError(f"{where}: {name} holds NaN or infinity | finite numbers | calibrate again")

@@ -233,22 +233,19 @@ class GraphBuilder:
         self._inputs: list[ir.Value] = []
         self._outputs: list[ir.Value] = []
 
-    def op(
-        self, op_type: str, *inputs: ir.Value, domain: str = "", **attributes: int | float | Sequence[int] | ir.Graph
-    ) -> ir.Value:
+    def op(self, op_type: str, *inputs: ir.Value, **attributes: int | float | Sequence[int] | ir.Graph) -> ir.Value:
         """Add a node and return its output."""
-        return self._tape.op(op_type, inputs, attributes, domain=domain)
+        return self._tape.op(op_type, inputs, attributes)
 
     def op_multi(
         self,
         op_type: str,
         *inputs: ir.Value,
         outputs: int,
-        domain: str = "",
         **attributes: int | float | Sequence[int] | ir.Graph,
     ) -> Sequence[ir.Value]:
         """Add a node of several outputs and return them."""
-        return self._tape.op_multi_out(op_type, inputs, attributes, num_outputs=outputs, domain=domain)
+        return self._tape.op_multi_out(op_type, inputs, attributes, num_outputs=outputs)
 
     def input(self, name: str, dtype: ir.DataType, shape: Sequence[int | str]) -> ir.Value:
         """Declare an input of the graph."""

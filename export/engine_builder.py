@@ -105,7 +105,7 @@ def build_engine(options: BuildOptions, *, progress: StageProgress | None = None
     module = import_tensorrt(flavour)
     precision = options.precision or bundle.default_variant(GPU_PRECISIONS)
     bundle.variant(precision)
-    if precision in {Precision.INT8_WEIGHTS, Precision.INT8_DYNAMIC}:
+    if precision == Precision.INT8_WEIGHTS:
         raise ExportError(
             f"--precision {precision}: made for ONNX Runtime, with products that TensorRT does not have | int8, fp16, bf16 "
             "or fp32 | build from one of these"

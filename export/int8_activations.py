@@ -1,18 +1,13 @@
-"""The operators that turn an activation into 8 bits and multiply it: explicit Q/DQ, or a scale for each token.
+"""The operators that turn an activation into 8 bits and multiply it, in standard ONNX: explicit Q/DQ with static scales.
 
-Activations are unsigned integers around 128, for which x86 CPUs have instructions. Static scales, one digit, in standard
-ONNX; TensorRT and ONNX Runtime both make one integer product of it::
+TensorRT and ONNX Runtime both make one integer product of it. Activations are unsigned integers around 128, for which
+x86 CPUs have instructions::
 
     y = DQ(Q(x, t/127)) @ DQ(W, scale per column)
 
 Two digits add 8 bits to the activation by a second row that the same product reads; the weights are read once::
 
     hi = Q(x, t/127),  lo = Q(x - DQ(hi), t/127/254),  [a; b] = DQ([hi; lo], t/127) @ DQ(W),  y = a + b / 254
-
-A scale for each token has no standard operator that ONNX Runtime runs as one product, so it takes
-``com.microsoft.MatMulIntegerToFloat``::
-
-    m = max|x| of the token,  y = MatMulIntegerToFloat(Q(x / m, 1/127), W, scale / 127) m
 """
 
 from collections.abc import Sequence
@@ -21,12 +16,8 @@ from typing import Protocol
 import numpy as np
 import onnx_ir as ir
 
-from gircse.calibration.sites import Quantization, Scale
 from gircse.calibration.smoothing import INT8_MAX, LO_DIGIT
-from gircse.runtime.errors import ExportError
 
-MICROSOFT = "com.microsoft"
-_TINY = 1e-20
 _ZERO_POINT = 128
 
 Attribute = int | float | Sequence[int] | ir.Graph
@@ -35,12 +26,10 @@ Attribute = int | float | Sequence[int] | ir.Graph
 class NodeMaker(Protocol):
     """Adds nodes and constants to a graph."""
 
-    def op(self, op_type: str, *inputs: ir.Value, domain: str = "", **attributes: Attribute) -> ir.Value:
+    def op(self, op_type: str, *inputs: ir.Value, **attributes: Attribute) -> ir.Value:
         """Add a node and return its output."""
 
-    def op_multi(
-        self, op_type: str, *inputs: ir.Value, outputs: int, domain: str = "", **attributes: Attribute
-    ) -> Sequence[ir.Value]:
+    def op_multi(self, op_type: str, *inputs: ir.Value, outputs: int, **attributes: Attribute) -> Sequence[ir.Value]:
         """Add a node of several outputs."""
 
     def constant(self, name: str, value: np.ndarray) -> ir.Value:
@@ -59,7 +48,7 @@ class IntegerOperators:
         x: ir.Value,
         weights: Sequence[tuple[ir.Value, ir.Value]],
         *,
-        quantization: Quantization,
+        digits: int,
         threshold: float,
     ) -> list[ir.Value]:
         """Multiply an activation with integer weights.
@@ -67,26 +56,22 @@ class IntegerOperators:
         Args:
             x: (..., in) float32.
             weights: (in, out) int8 initializers, each with its scales (out,) float32.
-            quantization: of x.
-            threshold: of a static scale; 0 for an input that is always 0.
+            digits: of x, 1 or 2.
+            threshold: magnitude that becomes 127; 0 for an input that is always 0.
 
         Returns:
             (..., out) float32 of each weight.
         """
-        if quantization.scale is Scale.TOKEN:
-            if quantization.digits != 1:
-                raise ExportError(f"{quantization} | one digit with a scale for each token | report this")
-            return self._token_products(x, weights)
         step = (threshold or INT8_MAX) / INT8_MAX
         integers = self._quantized(x, step)
         first = self._dequantized(integers, step)
         wide = [self.op("DequantizeLinear", weight, scale, axis=1) for weight, scale in weights]
-        if quantization.digits == 1:
+        if digits == 1:
             return [self.op("MatMul", first, weight) for weight in wide]
         # The remainder is read as steps of the first digit, because one product has one scale.
         remainder = self._quantized(self.op("Sub", x, first), step / LO_DIGIT)
-        digits = self._dequantized(self.op("Concat", integers, remainder, axis=0), step)
-        return [self._added(self.op("MatMul", digits, weight)) for weight in wide]
+        rows = self._dequantized(self.op("Concat", integers, remainder, axis=0), step)
+        return [self._added(self.op("MatMul", rows, weight)) for weight in wide]
 
     def _added(self, product: ir.Value) -> ir.Value:
         hi, lo = self.op_multi("Split", product, outputs=2, axis=0, num_outputs=2)
@@ -100,22 +85,6 @@ class IntegerOperators:
 
     def _zero_point(self) -> ir.Value:
         return self.constant("uint8_128", np.array(_ZERO_POINT, np.uint8))
-
-    def _token_products(self, x: ir.Value, weights: Sequence[tuple[ir.Value, ir.Value]]) -> list[ir.Value]:
-        axis = self.constant("ints_-1", np.array([-1], np.int64))
-        zero = self._zero_point()
-        unit = self.number(1 / INT8_MAX)
-        largest = self.op("ReduceMax", self.op("Abs", x), axis, keepdims=1)
-        largest = self.op("Max", largest, self.number(_TINY))
-        integers = self.op("QuantizeLinear", self.op("Div", x, largest), unit, zero)
-        return [
-            self.op(
-                "Mul",
-                self.op("MatMulIntegerToFloat", integers, weight, unit, scale, zero, domain=MICROSOFT),
-                largest,
-            )
-            for weight, scale in weights
-        ]
 
     def float_channels(self, x: ir.Value, channels: tuple[int, ...], weight: ir.Value) -> ir.Value:
         """Multiply some channels of x (..., in) with their rows (n, out) in float."""
@@ -137,4 +106,3 @@ class IntegerOperators:
     def number(self, value: float) -> ir.Value:
         """Return a float32 constant."""
         return self.constant(f"float_{float(value)!r}", np.array(value, np.float32))
-

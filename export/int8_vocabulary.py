@@ -15,7 +15,6 @@ import numpy as np
 import onnx_ir as ir
 
 from gircse.calibration.observe import FLAT_MASS
-from gircse.calibration.sites import Quantization
 from gircse.calibration.smoothing import INT8_MAX
 from gircse.calibration.table import MixtureCalibration
 from gircse.export.compose import EMBEDDING_TABLE, LM_HEAD, GraphBuilder
@@ -35,14 +34,14 @@ class IntegerVocabulary:
         shape: (vocab, hidden).
         tied: whether lm_head is the embedding table.
         mixture_calibration: the number of tokens and the tail; None where there are no steps.
-        quantization: of the state that lm_head reads; None leaves it in float, with block-wise weights.
-        threshold: of a static scale.
+        digits: of the state that lm_head reads; None leaves it in float, with block-wise weights.
+        threshold: its magnitude that becomes 127.
     """
 
     shape: Shape
     tied: bool
     mixture_calibration: MixtureCalibration | None
-    quantization: Quantization | None
+    digits: int | None
     threshold: float
 
     @property
@@ -57,7 +56,7 @@ class IntegerVocabulary:
     @property
     def _head(self) -> IntegerProduct | BlockwiseProduct:
         source = EMBEDDING_TABLE if self.tied else LM_HEAD
-        if self.quantization is None:
+        if self.digits is None:
             return BlockwiseProduct("lm_head", source, self.shape, block_size(self.shape[1]))
         return IntegerProduct("lm_head", {source: self.shape})
 
@@ -126,11 +125,9 @@ class IntegerVocabulary:
         operators = IntegerOperators(g)
         if isinstance(head, BlockwiseProduct):
             return operators.blockwise_product(hidden, weight, scale, block=head.block)
-        if self.quantization is None:
-            raise ValueError("an integer product without a quantisation of its input")
-        (logits,) = operators.products(
-            hidden, [(weight, scale)], quantization=self.quantization, threshold=self.threshold
-        )
+        if self.digits is None:
+            raise ValueError("an integer product without digits of its input")
+        (logits,) = operators.products(hidden, [(weight, scale)], digits=self.digits, threshold=self.threshold)
         return logits
 
     def _rows(self, g: GraphBuilder, ids: ir.Value) -> ir.Value:

@@ -1,11 +1,11 @@
-"""Weights that INT8 variants store in place of the checkpoint's: integers with their scales, and folded smoothing.
+"""Weights that INT8 variants store in place of the checkpoint's: integers with their scales, and smoothed norms.
 
 A recipe names the tensors of the checkpoint that it reads and turns them, LoRA merged, into initializers. Tensors
 arrive in blocks of rows, so that the vocabulary is never whole in FP32.
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -40,37 +40,29 @@ class Recipe(Protocol):
 
 @dataclass(frozen=True)
 class Scaled:
-    """One weight divided by calibrated scales: RMSNorm's weight, or what is left in float of a smoothed product.
+    """RMSNorm's weight divided by the smoothing of what reads its output.
 
     Attributes:
-        name: the initializer.
-        source: tensor of the checkpoint.
-        shape: its shape there.
-        divisors: (rows,) float32.
-        transposed: whether it is stored as the transpose.
+        name: the initializer, and the tensor of the checkpoint.
+        smoothing: (hidden,) float32.
     """
 
     name: str
-    source: str
-    shape: Shape
-    divisors: Tensor
-    transposed: bool = False
+    smoothing: Tensor
 
     @property
     def sources(self) -> Mapping[str, Shape]:
         """The one tensor."""
-        return {self.source: self.shape}
+        return {self.name: tuple(self.smoothing.shape)}
 
     @property
     def shapes(self) -> Mapping[str, Shape]:
         """The one initializer."""
-        return {self.name: tuple(reversed(self.shape)) if self.transposed else self.shape}
+        return self.sources
 
     def tensors(self, read: ReadBlocks) -> Mapping[str, Tensor]:
-        """Divide the rows."""
-        weight = torch.cat(list(read(self.source)))
-        scaled = weight / self.divisors.reshape(-1, *[1] * (weight.dim() - 1))
-        return {self.name: scaled.T.contiguous() if self.transposed else scaled}
+        """Divide."""
+        return {self.name: torch.cat(list(read(self.name))) / self.smoothing}
 
 
 @dataclass(frozen=True)
@@ -83,7 +75,6 @@ class IntegerProduct:
         smoothing: (in,) float32, s, which the columns are multiplied with; None for none.
         float_channels: columns that stay in float.
         moments: reads the blocks of H that the rounding sees; None rounds to nearest.
-        row_divisors: by projection, (out,) float32 that its rows are divided by: smoothing of what reads its output.
     """
 
     name: str
@@ -91,7 +82,6 @@ class IntegerProduct:
     smoothing: Tensor | None = None
     float_channels: tuple[int, ...] = ()
     moments: ReadMoments | None = None
-    row_divisors: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def weight_name(self) -> str:
@@ -125,14 +115,8 @@ class IntegerProduct:
         moments = self.moments() if self.moments else None
         parts = []
         for source in self.sources:
-            divisors = self.row_divisors.get(source)
-            start = 0
             for block in read(source) if moments is None else [torch.cat(list(read(source)))]:
-                if divisors is not None:
-                    block = block / divisors[start : start + len(block), None]
-                start += len(block)
-                smoothing = torch.ones(block.shape[1]) if self.smoothing is None else self.smoothing
-                parts.append(round_smoothed(block, smoothing, self.float_channels, moments))
+                parts.append(round_smoothed(block, self.smoothing, self.float_channels, moments))
         made = {
             self.weight_name: torch.cat([part.integers for part in parts]).T.contiguous(),
             self.scale_name: torch.cat([part.steps for part in parts]),
@@ -143,31 +127,27 @@ class IntegerProduct:
 
 
 @dataclass(frozen=True)
-class BlockwiseProduct:
-    """One weight (in, out) as int8 with a scale for every block of inputs of every output.
+class _OneWeight:
+    """One tensor of the checkpoint as int8.
 
     Attributes:
         name: prefix of the initializers ``weight_name`` and ``scale_name``.
         source: tensor of the checkpoint.
-        shape: (out, in).
-        block: inputs that share a scale; divides ``in``.
-        moments: reads the blocks of H that the rounding sees; None rounds to nearest.
+        shape: its shape there, (out, in) or (vocab, hidden).
     """
 
     name: str
     source: str
     shape: Shape
-    block: int
-    moments: ReadMoments | None = None
 
     @property
     def weight_name(self) -> str:
-        """(in, out) int8."""
+        """int8."""
         return f"{self.name}.int8"
 
     @property
     def scale_name(self) -> str:
-        """(in / block, out) float32."""
+        """float32."""
         return f"{self.name}.scale"
 
     @property
@@ -175,9 +155,22 @@ class BlockwiseProduct:
         """The one tensor."""
         return {self.source: self.shape}
 
+
+@dataclass(frozen=True)
+class BlockwiseProduct(_OneWeight):
+    """One weight (in, out) as int8 with a scale for every block of inputs of every output.
+
+    Attributes:
+        block: inputs that share a scale; divides ``in``.
+        moments: reads the blocks of H that the rounding sees; None rounds to nearest.
+    """
+
+    block: int
+    moments: ReadMoments | None = None
+
     @property
     def shapes(self) -> Mapping[str, Shape]:
-        """Weight and scales."""
+        """Weight (in, out) and scales (in / block, out)."""
         outputs, inputs = self.shape
         return {self.weight_name: (inputs, outputs), self.scale_name: (inputs // self.block, outputs)}
 
@@ -197,37 +190,12 @@ class BlockwiseProduct:
 
 
 @dataclass(frozen=True)
-class IntegerRows:
-    """The embedding table as int8 rows that are looked up, each with its scale.
-
-    Attributes:
-        name: prefix of the initializers ``weight_name`` and ``scale_name``.
-        source: tensor of the checkpoint.
-        shape: (vocab, hidden).
-    """
-
-    name: str
-    source: str
-    shape: Shape
-
-    @property
-    def weight_name(self) -> str:
-        """(vocab, hidden) int8."""
-        return f"{self.name}.int8"
-
-    @property
-    def scale_name(self) -> str:
-        """(vocab,) float32."""
-        return f"{self.name}.scale"
-
-    @property
-    def sources(self) -> Mapping[str, Shape]:
-        """The one tensor."""
-        return {self.source: self.shape}
+class IntegerRows(_OneWeight):
+    """The embedding table as int8 rows that are looked up, each with its scale."""
 
     @property
     def shapes(self) -> Mapping[str, Shape]:
-        """Rows and scales."""
+        """Rows (vocab, hidden) and scales (vocab,)."""
         return {self.weight_name: self.shape, self.scale_name: self.shape[:1]}
 
     def tensors(self, read: ReadBlocks) -> Mapping[str, Tensor]:

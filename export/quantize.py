@@ -1,8 +1,8 @@
 """Rewrite a FP32 graph to an INT8 variant, by a calibration.
 
-Every input that the calibration does not keep in float becomes one integer product: the weights of the projections
-that read it lie side by side, and a Split hands the parts on. Smoothing costs nothing at run time: it is folded into
-the weight of the RMSNorm before, or into the rows of up_proj. The channels that stay in float are multiplied beside the
+Every product whose input the calibration does not keep in float becomes an integer one; the weights of queries, keys and
+values lie side by side in one, and a Split hands the parts on. Smoothing costs nothing at run time: it is folded into
+the weight of the RMSNorm before. The channels that stay in float are multiplied beside the
 integer product. ``int8-weights`` stores int8 with a scale for every block of 32 inputs and computes in float.
 """
 
@@ -17,11 +17,11 @@ import torch
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from gircse.calibration.moments_file import MomentsFile
-from gircse.calibration.sites import JOINED, QUANTIZATIONS, VOCABULARY_SITE, Site, SiteKind, decoder_sites
+from gircse.calibration.sites import DIGITS, JOINED, VOCABULARY_SITE, Site, SiteKind, decoder_sites
 from gircse.calibration.table import Calibration, SiteCalibration
 from gircse.export.architecture import DecoderShape
 from gircse.export.compose import FloatVocabulary, Vocabulary
-from gircse.export.int8_activations import MICROSOFT, Attribute, IntegerOperators
+from gircse.export.int8_activations import Attribute, IntegerOperators
 from gircse.export.int8_vocabulary import IntegerVocabulary
 from gircse.export.int8_weights import (
     BlockwiseProduct,
@@ -35,17 +35,13 @@ from gircse.export.simplify import TRANSPOSED_SUFFIX
 from gircse.runtime.bundle import Precision
 from gircse.runtime.errors import ExportError
 
-MICROSOFT_VERSION = 1
-
-UP_PROJ, DOWN_PROJ = "up_proj", "down_proj"
-
 
 @dataclass(frozen=True)
 class Quantized:
     """What was done to a graph.
 
     Attributes:
-        counts: integer products by kind of input, and the smoothing that was folded.
+        counts: inputs of integer products by kind, and the smoothing that was folded.
         recipes: what fills the new initializers.
     """
 
@@ -60,12 +56,11 @@ def int8_vocabulary(
     if VOCABULARY_SITE.name in kept:
         return FloatVocabulary()
     site = calibration.sites.get(VOCABULARY_SITE.name)
-    quantization = QUANTIZATIONS[precision][SiteKind.VOCABULARY] if precision in QUANTIZATIONS else None
     return IntegerVocabulary(
         (shape.vocab_size, shape.hidden_size),
         shape.tied,
         calibration.mixture,
-        quantization,
+        DIGITS[SiteKind.VOCABULARY] if precision is Precision.INT8 else None,
         site.threshold if site else 0.0,
     )
 
@@ -85,8 +80,7 @@ def kept_sites(
         ExportError: an entry of ``keep_float32`` fits no weight.
     """
     sites = decoder_sites(shape.num_layers)
-    variant = calibration.variants.get(precision)
-    kept = set(variant.kept) if variant else set()
+    kept = set(calibration.sensitivity.kept) if precision is Precision.INT8 else set()
     for part in keep_float32:
         found = {site.name for site in sites if any(part in f"{name}.weight" for name in site.projections)}
         if not found:
@@ -125,10 +119,7 @@ def quantize(
     for site in decoder_sites(shape.num_layers):
         if site.kind is not SiteKind.VOCABULARY:
             rewriter.rewrite(site)
-    rewriter.fold_rows()
     RemoveUnusedNodesPass()(model)
-    if any(node.domain == MICROSOFT for node in model.graph):
-        model.graph.opset_imports[MICROSOFT] = MICROSOFT_VERSION
     recipes = [*rewriter.recipes, *(vocabulary.recipes if isinstance(vocabulary, IntegerVocabulary) else ())]
     if isinstance(vocabulary, IntegerVocabulary):
         rewriter.counts[SiteKind.VOCABULARY] += 1
@@ -154,7 +145,6 @@ class _Rewriter:
         self._graph, self._precision, self._calibration, self._kept = graph, precision, calibration, kept
         self._moments = moments
         self._products = _products_by_weight(graph)
-        self._row_divisors: dict[str, torch.Tensor] = {}
         self.counts: Counter[str] = Counter()
         self.recipes: list[Recipe] = []
 
@@ -169,18 +159,6 @@ class _Rewriter:
         else:
             self._make_integer(site, nodes)
         self.counts[site.kind] += 1
-
-    def fold_rows(self) -> None:
-        """Divide what is left in float of the projections whose outputs were smoothed: biases and kept products."""
-        done = {source for recipe in self.recipes for source in recipe.sources}
-        for weight, divisors in self._row_divisors.items():
-            if weight not in done:
-                value = self._graph.initializers[weight + TRANSPOSED_SUFFIX]
-                shape = tuple(reversed(_dims(value)))
-                self.recipes.append(Scaled(str(value.name), weight, shape, divisors, transposed=True))
-            bias = weight.removesuffix("weight") + "bias"
-            if bias in self._graph.initializers:
-                self.recipes.append(Scaled(bias, bias, _dims(self._graph.initializers[bias]), divisors))
 
     def _product(self, projection: str) -> ir.Node:
         name = f"{projection}.weight{TRANSPOSED_SUFFIX}"
@@ -212,18 +190,14 @@ class _Rewriter:
         for group in groups:
             sources = {f"{name}.weight": tuple(reversed(_dims(node.inputs[1]))) for name, node in group.items()}
             name = site.name if len(groups) == 1 else next(iter(group))
-            recipes.append(
-                IntegerProduct(
-                    name, sources, smoothing, calibration.float_channels, self._reader(site), self._row_divisors
-                )
-            )
+            recipes.append(IntegerProduct(name, sources, smoothing, calibration.float_channels, self._reader(site)))
         inserted = _Inserted(self._graph, nodes[0])
         operators = IntegerOperators(inserted)
         weights = [self._initializers(recipe, (recipe.weight_name, recipe.scale_name)) for recipe in recipes]
         products = operators.products(
             _first(nodes[0]),
             [(weight, scale) for weight, scale in weights],
-            quantization=QUANTIZATIONS[self._precision][site.kind],
+            digits=DIGITS[site.kind],
             threshold=calibration.threshold,
         )
         for recipe, product, group in zip(recipes, products, groups, strict=True):
@@ -245,12 +219,7 @@ class _Rewriter:
             node.outputs[0].replace_all_uses_with(part)
 
     def _fold_smoothing(self, site: Site, node: ir.Node, smoothing: torch.Tensor) -> None:
-        """Divide the input by its smoothing where it is made: RMSNorm's weight, or the rows of up_proj."""
-        if site.kind is SiteKind.MLP_OUTPUT:
-            up = site.projections[0].replace(DOWN_PROJ, UP_PROJ)
-            # Recipes read this when the weights are written, after every site has been rewritten.
-            self._row_divisors[f"{up}.weight"] = smoothing
-            return
+        """Divide the input by its smoothing where it is made: RMSNorm's weight."""
         norm = _first(node).producer()
         if norm is None or norm.op_type != "RMSNormalization" or norm.inputs[1] is None:
             raise ExportError(
@@ -258,7 +227,7 @@ class _Rewriter:
                 "report this model: its graph has another form"
             )
         name = str(norm.inputs[1].name)
-        self.recipes.append(Scaled(name, name, _dims(norm.inputs[1]), smoothing))
+        self.recipes.append(Scaled(name, smoothing))
         self.counts["fold_smoothing"] += 1
 
     def _reader(self, site: Site) -> ReadMoments:
@@ -287,13 +256,11 @@ class _Inserted:
     def __init__(self, graph: ir.Graph, before: ir.Node) -> None:
         self._graph, self._before = graph, before
 
-    def op(self, op_type: str, *inputs: ir.Value, domain: str = "", **attributes: Attribute) -> ir.Value:
-        return self.op_multi(op_type, *inputs, outputs=1, domain=domain, **attributes)[0]
+    def op(self, op_type: str, *inputs: ir.Value, **attributes: Attribute) -> ir.Value:
+        return self.op_multi(op_type, *inputs, outputs=1, **attributes)[0]
 
-    def op_multi(
-        self, op_type: str, *inputs: ir.Value, outputs: int, domain: str = "", **attributes: Attribute
-    ) -> Sequence[ir.Value]:
-        node = ir.node(op_type, inputs, attributes, domain=domain, num_outputs=outputs)
+    def op_multi(self, op_type: str, *inputs: ir.Value, outputs: int, **attributes: Attribute) -> Sequence[ir.Value]:
+        node = ir.node(op_type, inputs, attributes, num_outputs=outputs)
         self._graph.insert_before(self._before, node)
         return node.outputs
 

@@ -31,8 +31,8 @@ class Layout(StrEnum):
 class Precision(StrEnum):
     """Type of weights and matrix products; the name of a variant.
 
-    ``int8`` has scales of activations from a calibration, ``int8-dynamic`` takes them from the values at hand, and
-    ``int8-weights`` computes in FP32 on 8-bit weights.
+    ``int8`` multiplies integers, with scales of activations from a calibration; ``int8-weights`` computes in FP32 on
+    8-bit weights.
     """
 
     FP32 = "fp32"
@@ -40,10 +40,9 @@ class Precision(StrEnum):
     BF16 = "bf16"
     INT8 = "int8"
     INT8_WEIGHTS = "int8-weights"
-    INT8_DYNAMIC = "int8-dynamic"
 
 
-INT8_PRECISIONS = (Precision.INT8, Precision.INT8_WEIGHTS, Precision.INT8_DYNAMIC)
+INT8_PRECISIONS = (Precision.INT8, Precision.INT8_WEIGHTS)
 """Their variants have no unrolled graph beside the stepwise one: it would hold K + 1 packed copies of every weight."""
 
 

@@ -31,14 +31,13 @@ DEFAULT_BATCH_TOKENS = 4096
 
 SELF_TEST_MIN_COSINES: Mapping[str, float] = {
     Precision.FP32: 0.9999,
-    Precision.INT8: 0.95,
+    Precision.INT8: 0.97,
     Precision.INT8_WEIGHTS: 0.995,
-    Precision.INT8_DYNAMIC: 0.95,
 }
 SELF_TEST_MIN_COSINE_LOW = 0.999
 """Smallest cosine to the PyTorch reference that passes, and that of every other precision. It finds what is damaged;
 how good INT8 is, ``gircse-parity`` says. Measured worst: FP32 0.9999975 (bare demo, last, K = 8); of the demo int8
-0.978, int8-dynamic 0.985, int8-weights 0.9993."""
+0.987, int8-weights 0.9995."""
 
 
 @dataclass(frozen=True)

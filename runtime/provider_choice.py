@@ -24,17 +24,10 @@ AUTO_ORDER = (Provider.TENSORRT, Provider.TENSORRT_RTX, Provider.CUDA, Provider.
 """Engines first, because they exist only where somebody built them. ONNX Runtime's TensorRT provider builds its own
 engines when it loads, which takes minutes: only on request."""
 
-CPU_PRECISIONS = (Precision.FP32, Precision.FP16, Precision.INT8_DYNAMIC, Precision.INT8, Precision.INT8_WEIGHTS)
-GPU_PRECISIONS = (
-    Precision.FP16,
-    Precision.BF16,
-    Precision.FP32,
-    Precision.INT8,
-    Precision.INT8_WEIGHTS,
-    Precision.INT8_DYNAMIC,
-)
+CPU_PRECISIONS = (Precision.FP32, Precision.FP16, Precision.INT8, Precision.INT8_WEIGHTS)
+GPU_PRECISIONS = (Precision.FP16, Precision.BF16, Precision.FP32, Precision.INT8, Precision.INT8_WEIGHTS)
 """Which variant is taken when none is named. FP16 is the slower one on a CPU, which computes it in FP32. INT8 costs
-accuracy, so it comes last: among its kinds the fastest one of the CPU, and the one that a GPU has kernels for."""
+accuracy, so it comes last, and first of its kinds the one that multiplies integers."""
 
 MODULES = {Flavour.TENSORRT: "tensorrt", Flavour.TENSORRT_RTX: "tensorrt_rtx"}
 

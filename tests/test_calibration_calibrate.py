@@ -57,8 +57,7 @@ def test_the_file_holds_every_input_and_step(small_models: SmallModels, tmp_path
     smoothed = found.sites["model.layers.0.attention_input"]
     assert len(smoothed.smoothing) == 48
     assert len(smoothed.float_channels) == 8
-    assert set(found.variants) == {"int8", "int8-dynamic"}
-    assert {kind.name for kind in found.variants["int8"].kinds} == {*map(str, SiteKind), "soft-token mixing"}
+    assert {kind.name for kind in found.sensitivity.kinds} == {*map(str, SiteKind), "soft-token mixing"}
     assert found.texts.samples == 40
     assert not list(tmp_path.glob("*.partial*"))
 
@@ -73,9 +72,8 @@ def test_thresholds_of_a_method_do_not_exceed_the_range(small_models: SmallModel
 
 def test_a_small_drop_keeps_inputs_in_float(small_models: SmallModels, tmp_path: Path) -> None:
     found = run(small_models, tmp_path, max_drop=1e-4)
-    for variant in found.variants.values():
-        assert variant.kept
-        assert variant.curve[0].name == "everything"
+    assert found.sensitivity.kept
+    assert found.sensitivity.curve[0].name == "everything"
 
 
 def test_interrupted_and_resumed_gives_the_same_bytes(

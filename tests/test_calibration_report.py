@@ -15,10 +15,10 @@ from gircse.calibration.table import (
     Calibration,
     Fidelity,
     MixtureCalibration,
+    Sensitivity,
     SiteCalibration,
     Subject,
     TextsUsed,
-    VariantSensitivity,
 )
 from gircse.runtime.bundle import AdapterSource, ModelSource, Pooling
 from gircse.runtime.errors import CheckpointError, MeasurementError
@@ -37,7 +37,7 @@ CHARTS = ["ranges-by-step", "migration", "error", "sensitivity"]
 
 
 def small_calibration(steps: int = 2) -> Calibration:
-    """Two layers, of which the second has nothing in one input; one variant has to keep inputs and one has not."""
+    """Two layers, of which the second has nothing in one input; two inputs have to be kept."""
     sites = {site.name: _site(site.kind, steps) for site in decoder_sites(2)[: None if steps else -1]}
     sites[KEPT[0]] = _site(SiteKind.MLP_OUTPUT, steps, prompt=800.0)
     sites[ZERO] = SiteCalibration(None, (), (), (0.0,) * (steps + 1), (0.0,) * (steps + 1), 0.0)
@@ -53,10 +53,7 @@ def small_calibration(steps: int = 2) -> Calibration:
         Fidelity("1 kept", 0.99, 0.85),
         Fidelity("2 kept", 0.9965, 0.925),
     )
-    variants = {
-        "int8": VariantSensitivity(KEPT[: 2 if steps else 1], two, (*kinds, mixing), layers, (everything, one, two)),
-        "int8-dynamic": VariantSensitivity((), Fidelity("everything", 0.9985, 0.96), (*kinds, mixing), layers, ()),
-    }
+    curve = (everything, one, two)
     return Calibration(
         schema_version=SCHEMA_VERSION,
         subject=msgspec.structs.replace(SUBJECT, steps=steps),
@@ -66,7 +63,7 @@ def small_calibration(steps: int = 2) -> Calibration:
         sites=sites,
         moments_sha256="5" * 64,
         mixture=MixtureCalibration(128, (0.5, -0.25)) if steps else None,
-        variants=variants,
+        sensitivity=Sensitivity(KEPT[: 2 if steps else 1], two, (*kinds, mixing), layers, curve),
         tools={"torch": "2.11.0", "gircse-deploy": "0.1.0"},
     )
 
@@ -99,10 +96,14 @@ def test_files_are_written(steps: int, tmp_path: Path) -> None:
 
 def test_trade_off_only_where_something_was_kept(tmp_path: Path) -> None:
     calibration = small_calibration()
-    variants = {"int8-dynamic": calibration.variants["int8-dynamic"]}
-    files = write_report(msgspec.structs.replace(calibration, variants=variants), tmp_path)
+    nothing = msgspec.structs.replace(
+        calibration.sensitivity, kept=(), curve=(), result=Fidelity("everything", 0.9985, 0.96)
+    )
+    files = write_report(msgspec.structs.replace(calibration, sensitivity=nothing), tmp_path)
     assert [path.stem for path in files] == ["calibration", *CHARTS]
-    assert "trade-off" not in files[0].read_text(encoding="utf-8")
+    text = files[0].read_text(encoding="utf-8")
+    assert "trade-off" not in text
+    assert "Nothing stays in float: all quantised, it loses 0.0015, and `--max-drop` is 0.005." in text
 
 
 @pytest.mark.filterwarnings("error::UserWarning", "error::RuntimeWarning")
@@ -112,8 +113,8 @@ def test_nothing_but_zeros(tmp_path: Path) -> None:
     sites = dict.fromkeys(calibration.sites, calibration.sites[ZERO])
     exact = Fidelity("everything", 1.0, 1.0)
     layers = tuple(Fidelity(f"model.layers.{layer}", 1.0, 1.0) for layer in range(2))
-    variants = {"int8": VariantSensitivity((), exact, (Fidelity("mlp_input", 1.0, 1.0),), layers, (exact,))}
-    zeros = msgspec.structs.replace(calibration, sites=sites, variants=variants, max_drop=0.0)
+    sensitivity = Sensitivity((), exact, (Fidelity("mlp_input", 1.0, 1.0),), layers, (exact,))
+    zeros = msgspec.structs.replace(calibration, sites=sites, sensitivity=sensitivity, max_drop=0.0)
     assert len(write_report(zeros, tmp_path)) == 6
     assert "prompt / steps" not in markdown(zeros)
 
@@ -134,16 +135,14 @@ def test_same_calibration_same_bytes(tmp_path: Path) -> None:
         "| K | 2, pooling mean, temperature 1 |",
         "| texts | 48 with 1234 tokens, seed 7, SHA-256 `4444444444444444` |",
         "| thresholds | by `entropy` |",
-        "| int8 | 0.9965 | 0.925 | 2 of 9 |",
-        "| int8-dynamic | 0.9985 | 0.960 | 0 of 9 |",
-        "`int8` keeps in float, most sensitive first: `model.layers.0.mlp_output`, `lm_head`. All quantised, it would lose "
+        "| 0.9965 | 0.925 | 2 of 9 |",
+        "These stay in float, most sensitive first: `model.layers.0.mlp_output`, `lm_head`. All quantised, it would lose "
         "0.062, and `--max-drop` is 0.005. So each input was quantised alone, and of those that lost most, the fewest are "
         "kept that meet it: the loss is 0.0035.",
-        "`int8-dynamic` keeps nothing in float: all quantised, it loses 0.0015, and `--max-drop` is 0.005.",
-        "| mlp output | 2 | 800 | 3 | 0.008 | 0.002 | 0.002 |",
-        "| vocabulary | 1 | - | 3 | 0.016 | 0.002 | 0.002 |",
-        "| soft-token mixing | - | - | - | - | 0 | 0 |",
-        "| `model.layers.0` | 0.03 | 0.03 |\n| `lm_head` | 0.00025 | 0.00025 |\n| `model.layers.1` | 0.0001 | 0.0001 |",
+        "| mlp output | 2 | 800 | 3 | 0.008 | 0.002 |",
+        "| vocabulary | 1 | - | 3 | 0.016 | 0.002 |",
+        "| soft-token mixing | - | - | - | - | 0 |",
+        "| `model.layers.0` | 0.03 |\n| `lm_head` | 0.00025 |\n| `model.layers.1` | 0.0001 |",
         "| input | prompt | steps | prompt / steps |\n| --- | --- | --- | --- |\n"
         "| `model.layers.0.mlp_output` | 800 | 3 | 267 |\n| `model.layers.0.attention_input` | 4 | 3 | 1.33 |",
         "The 7 inputs where the two differ most.",
@@ -164,7 +163,7 @@ def test_without_steps_there_is_no_vocabulary_and_no_mixture() -> None:
     text = markdown(calibration)
     assert "vocabulary" not in text
     assert "mixing" not in text
-    assert "| int8 | 0.9965 | 0.925 | 1 of 8 |" in text
+    assert "| 0.9965 | 0.925 | 1 of 8 |" in text
     assert "| mlp output | 2 | 800 | - |" in text
     assert calibration.mixture is None
     assert measured_parts(calibration) == list(SiteKind)[:4]
@@ -183,7 +182,7 @@ def test_order_is_that_of_the_computation() -> None:
 
 
 def test_points_of_a_curve() -> None:
-    assert [kept_count(point) for point in small_calibration().variants["int8"].curve] == [0, 1, 2]
+    assert [kept_count(point) for point in small_calibration().sensitivity.curve] == [0, 1, 2]
     assert rank_loss(Fidelity("x", 1 + 1e-16, 1.0)) == 0
     assert rank_loss(Fidelity("x", 1 - 1e-15, 1.0)) == 0
     assert rank_loss(Fidelity("x", 0.75, 1.0)) == 0.25
@@ -223,10 +222,9 @@ def _with_site(**changes: Any) -> Calibration:
     return msgspec.structs.replace(calibration, sites={**calibration.sites, KEPT[0]: site})
 
 
-def _with_variant(**changes: Any) -> Calibration:
+def _with_sensitivity(**changes: Any) -> Calibration:
     calibration = small_calibration()
-    variant = msgspec.structs.replace(calibration.variants["int8"], **changes)
-    return msgspec.structs.replace(calibration, variants={"int8": variant})
+    return msgspec.structs.replace(calibration, sensitivity=msgspec.structs.replace(calibration.sensitivity, **changes))
 
 
 NAN, INFINITY = float("nan"), float("inf")
@@ -246,10 +244,10 @@ SITE_MESSAGE = (
             msgspec.structs.replace(small_calibration(), mixture=MixtureCalibration(1, (NAN,))),
             r"calibration: mixture holds NaN or infinity",
         ),
-        (_with_variant(result=Fidelity("x", NAN, 1.0)), r"calibration: variant int8 holds NaN or infinity"),
-        (_with_variant(kinds=(Fidelity("x", 1.0, NAN),)), r"calibration: variant int8 holds NaN or infinity"),
-        (_with_variant(layers=(Fidelity("x", NAN, 1.0),)), r"calibration: variant int8 holds NaN or infinity"),
-        (_with_variant(curve=(Fidelity("x", NAN, 1.0),)), r"calibration: variant int8 holds NaN or infinity"),
+        (_with_sensitivity(result=Fidelity("x", NAN, 1.0)), r"calibration: sensitivity holds NaN or infinity"),
+        (_with_sensitivity(kinds=(Fidelity("x", 1.0, NAN),)), r"calibration: sensitivity holds NaN or infinity"),
+        (_with_sensitivity(layers=(Fidelity("x", NAN, 1.0),)), r"calibration: sensitivity holds NaN or infinity"),
+        (_with_sensitivity(curve=(Fidelity("x", NAN, 1.0),)), r"calibration: sensitivity holds NaN or infinity"),
     ],
 )
 def test_numbers_that_are_not_finite_are_not_written(calibration: Calibration, message: str) -> None:

@@ -31,12 +31,12 @@ from gircse.export import int8_vocabulary
 from gircse.export.exporter import export_bundle
 from gircse.export.options import ExportOptions
 from gircse.runtime import CheckpointError, Embedder, ExportError
-from gircse.runtime.bundle import Bundle, Precision
+from gircse.runtime.bundle import Bundle
 from gircse.runtime.numerics import l2_normalize, row_cosine
 from gircse.runtime.ort_session import open_session
 
 STEPS = 5
-INT8 = ("int8", "int8-weights", "int8-dynamic")
+INT8 = ("int8", "int8-weights")
 MODELS = ("llama", "llama-biased-llama3", "qwen2", "qwen3", "mistral-linear")
 
 
@@ -67,33 +67,31 @@ def rounded_weights(model: Any, sites: tuple[Site, ...], path: Path) -> dict[str
     return weights
 
 
-def fake_prompt_state(small_models: SmallModels, name: str, precision: str, sites: tuple[Site, ...]) -> np.ndarray:
+def fake_prompt_state(small_models: SmallModels, name: str, sites: tuple[Site, ...]) -> np.ndarray:
     """Return h_0 of the PyTorch model with some inputs quantised."""
     model = small_models.load(name)
     calibration = Calibration.read(small_models.calibration(name, steps=STEPS))
     ids, mask = map(torch.from_numpy, padded(PROMPTS, left=True, extra=0))
     weights = rounded_weights(model, sites, small_models.calibration(name, steps=STEPS))
-    with quantized_sites(model, sites, calibration.sites, weights, Precision(precision)):
+    with quantized_sites(model, sites, calibration.sites, weights):
         state = next(iter(refine(model, ids, mask, steps=0, temperature=1.0)))
     return l2_normalize(state.hidden.numpy())
 
 
-@pytest.mark.parametrize(
-    ("precision", "kind"), [*(("int8", kind) for kind in list(SiteKind)[:4]), ("int8-dynamic", SiteKind.MLP_OUTPUT)]
-)
+@pytest.mark.parametrize("kind", list(SiteKind)[:4])
 @pytest.mark.parametrize("name", ["llama", "llama-biased-llama3", "qwen3"])
 def test_graph_is_what_the_sensitivity_measured(
-    small_models: SmallModels, tmp_path: Path, name: str, precision: str, kind: SiteKind
+    small_models: SmallModels, tmp_path: Path, name: str, kind: SiteKind
 ) -> None:
     """One kind at a time, in the prompt: these models amplify the one rounding in a thousand that falls the other way."""
     sites = decoder_sites(2)
     original = small_models.calibration(name, steps=STEPS)
     content = json.loads(original.read_text())
-    content["variants"][precision]["kept"] = [site.name for site in sites if site.kind is not kind]
+    content["sensitivity"]["kept"] = [site.name for site in sites if site.kind is not kind]
     calibration = written(content, original, tmp_path)
-    bundle = export(small_models, tmp_path / "bundle", calibration, model=name, precisions=(precision,))
+    bundle = export(small_models, tmp_path / "bundle", calibration, model=name)
     chosen = tuple(site for site in sites if site.kind is kind)
-    ours, fake = run(bundle, precision)[:, 0], fake_prompt_state(small_models, name, precision, chosen)
+    ours, fake = run(bundle, "int8")[:, 0], fake_prompt_state(small_models, name, chosen)
     assert row_cosine(ours, fake).min() > INT8_FAKE_MIN_COSINE
     exact = run(int8_bundle(small_models, name), "fp32")[:, 0]
     assert row_cosine(ours, exact).min() < row_cosine(ours, fake).min(), "nothing was quantised"
@@ -109,15 +107,13 @@ def test_soft_token_is_what_the_sensitivity_measured(
     monkeypatch.setattr(fake_quantization, "FLAT_MASS", flat_mass)
     original = small_models.calibration("llama", steps=STEPS)
     content = json.loads(original.read_text())
-    content["variants"]["int8"]["kept"] = [site.name for site in decoder_sites(2)[:-1]]
+    content["sensitivity"]["kept"] = [site.name for site in decoder_sites(2)[:-1]]
     path = written(content, original, tmp_path)
     ours = run(export(small_models, tmp_path / "bundle", path), "int8")
     model, calibration = small_models.load("llama"), Calibration.read(path)
     ids, mask = map(torch.from_numpy, padded(PROMPTS, left=True, extra=0))
     vocabulary = decoder_sites(2)[-1:]
-    with quantized_sites(
-        model, vocabulary, calibration.sites, rounded_weights(model, vocabulary, original), Precision.INT8
-    ):
+    with quantized_sites(model, vocabulary, calibration.sites, rounded_weights(model, vocabulary, original)):
         mixture = fake_quantization.mixture_of(calibration.mixture)
         *_, state = refine(model, ids, mask, steps=1, temperature=1.0, mixture=mixture)
     assert row_cosine(ours[:, 1], l2_normalize(state.hidden.numpy())).min() > INT8_FAKE_MIN_COSINE
@@ -168,9 +164,9 @@ def test_weights_are_int8_and_stored_once(small_models: SmallModels) -> None:
         assert (bundle / precision / "calibration.json").is_file()
 
 
-def test_q_dq_variant_is_standard_onnx(small_models: SmallModels) -> None:
+def test_variants_are_standard_onnx(small_models: SmallModels) -> None:
     bundle = int8_bundle(small_models, "llama")
-    for precision in ("int8", "int8-weights"):
+    for precision in INT8:
         model = onnx.load(bundle / precision / "stepwise.onnx", load_external_data=False)
         assert {node.domain for node in model.graph.node} == {""}
         onnx.checker.check_model(str(bundle / precision / "stepwise.onnx"))
@@ -225,12 +221,12 @@ def test_kept_inputs_stay_in_float(small_models: SmallModels, tmp_path: Path) ->
     exact = run(int8_bundle(small_models, "llama"), "fp32")
     far = np.abs(run(int8_bundle(small_models, "llama"), "int8") - exact).max()
     for kept in (every[:1], ["model.layers.0.mlp_input"], ["model.layers.0.mlp_output"], ["lm_head"], every[1:]):
-        content["variants"]["int8"]["kept"] = kept
+        content["sensitivity"]["kept"] = kept
         calibration = written(content, original, tmp_path)
         bundle = export(small_models, tmp_path / "kept", calibration, force=True)
         assert set(kept) <= set(Bundle.open(bundle).manifest.variants["int8"].float32)
         assert np.abs(run(bundle, "int8") - exact).max() < max(4 * far, 0.1), kept
-    content["variants"]["int8"]["kept"] = every
+    content["sensitivity"]["kept"] = every
     calibration = written(content, original, tmp_path)
     with pytest.raises(ExportError, match="keeps every input in float"):
         export(small_models, tmp_path / "none", calibration)
@@ -274,9 +270,7 @@ def test_without_steps(small_models: SmallModels) -> None:
 
 def test_parity_sees_the_same_softmax_in_every_variant(small_models: SmallModels) -> None:
     bundle = int8_bundle(small_models, "llama")
-    precisions = ("fp32", "int8", "int8-dynamic")
-    options = ParityOptions(bundle, precisions=precisions, reference=f"{bundle}:int8-weights")
+    options = ParityOptions(bundle, precisions=("fp32", "int8"), reference=f"{bundle}:int8-weights")
     found = [candidate.steps[1].soft_tokens for candidate in measure_parity(options).report.candidates]
-    exact, *others = (soft for soft in found if soft is not None)
-    assert len(others) == 2
-    assert all(soft.entropy == pytest.approx(exact.entropy, rel=0.02) for soft in others)
+    exact, ours = (soft for soft in found if soft is not None)
+    assert ours.entropy == pytest.approx(exact.entropy, rel=0.02)

@@ -51,25 +51,26 @@ GPU_BATCH_MAX_DIFFERENCE = 2e-2
 rounding of FP16 (5e-4) and what five steps of the small models make of it."""
 
 INT8_FAKE_MIN_COSINE = 0.999
-"""h_0 of a graph with one kind of input quantised against the same in PyTorch, small models. Measured worst 0.99998,
+"""h_0 of a graph with one kind of input quantised against the same in PyTorch, small models. Measured worst 0.99996,
 where a value between two integers falls the other way."""
 
-INT8_PROMPT_MIN_COSINE = {"int8": 0.98, "int8-dynamic": 0.99, "int8-weights": 0.998}
-"""h_0 of the INT8 variants against FP32, small models. Measured: 0.9903, 0.9952 and 0.9989."""
+INT8_PROMPT_MIN_COSINE = {"int8": 0.99, "int8-weights": 0.998}
+"""h_0 of the INT8 variants against FP32, small models. Measured: 0.9952 and 0.9986, both qwen3."""
 
-INT8_MIN_COSINE = {"int8": 0.5, "int8-dynamic": 0.5, "int8-weights": 0.5}
-"""The same after every step, which the untrained small models amplify. Measured: 0.716, 0.715 and 0.617, all qwen3."""
+INT8_MIN_COSINE = {"int8": 0.6, "int8-weights": 0.9}
+"""The same after every step, which the untrained small models amplify. Measured: 0.727 (qwen3; the others 0.948) and
+0.939."""
 
-INT8_BATCH_MAX_DIFFERENCE = 1e-4
-"""A text alone against the same text in a batch, INT8 variants. Measured: 2.9e-5, and 6e-7 before soft tokens of a flat
-softmax, which all of these models' are, were summed in 16 bits."""
+INT8_BATCH_MAX_DIFFERENCE = 5e-5
+"""A text alone against the same text in a batch, INT8 variants, small models. Measured: 0 and 8.6e-6 (int8-weights)."""
 
 ENGINE_FORM_MAX_DIFFERENCE = 1e-6
-"""The int8 graph as rewritten for TensorRT, still in FP32, against the bundle's, h_0. Measured: 9e-8."""
+"""The int8 graph as rewritten for TensorRT, still in FP32, against the bundle's, h_0. Measured: 0."""
 ENGINE_FORM_STEPS_MAX_DIFFERENCE = 1e-3
-"""The same after five steps, only the vocabulary in INT8: the bundle sums a flat softmax in 16 bits. Measured: 1.9e-4."""
+"""The same after five steps, only the vocabulary in INT8: the bundle sums a flat softmax in 16 bits. Measured: 1.8e-4."""
 
-ENGINE_FORM_PROMPT_MIN_COSINE = 0.998
-"""The same in FP16, h_0: roundings to FP16 flip roundings to int8. Measured: 0.99919."""
+ENGINE_FORM_PROMPT_MIN_COSINE = 0.999
+"""The same in FP16, h_0: roundings to FP16 flip roundings to int8. Measured: 0.99981."""
 ENGINE_FORM_MIN_COSINE = 0.7
-"""The same after five steps, which amplify the flips in random models. Measured: 0.83; on the demo nothing is lost."""
+"""The same after five steps, which amplify the flips in random models. Measured: 0.77 (qwen3; the others
+0.998); on the demo nothing is lost."""
