@@ -5,8 +5,8 @@ For an input X (tokens, in) of products with weights W (out, in), per channel j:
     s_j = max|X_j|^a / max|W_j|^(1 - a),   X' = X / s,   W' = W * s
 
 so X' W'^T = X W^T, and the outliers of X move into W. The strength a that leaves the smallest error of the quantised
-product on sampled rows wins, "not at all" among them. The channels that are still the largest stay in float: their
-columns of W' are zero in the integer product, and their s_j is chosen so that they do not exceed the others in X'.
+product on sampled rows wins, "not at all" among them. The channels that are still the largest may stay in float: their
+columns of W' are zero in the integer product, where they are clipped.
 """
 
 from dataclasses import dataclass
@@ -19,6 +19,9 @@ MIGRATIONS: Migrations = (None, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 INT8_MAX = 127.0
 LO_DIGIT = 254.0
 """Steps of the second digit in one of the first: a remainder of at most a half becomes at most 127."""
+WORTHWHILE = 0.1
+"""Share of the product's squared error that float channels have to save."""
+
 _TINY = 1e-20
 
 
@@ -59,20 +62,6 @@ def largest_channels(channel_maxima: Tensor, count: int) -> tuple[int, ...]:
     if count >= len(channel_maxima):
         return ()
     return tuple(sorted(channel_maxima.topk(count).indices.tolist()))
-
-
-def hide_channels(channel_maxima: Tensor, scales: Tensor, channels: tuple[int, ...]) -> Tensor:
-    """Give the channels that stay in float scales with which they do not exceed the others in X'.
-
-    Returns:
-        Scales (in,) float32.
-    """
-    limit = range_without(channel_maxima / scales, channels)
-    if not channels or limit == 0:
-        return scales
-    scales = scales.clone()
-    scales[list(channels)] = (channel_maxima[list(channels)] / limit).clamp(min=_TINY)
-    return scales
 
 
 def range_without(channel_maxima: Tensor, channels: tuple[int, ...]) -> float:
@@ -156,24 +145,34 @@ def search_smoothing(
 ) -> Smoothing:
     """Try migration strengths and keep the one with the smallest error of the quantised product.
 
+    Channels stay in float only where that makes the error smaller by ``WORTHWHILE``, because the narrow products beside
+    the integer one cost time.
+
     Args:
         rows: (n, in) float32, sampled inputs.
         weight: (out, in) float32, all projections of the input.
         channel_maxima: (in,) float32, over all calibration texts.
         digits: of the activations.
-        float_channels: how many channels stay in float.
+        float_channels: how many channels may stay in float.
         migrations: strengths to try; None is no smoothing. Empty where no scales can be folded.
     """
-    found = []
-    weight_maxima = weight.abs().amax(0)
-    for migration in migrations or (None,):
-        scales = torch.ones_like(channel_maxima)
-        if migration is not None:
-            scales = smoothing_scales(channel_maxima, weight_maxima, migration)
-        channels = largest_channels(channel_maxima / scales, float_channels)
-        if migrations:
-            scales = hide_channels(channel_maxima, scales, channels)
-        threshold = range_without(channel_maxima / scales, channels)
-        error = product_error(rows, weight, scales, channels, threshold=threshold, digits=digits)
-        found.append(Smoothing(migration, scales, channels, error))
-    return min(found, key=lambda smoothing: smoothing.error)
+
+    def best(count: int) -> Smoothing:
+        tried = (_smooth(rows, weight, channel_maxima, digits, count, migration) for migration in migrations or (None,))
+        return min(tried, key=lambda smoothing: smoothing.error)
+
+    without = best(0)
+    beside = best(float_channels) if float_channels else without
+    return beside if beside.error < (1 - WORTHWHILE) * without.error else without
+
+
+def _smooth(
+    rows: Tensor, weight: Tensor, channel_maxima: Tensor, digits: int, float_channels: int, migration: float | None
+) -> Smoothing:
+    scales = torch.ones_like(channel_maxima)
+    if migration is not None:
+        scales = smoothing_scales(channel_maxima, weight.abs().amax(0), migration)
+    channels = largest_channels(channel_maxima / scales, float_channels)
+    threshold = range_without(channel_maxima / scales, channels)
+    error = product_error(rows, weight, scales, channels, threshold=threshold, digits=digits)
+    return Smoothing(migration, scales, channels, error)

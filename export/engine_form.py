@@ -58,12 +58,15 @@ def _use_dequantized_table(graph: ir.Graph) -> tuple[int, int]:
     wide = ir.node("DequantizeLinear", [table, scale], {"axis": 0})
     graph.insert_before(graph[0], wide)
     _share_table(graph, wide, table, scale)
+    count = 0
     for lookup in lookups:
-        # Gather, DequantizeLinear, Mul by the rows' scales
+        # Gather, DequantizeLinear, Mul by the rows' scales; those of the likeliest tokens go with the branch.
         scaled = _only_user(_only_user(lookup.outputs[0]).outputs[0])
-        rows = ir.node("Gather", [wide.outputs[0], lookup.inputs[1]])
-        graph.insert_before(scaled, rows)
-        scaled.outputs[0].replace_all_uses_with(rows.outputs[0])
+        if scaled.op_type == "Mul":
+            rows = ir.node("Gather", [wide.outputs[0], lookup.inputs[1]])
+            graph.insert_before(scaled, rows)
+            scaled.outputs[0].replace_all_uses_with(rows.outputs[0])
+            count += 1
     for branch in branches:
         logits = next(value for value in _values(graph) if str(value.name).endswith("/" + io_spec.LOGITS))
         columns = ir.node("Transpose", [logits], {"perm": [1, 0]})
@@ -73,7 +76,7 @@ def _use_dequantized_table(graph: ir.Graph) -> tuple[int, int]:
         graph.insert_before(branch, (columns, probabilities, mixed, rows))
         branch.outputs[0].replace_all_uses_with(rows.outputs[0])
         _release_inputs(branch)
-    return len(lookups), len(branches)
+    return count, len(branches)
 
 
 def _share_table(graph: ir.Graph, wide: ir.Node, table: ir.Value, scale: ir.Value) -> None:

@@ -92,11 +92,9 @@ class IntegerOperators:
         chosen = self.op("Gather", x, self.constant(name, np.array(channels, np.int64)), axis=-1)
         return self.op("MatMul", chosen, weight)
 
-    def rows(self, table: ir.Value, scale: ir.Value, ids: ir.Value) -> ir.Value:
-        """Look up rows of an int8 table (vocab, hidden) with one scale each: ids (...) -> (..., hidden) float32."""
-        integers = self.op("DequantizeLinear", self.op("Gather", table, ids), self.number(1.0))
-        axis = self.constant("ints_-1", np.array([-1], np.int64))
-        return self.op("Mul", integers, self.op("Unsqueeze", self.op("Gather", scale, ids), axis))
+    def integer_rows(self, table: ir.Value, ids: ir.Value) -> ir.Value:
+        """Look up rows of an int8 table (vocab, hidden) without their scales: ids (...) -> (..., hidden) float32."""
+        return self.op("DequantizeLinear", self.op("Gather", table, ids), self.number(1.0))
 
     def blockwise_product(self, x: ir.Value, weight: ir.Value, scale: ir.Value, *, block: int) -> ir.Value:
         """Multiply x (..., in) float32 with an int8 weight (in, out) and its scales (in / block, out)."""

@@ -62,7 +62,9 @@ class IntegerVocabulary:
 
     def embed(self, g: GraphBuilder, input_ids: ir.Value) -> ir.Value:
         """(batch, tokens) int64 -> rows of E (batch, tokens, hidden) float32."""
-        return self._rows(g, input_ids)
+        table, scale = self._table_values(g)
+        scales = g.op("Unsqueeze", g.op("Gather", scale, input_ids), g.indices([-1]))
+        return g.op("Mul", IntegerOperators(g).integer_rows(table, input_ids), scales)
 
     def mixture(self, g: GraphBuilder, prefix: str, hidden: ir.Value) -> ir.Value:
         """(rows, hidden) -> the soft token (rows, hidden) float32; ``prefix`` names the step."""
@@ -74,8 +76,10 @@ class IntegerVocabulary:
         probabilities = g.op("Softmax", logits, axis=-1)  # (rows, vocab)
         tokens = g.indices([self.mixture_calibration.tokens])
         likeliest, ids = g.op_multi("TopK", probabilities, tokens, outputs=2, sorted=0)  # (rows, n)
-        weights = g.op("Unsqueeze", likeliest, g.indices([1]))
-        mixed = g.op("Squeeze", g.op("MatMul", weights, self._rows(g, ids)), g.indices([1]))
+        table, scale = self._table_values(g)
+        rows = IntegerOperators(g).integer_rows(table, ids)  # not scaled: the weights are smaller
+        weights = g.op("Unsqueeze", g.op("Mul", likeliest, g.op("Gather", scale, ids)), g.indices([1]))
+        mixed = g.op("Squeeze", g.op("MatMul", weights, rows), g.indices([1]))
         left = g.op("Sub", g.number(1.0), g.op("ReduceSum", likeliest, axis, keepdims=1))
         tail = g.constant("mixture_tail", np.array(self.mixture_calibration.tail, np.float32))
         near = g.op("Add", mixed, g.op("Mul", left, tail))
@@ -129,9 +133,6 @@ class IntegerVocabulary:
             raise ValueError("an integer product without digits of its input")
         (logits,) = operators.products(hidden, [(weight, scale)], digits=self.digits, threshold=self.threshold)
         return logits
-
-    def _rows(self, g: GraphBuilder, ids: ir.Value) -> ir.Value:
-        return IntegerOperators(g).rows(*self._table_values(g), ids)
 
     def _table_values(self, g: GraphBuilder) -> tuple[ir.Value, ir.Value]:
         weight = g.initializer(self._table.weight_name, ir.DataType.INT8, self.shape)
