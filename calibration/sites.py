@@ -1,7 +1,6 @@
 """Where a decoder quantises: every input of matrix products that INT8 variants turn into integers, and how.
 
-A layer has four such inputs, each read by one to three projections; the projections of one input are one integer
-product. The vocabulary projection, which reads the state of one position, is the fifth kind.
+A layer has four such inputs, each read by one to three projections, which share its integers. The vocabulary projection, which reads the state of one position, is the fifth kind.
 """
 
 from collections.abc import Mapping
@@ -52,7 +51,7 @@ FLOAT_CHANNELS: Mapping[SiteKind, int] = {
     SiteKind.MLP_OUTPUT: 8,
     SiteKind.VOCABULARY: 0,
 }
-"""Channels of each input that stay in float: those with the largest values. Two narrow products beside the integer one
+"""Channels of each input that may stay in float: those with the largest values. Two narrow products beside the integer one
 (T. Dettmers et al., LLM.int8(), arXiv 2208.07339, with channels fixed by calibration). The MLP's input has none,
 because its product is the widest and the extra sum costs most there; attention's output has a second digit instead."""
 
@@ -63,8 +62,8 @@ _PROJECTIONS = {
     SiteKind.MLP_OUTPUT: ("mlp.down_proj",),
 }
 
-SMOOTHED = frozenset({SiteKind.ATTENTION_INPUT, SiteKind.MLP_INPUT})
-"""Kinds that are smoothed: those of one digit, whose scales fold into the weight of RMSNorm. With two digits the
+SMOOTHED = frozenset(kind for kind, digits in DIGITS.items() if digits == 1)
+"""Kinds that are smoothed; their scales fold into the weight of RMSNorm. With two digits the
 activation is no longer what errs, and smoothing only moves outliers into the weight (demo: 0.964 overlap without, 0.950
 with)."""
 

@@ -2,8 +2,8 @@
 
 Every product whose input the calibration does not keep in float becomes an integer one; the weights of queries, keys and
 values lie side by side in one, and a Split hands the parts on. Smoothing costs nothing at run time: it is folded into
-the weight of the RMSNorm before. The channels that stay in float are multiplied beside the
-integer product. ``int8-weights`` stores int8 with a scale for every block of 32 inputs and computes in float.
+the weight of the RMSNorm before. The channels that stay in float are multiplied beside the integer product.
+``int8-weights`` stores int8 with a scale for every block of 32 inputs and computes in float.
 """
 
 import functools
