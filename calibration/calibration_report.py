@@ -172,7 +172,7 @@ def _ratios(calibration: Calibration) -> list[str]:
         parts += [
             markdown_table(("input", "prompt", "steps", "prompt / steps"), rows),
             f"The {len(rows)} inputs where the two differ most. A static scale covers the larger one, so a ratio of 10 "
-            "leaves the steps 13 of the 127 levels.",
+            "leaves the steps 13 of the 127 levels of a digit.",
         ]
     return [*parts, _chart("ranges-by-step")]
 
