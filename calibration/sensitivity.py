@@ -98,8 +98,8 @@ def measure_sensitivity(study: SensitivityStudy, *, max_drop: float, progress: S
                 advance(1)
         return found
 
-    kinds = alone("quantise each kind of input", _by_kind(study.sites))
-    layers = alone("quantise each layer", _by_layer(study.sites))
+    kinds = alone("quantise each kind of input", _grouped(study.sites, lambda site: site.kind))
+    layers = alone("quantise each layer", _grouped(study.sites, _layer))
     with progress.stage("quantise everything"):
         if study.mixture is not None:
             kinds.append(fidelity(MIXING, [], approximately))
@@ -108,11 +108,9 @@ def measure_sensitivity(study: SensitivityStudy, *, max_drop: float, progress: S
     if loss <= max_drop:
         return Sensitivity((), everything, tuple(kinds), tuple(layers), ())
     progress.note(f"  everything quantised loses {loss:.2g} of rank correlation, --max-drop is {max_drop:g}")
-    losses = {
-        point.name: 1 - point.rank_correlation
-        for point in alone("quantise each input", {site.name: [site] for site in study.sites})
-    }
-    ranked = sorted(study.sites, key=lambda site: losses[site.name], reverse=True)
+    inputs = alone("quantise each input", _grouped(study.sites, lambda site: site.name))
+    correlations = {point.name: point.rank_correlation for point in inputs}
+    ranked = sorted(study.sites, key=lambda site: correlations[site.name])
     with progress.stage("search the fewest inputs to keep in float"):
         count, curve = fewest_kept(
             lambda count: fidelity(f"{count} kept", ranked[count:], approximately),
@@ -152,15 +150,12 @@ def fewest_kept(
     return high, tuple(measured[count] for count in sorted(measured))
 
 
-def _by_kind(sites: Sequence[Site]) -> dict[str, list[Site]]:
-    kinds: dict[str, list[Site]] = {}
+def _grouped(sites: Sequence[Site], key: Callable[[Site], str]) -> dict[str, list[Site]]:
+    groups: dict[str, list[Site]] = {}
     for site in sites:
-        kinds.setdefault(site.kind, []).append(site)
-    return kinds
+        groups.setdefault(key(site), []).append(site)
+    return groups
 
 
-def _by_layer(sites: Sequence[Site]) -> dict[str, list[Site]]:
-    layers: dict[str, list[Site]] = {}
-    for site in sites:
-        layers.setdefault(site.name.rpartition(".")[0] or site.name, []).append(site)
-    return layers
+def _layer(site: Site) -> str:
+    return site.name.rpartition(".")[0] or site.name

@@ -1,6 +1,7 @@
 """Where a decoder quantises: every input of matrix products that INT8 variants turn into integers, and how.
 
-A layer has four such inputs, each read by one to three projections, which share its integers. The vocabulary projection, which reads the state of one position, is the fifth kind.
+A layer has four such inputs, each read by one to three projections, which share its integers. The vocabulary projection,
+which reads the state of one position, is the fifth kind.
 """
 
 from collections.abc import Mapping
@@ -63,9 +64,8 @@ _PROJECTIONS = {
 }
 
 SMOOTHED = frozenset(kind for kind, digits in DIGITS.items() if digits == 1)
-"""Kinds that are smoothed; their scales fold into the weight of RMSNorm. With two digits the
-activation is no longer what errs, and smoothing only moves outliers into the weight (demo: 0.964 overlap without, 0.950
-with)."""
+"""Kinds that are smoothed; their scales fold into the weight of RMSNorm. With two digits the activation is no longer what
+errs, and smoothing only moves outliers into the weight (demo: 0.964 overlap without, 0.950 with)."""
 
 JOINED = frozenset({SiteKind.ATTENTION_INPUT})
 """Kinds whose projections lie side by side in one integer product: those of queries, keys and values are so narrow that a

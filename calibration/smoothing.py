@@ -125,7 +125,7 @@ def product_error(
         rows: (n, in) float32.
         weight: (out, in) float32.
         scales: (in,) float32, s.
-        float_channels: see ``split_float_channels``.
+        float_channels: see ``split_weight``.
         threshold: of the activations.
         digits: of the activations.
     """
@@ -156,23 +156,20 @@ def search_smoothing(
         float_channels: how many channels may stay in float.
         migrations: strengths to try; None is no smoothing. Empty where no scales can be folded.
     """
+    weight_maxima = weight.abs().amax(0)
 
     def best(count: int) -> Smoothing:
-        tried = (_smooth(rows, weight, channel_maxima, digits, count, migration) for migration in migrations or (None,))
-        return min(tried, key=lambda smoothing: smoothing.error)
+        found = []
+        for migration in migrations or (None,):
+            scales = torch.ones_like(channel_maxima)
+            if migration is not None:
+                scales = smoothing_scales(channel_maxima, weight_maxima, migration)
+            channels = largest_channels(channel_maxima / scales, count)
+            threshold = range_without(channel_maxima / scales, channels)
+            error = product_error(rows, weight, scales, channels, threshold=threshold, digits=digits)
+            found.append(Smoothing(migration, scales, channels, error))
+        return min(found, key=lambda smoothing: smoothing.error)
 
     without = best(0)
     beside = best(float_channels) if float_channels else without
     return beside if beside.error < (1 - WORTHWHILE) * without.error else without
-
-
-def _smooth(
-    rows: Tensor, weight: Tensor, channel_maxima: Tensor, digits: int, float_channels: int, migration: float | None
-) -> Smoothing:
-    scales = torch.ones_like(channel_maxima)
-    if migration is not None:
-        scales = smoothing_scales(channel_maxima, weight.abs().amax(0), migration)
-    channels = largest_channels(channel_maxima / scales, float_channels)
-    threshold = range_without(channel_maxima / scales, channels)
-    error = product_error(rows, weight, scales, channels, threshold=threshold, digits=digits)
-    return Smoothing(migration, scales, channels, error)

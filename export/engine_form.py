@@ -114,6 +114,8 @@ def _center_activations(graph: ir.Graph) -> int:
 def _separate_scales(graph: ir.Graph) -> int:
     """Give QuantizeLinear a scale of its own, FP32, and round both to FP16 so that they stay the same number.
 
+    The scale of a second digit, which no operand shares, stays as it is.
+
     Returns:
         How many operands of products have a scale in FP16 now.
     """

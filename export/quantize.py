@@ -173,7 +173,7 @@ class _Rewriter:
         source = f"{projection}.weight"
         shape = tuple(reversed(_dims(node.inputs[1])))
         recipe = BlockwiseProduct(projection, source, shape, block_size(shape[1]), self._reader(site))
-        weight, scale = self._initializers(recipe, (recipe.weight_name, recipe.scale_name))
+        weight, scale = (self._initializer(recipe, name) for name in (recipe.weight_name, recipe.scale_name))
         nodes = _Inserted(self._graph, node)
         product = IntegerOperators(nodes).blockwise_product(_first(node), weight, scale, block=recipe.block)
         node.outputs[0].replace_all_uses_with(product)
@@ -193,16 +193,15 @@ class _Rewriter:
             recipes.append(IntegerProduct(name, sources, smoothing, calibration.float_channels, self._reader(site)))
         inserted = _Inserted(self._graph, nodes[0])
         operators = IntegerOperators(inserted)
-        weights = [self._initializers(recipe, (recipe.weight_name, recipe.scale_name)) for recipe in recipes]
         products = operators.products(
             _first(nodes[0]),
-            [(weight, scale) for weight, scale in weights],
+            [(self._initializer(r, r.weight_name), self._initializer(r, r.scale_name)) for r in recipes],
             digits=DIGITS[site.kind],
             threshold=calibration.threshold,
         )
         for recipe, product, group in zip(recipes, products, groups, strict=True):
             if calibration.float_channels:
-                (floats,) = self._initializers(recipe, (recipe.float_name,))
+                floats = self._initializer(recipe, recipe.float_name)
                 beside = operators.float_channels(_first(nodes[0]), calibration.float_channels, floats)
                 product = inserted.op("Add", product, beside)
             self._hand_on(inserted, product, list(group.values()))
@@ -240,14 +239,11 @@ class _Rewriter:
             )
         return self._calibration.sites[site.name]
 
-    def _initializers(self, recipe: Recipe, names: Sequence[str]) -> list[ir.Value]:
-        values = []
-        for name in names:
-            dtype = ir.DataType.INT8 if name.endswith(".int8") else ir.DataType.FLOAT
-            value = ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(recipe.shapes[name]))
-            self._graph.initializers.add(value)
-            values.append(value)
-        return values
+    def _initializer(self, recipe: Recipe, name: str) -> ir.Value:
+        dtype = ir.DataType.INT8 if name.endswith(".int8") else ir.DataType.FLOAT
+        value = ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(recipe.shapes[name]))
+        self._graph.initializers.add(value)
+        return value
 
 
 class _Inserted:
