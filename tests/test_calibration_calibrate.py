@@ -1,12 +1,14 @@
 """``gircse-calibrate`` from end to end on a small model: what it refuses, and that an interruption leaves no trace."""
 
 import errno
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import CALIBRATION_TEXTS, SmallModels
@@ -16,7 +18,9 @@ from gircse.calibration import partial
 from gircse.calibration.calibrate import CalibrationOptions, calibrate
 from gircse.calibration.calibrate_command import main
 from gircse.calibration.observe import Observer
-from gircse.calibration.sites import SiteKind
+from gircse.calibration.progress import StageProgress
+from gircse.calibration.sensitivity import measure_sensitivity
+from gircse.calibration.sites import Site, SiteKind, decoder_sites
 from gircse.calibration.table import Calibration
 from gircse.calibration.thresholds import Method
 from gircse.runtime.errors import CheckpointError, GircseError
@@ -202,3 +206,28 @@ def test_command_line_refuses_a_smoothing_of_letters(capsys: pytest.CaptureFixtu
     with pytest.raises(SystemExit, match="2"):
         main(["--steps", "2", "--texts", "x", "--smooth", "abc"])
     assert "abc | 0 to 1, or auto | choose another value" in capsys.readouterr().err
+
+
+@dataclass(frozen=True)
+class OneBadInput:
+    """A study in which quantising one input destroys the vectors and quantising the others changes nothing."""
+
+    bad: Site
+    sites: tuple[Site, ...] = decoder_sites(2)
+    mixture: None = None
+
+    def embed(self) -> np.ndarray:
+        return np.random.default_rng(0).normal(size=(12, 8)).astype(np.float32)
+
+    def embed_quantized(self, sites: Collection[Site], *, mixture: Any) -> np.ndarray:
+        seed = 1 if self.bad in sites else 0
+        return np.random.default_rng(seed).normal(size=(12, 8)).astype(np.float32)
+
+
+@pytest.mark.parametrize("index", [0, 5, 8])
+def test_the_most_sensitive_input_is_kept_and_no_other(index: int) -> None:
+    study: Any = OneBadInput(decoder_sites(2)[index])
+    found = measure_sensitivity(study, max_drop=0.01, progress=StageProgress())
+    assert found.kept == (study.bad.name,)
+    assert found.result.rank_correlation == pytest.approx(1)
+    assert found.curve[0].rank_correlation < 0.9

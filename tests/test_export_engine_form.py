@@ -113,7 +113,7 @@ def test_types(small_models: SmallModels) -> None:
     graph = rewritten(int8_bundle(small_models, "llama")).graph
     for node in graph:
         if node.op_type == "QuantizeLinear":
-            assert [value.dtype for value in node.inputs[:2]] == [ir.DataType.FLOAT] * 2
+            assert [value.dtype for value in node.inputs] == [ir.DataType.FLOAT, ir.DataType.FLOAT, ir.DataType.INT8]
         if node.op_type in {"MatMul", "Attention", "RotaryEmbedding", "Gemm"}:
             assert {value.dtype for value in node.inputs if value is not None and value.dtype} <= {
                 ir.DataType.FLOAT16,
