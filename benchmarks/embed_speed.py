@@ -24,12 +24,12 @@ import numpy as np
 import onnxruntime
 import torch
 
-from gircse.calibration.checkpoint import resolve_checkpoint
-from gircse.calibration.reference import load_reference, step_states
+from gircse.checkpoint.reference import load_reference, step_states
+from gircse.checkpoint.source import resolve_checkpoint
 from gircse.runtime import Embedder
 from gircse.runtime.numerics import l2_normalize, prefix_means
-from gircse.runtime.text_lines import read_texts
-from gircse.runtime.token_batch import pad_batch
+from gircse.runtime.text_files import read_texts
+from gircse.runtime.tokenization import pad_batch
 
 BATCH_SIZES = (8, 16, 32)
 

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, Qwen2Config
 
-from gircse.calibration.demo import demo_checkpoint
+from gircse.checkpoint.demo import demo_checkpoint
 
 GIB = 2**30
 

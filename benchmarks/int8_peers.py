@@ -32,13 +32,13 @@ import numpy as np
 import onnx
 import torch
 
-from gircse.calibration.reference import load_reference, refine, step_states
-from gircse.calibration.similarity import neighbour_overlap, pairwise_rank_correlation
-from gircse.evaluation.prompts import Prompt, read_prompts, tokenize_prompts
-from gircse.evaluation.sides import source_checkpoint
-from gircse.evaluation.task_files import STS_INSTRUCTION, read_sts
-from gircse.evaluation.tasks import StsTask
-from gircse.runtime import Embedder, io_spec
+from gircse.checkpoint.reference import load_reference, refine, step_states
+from gircse.evaluation.parity.backends import source_checkpoint
+from gircse.evaluation.tasks.files import STS_INSTRUCTION, read_sts
+from gircse.evaluation.tasks.prompts import Prompt, read_prompts, tokenize_prompts
+from gircse.evaluation.tasks.scoring import StsTask
+from gircse.reporting.similarity import neighbour_overlap, pairwise_rank_correlation
+from gircse.runtime import Embedder, tensor_names
 from gircse.runtime.bundle import INT8_PRECISIONS, Bundle, GraphFacts, Layout
 from gircse.runtime.numerics import Float32, row_cosine
 from gircse.runtime.ort_session import Session, StepOutputs, StepwiseSession, load_graph, open_session, step_outputs
@@ -236,7 +236,7 @@ def static_ways(setup: Setup) -> Iterator[Way]:
 
     operators = sorted({*QLinearOpsRegistry, *QDQRegistry})
     products = onnx.load(setup.graph, load_external_data=False).graph.node
-    vocabulary = [node.name for node in products if not node.name.startswith(io_spec.DECODER_PREFIX)]
+    vocabulary = [node.name for node in products if not node.name.startswith(tensor_names.DECODER_PREFIX)]
     down = [node.name for node in products if any(".down_proj." in name for name in node.input)]
     yield "default operators", way(operators)
     yield "default but Gather", way([name for name in operators if name != "Gather"])
@@ -314,19 +314,29 @@ class StepwiseFeeds:
         return next(self._feeds)
 
     def _all_feeds(self) -> Iterator[Feed]:
-        past, present = (io_spec.cache_names(prefix, self._facts.num_layers) for prefix in ("past", "present"))
+        past, present = (tensor_names.cache_names(prefix, self._facts.num_layers) for prefix in ("past", "present"))
         nothing = np.empty((1, 0, self._facts.hidden_size), np.float32)
         no_past = dict.fromkeys(past, np.empty((1, 0, self._facts.kv_size), np.float32))
         for ids in self._token_ids:
             prompt, mask = np.array([ids]), np.ones((1, len(ids)), np.int64)
-            feed = {io_spec.INPUT_IDS: prompt, io_spec.HIDDEN: nothing, io_spec.ATTENTION_MASK: mask, **no_past}
-            (hidden,) = self._graph.run([io_spec.NEXT_HIDDEN], feed)
+            feed = {
+                tensor_names.INPUT_IDS: prompt,
+                tensor_names.HIDDEN: nothing,
+                tensor_names.ATTENTION_MASK: mask,
+                **no_past,
+            }
+            (hidden,) = self._graph.run([tensor_names.NEXT_HIDDEN], feed)
             cache = no_past
             for _ in range(self._facts.steps):
                 mask = np.pad(mask, ((0, 0), (0, 1)), constant_values=1)
-                feed = {io_spec.INPUT_IDS: prompt, io_spec.HIDDEN: hidden, io_spec.ATTENTION_MASK: mask, **cache}
+                feed = {
+                    tensor_names.INPUT_IDS: prompt,
+                    tensor_names.HIDDEN: hidden,
+                    tensor_names.ATTENTION_MASK: mask,
+                    **cache,
+                }
                 yield feed
-                hidden, *values = self._graph.run([io_spec.NEXT_HIDDEN, *present], feed)
+                hidden, *values = self._graph.run([tensor_names.NEXT_HIDDEN, *present], feed)
                 prompt, cache = prompt[:, :0], dict(zip(past, values, strict=True))
 
 

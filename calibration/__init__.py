@@ -1,1 +1,1 @@
-"""The PyTorch side: finds a checkpoint and computes the reference vectors."""
+"""Measure a model for INT8: ranges, smoothing, second moments, sensitivity."""

@@ -19,26 +19,7 @@ import torch
 from safetensors import safe_open
 from tokenizers import Tokenizer
 
-from gircse.calibration.checkpoint import Checkpoint, pad_token_id, resolve_checkpoint
-from gircse.calibration.fake_quantization import round_weights
-from gircse.calibration.histogram import MagnitudeHistogram
-from gircse.calibration.moments_file import moments_content, moments_path
-from gircse.calibration.observe import MIXTURE_TOKENS, Observer, run_batch, watched
-from gircse.calibration.partial import Partial
-from gircse.calibration.progress import StageProgress
-from gircse.calibration.reference import load_reference
-from gircse.calibration.rounding import RoundedWeight
-from gircse.calibration.sensitivity import SensitivityStudy, measure_sensitivity
-from gircse.calibration.sites import (
-    DIGITS,
-    FLOAT_CHANNELS,
-    SMOOTHED,
-    Site,
-    SiteKind,
-    decoder_sites,
-)
-from gircse.calibration.smoothing import MIGRATIONS, Migrations, Smoothing, range_without, search_smoothing
-from gircse.calibration.table import (
+from gircse.calibration.calibration_file import (
     SCHEMA_VERSION,
     Calibration,
     MixtureCalibration,
@@ -46,12 +27,31 @@ from gircse.calibration.table import (
     Subject,
     TextsUsed,
 )
-from gircse.calibration.thresholds import Method, threshold
+from gircse.calibration.int8.fake_quantization import round_weights
+from gircse.calibration.int8.gptq import RoundedWeight
+from gircse.calibration.int8.histogram import MagnitudeHistogram
+from gircse.calibration.int8.scheme import (
+    DIGITS,
+    FLOAT_CHANNELS,
+    SMOOTHED,
+    Site,
+    SiteKind,
+    decoder_sites,
+)
+from gircse.calibration.int8.smoothing import MIGRATIONS, Migrations, Smoothing, range_without, search_smoothing
+from gircse.calibration.int8.thresholds import Method, threshold
+from gircse.calibration.moments_file import moments_content, moments_path
+from gircse.calibration.observe import MIXTURE_TOKENS, Observer, run_batch, watched
+from gircse.calibration.resume import Partial
+from gircse.calibration.sensitivity import SensitivityStudy, measure_sensitivity
+from gircse.checkpoint.reference import load_reference
+from gircse.checkpoint.source import Checkpoint, pad_token_id, resolve_checkpoint
+from gircse.reporting.progress import StageProgress
+from gircse.runtime.atomic_file import whole_file
 from gircse.runtime.bundle import MAX_STEPS, Pooling
 from gircse.runtime.errors import CheckpointError
-from gircse.runtime.text_lines import read_texts
-from gircse.runtime.token_batch import TokenBatch, load_tokenizer, padded_batches, tokenize
-from gircse.runtime.whole_file import whole_file
+from gircse.runtime.text_files import read_texts
+from gircse.runtime.tokenization import TokenBatch, load_tokenizer, padded_batches, tokenize
 
 MIN_TEXTS = 32
 """Fewer different texts say too little about ranges, and leave none to judge on."""

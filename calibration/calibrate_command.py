@@ -21,8 +21,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         # Here, not above: torch takes seconds to import, and --help should not.
         from gircse.calibration.calibrate import CalibrationOptions, calibrate
-        from gircse.calibration.calibration_report import prepare_report, write_report
-        from gircse.calibration.thresholds import Method
+        from gircse.calibration.int8.thresholds import Method
+        from gircse.calibration.report import prepare_report, write_report
 
         report: Path | None = args.report
         prepare_report(report)

@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from gircse.calibration.rounding import Moments
+from gircse.calibration.int8.gptq import Moments
 from gircse.runtime.bundle import file_sha256
 from gircse.runtime.errors import CheckpointError
 

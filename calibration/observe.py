@@ -15,12 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from gircse.calibration.int8.gptq import add_moments, no_moments
+from gircse.calibration.int8.scheme import Site, SiteKind
 from gircse.calibration.moments_file import moment_name, moment_tensors
-from gircse.calibration.reference import refine
-from gircse.calibration.rounding import add_moments, no_moments
-from gircse.calibration.sites import Site, SiteKind
+from gircse.checkpoint.reference import refine
 from gircse.runtime.errors import CheckpointError
-from gircse.runtime.token_batch import TokenBatch
+from gircse.runtime.tokenization import TokenBatch
 
 SAMPLE_ROWS = 256
 """Rows of each input that are kept from the prompts, and as many from the steps."""

@@ -12,16 +12,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from gircse.calibration.fake_quantization import mixture_of, quantized_sites
-from gircse.calibration.progress import StageProgress
-from gircse.calibration.reference import Mixture, refine
-from gircse.calibration.rounding import RoundedWeight
-from gircse.calibration.similarity import neighbour_overlap, pairwise_rank_correlation
-from gircse.calibration.sites import Site
-from gircse.calibration.table import Fidelity, MixtureCalibration, Sensitivity, SiteCalibration
+from gircse.calibration.calibration_file import Fidelity, MixtureCalibration, Sensitivity, SiteCalibration
+from gircse.calibration.int8.fake_quantization import mixture_of, quantized_sites
+from gircse.calibration.int8.gptq import RoundedWeight
+from gircse.calibration.int8.scheme import Site
+from gircse.checkpoint.reference import Mixture, refine
+from gircse.reporting.progress import StageProgress
+from gircse.reporting.similarity import neighbour_overlap, pairwise_rank_correlation
 from gircse.runtime.bundle import Pooling
 from gircse.runtime.numerics import Float32, l2_normalize
-from gircse.runtime.token_batch import TokenBatch
+from gircse.runtime.tokenization import TokenBatch
 
 MIXING = "soft-token mixing"
 EVERYTHING = "everything"

@@ -5,7 +5,7 @@ import logging
 import sys
 from pathlib import Path
 
-from gircse.evaluation.command_line import add_task_flags, pop_task_options, show_tables
+from gircse.evaluation.task_flags import add_task_flags, pop_task_options, show_tables
 from gircse.runtime.embed_command import add_runtime_flags
 from gircse.runtime.errors import GircseError
 from gircse.runtime.provider import Provider
@@ -21,10 +21,10 @@ def main(argv: list[str] | None = None) -> int:
     report_directory: Path | None = args.pop("report")
     try:
         # Here, not above: scipy and matplotlib take seconds to import, and --help should not.
-        from gircse.calibration.report_parts import open_report_directory
-        from gircse.evaluation.bench import BenchOptions, run_bench
-        from gircse.evaluation.bench_text import terminal_tables
-        from gircse.evaluation.report_files import write_bench_report
+        from gircse.evaluation.bench.report_text import terminal_tables
+        from gircse.evaluation.bench.run import BenchOptions, run_bench
+        from gircse.evaluation.write_reports import write_bench_report
+        from gircse.reporting.files import open_report_directory
 
         open_report_directory(report_directory)
         tasks = pop_task_options(args)

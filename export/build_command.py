@@ -5,10 +5,10 @@ import logging
 import sys
 from pathlib import Path
 
-from gircse.export.profile_shapes import DEFAULT_BATCH, SizeRange
+from gircse.export.engine.profiles import DEFAULT_BATCH, SizeRange
 from gircse.runtime.bundle import Layout
-from gircse.runtime.engine_plan import Flavour
 from gircse.runtime.errors import GircseError
+from gircse.runtime.trt.engine_manifest import Flavour
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -17,7 +17,7 @@ def main(argv: list[str] | None = None) -> int:
     # TensorRT's warnings remark on every input and profile; its errors come with ours.
     logging.basicConfig(level=logging.CRITICAL)
     try:
-        from gircse.export.engine_builder import BuildOptions, build_engine
+        from gircse.export.engine.builder import BuildOptions, build_engine
 
         plan = build_engine(BuildOptions(**vars(args)))
     except GircseError as err:

@@ -11,24 +11,24 @@ import psutil
 from tokenizers import Tokenizer
 
 from gircse.calibration.calibrate import subject_of
-from gircse.calibration.checkpoint import Checkpoint, pad_token_id, read_json, resolve_checkpoint
-from gircse.calibration.magnitudes import largest_magnitudes
+from gircse.calibration.calibration_file import Calibration
 from gircse.calibration.moments_file import MomentsFile
-from gircse.calibration.progress import Advance, StageProgress
-from gircse.calibration.reference import load_reference
-from gircse.calibration.table import Calibration
-from gircse.export.architecture import DecoderShape, check_limits, decoder_shape
+from gircse.checkpoint.reference import load_reference
+from gircse.checkpoint.safetensors_index import SafetensorsIndex
+from gircse.checkpoint.source import Checkpoint, pad_token_id, read_json, resolve_checkpoint
 from gircse.export.golden import CASES as GOLDEN_CASES
 from gircse.export.golden import write_golden
+from gircse.export.graph.architecture import DecoderShape, check_limits, decoder_shape
+from gircse.export.graph.mixed_precision import DTYPES
+from gircse.export.graph.simplify import simplify_decoder
+from gircse.export.graph.trace import trace_decoder
 from gircse.export.options import ExportOptions
-from gircse.export.overflow import overflow_risks, write_magnitudes
-from gircse.export.precision import DTYPES
-from gircse.export.safetensors_index import SafetensorsIndex
-from gircse.export.simplify import simplify_decoder
+from gircse.export.overflow_probe import largest_magnitudes
+from gircse.export.overflow_report import overflow_risks, write_magnitudes
 from gircse.export.staging import check_destination, staged_directory
-from gircse.export.trace import trace_decoder
 from gircse.export.variants import PlannedVariant, graph_facts, manifest_variant, plan_variant, write_variant
-from gircse.export.weights import estimate_bytes
+from gircse.export.weights.external_data import estimate_bytes
+from gircse.reporting.progress import Advance, StageProgress
 from gircse.runtime.bundle import (
     INT8_PRECISIONS,
     MANIFEST_NAME,
@@ -39,8 +39,8 @@ from gircse.runtime.bundle import (
     file_sha256,
 )
 from gircse.runtime.errors import CheckpointError, ExportError
-from gircse.runtime.text_lines import read_texts
-from gircse.runtime.token_batch import PROMPT_TEMPLATE, TokenBatch, load_tokenizer, padded_batches, tokenize
+from gircse.runtime.text_files import read_texts
+from gircse.runtime.tokenization import PROMPT_TEMPLATE, TokenBatch, load_tokenizer, padded_batches, tokenize
 
 TOOLS = ("gircse-deploy", "torch", "transformers", "peft", "onnx", "onnxscript", "onnx-ir", "safetensors", "tokenizers")
 

@@ -12,11 +12,11 @@ import torch
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer
 
-from gircse.calibration.reference import step_states
-from gircse.export.compose import RefinementSettings
+from gircse.checkpoint.reference import step_states
+from gircse.export.graph.compose import RefinementSettings
 from gircse.runtime.bundle import Pooling
 from gircse.runtime.numerics import l2_normalize, prefix_means
-from gircse.runtime.token_batch import format_prompt, pad_batch, tokenize
+from gircse.runtime.tokenization import format_prompt, pad_batch, tokenize
 
 INSTRUCTION = "Given a question, retrieve passages that answer it"
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from gircse.export.compose import RefinementSettings
+from gircse.export.graph.compose import RefinementSettings
 from gircse.runtime.bundle import Layout, Pooling, Precision
 
 

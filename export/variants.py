@@ -6,16 +6,16 @@ from pathlib import Path
 
 import onnx_ir as ir
 
+from gircse.calibration.calibration_file import Calibration
 from gircse.calibration.moments_file import MomentsFile
-from gircse.calibration.table import Calibration
-from gircse.export.architecture import DecoderShape
-from gircse.export.compose import compose_graph, weight_initializers
+from gircse.checkpoint.safetensors_index import SafetensorsIndex
+from gircse.export.graph.architecture import DecoderShape
+from gircse.export.graph.compose import compose_graph, weight_initializers
+from gircse.export.graph.mixed_precision import FLOAT32_ISLANDS, set_precision
+from gircse.export.int8.quantize import int8_vocabulary, kept_sites, quantize
 from gircse.export.options import ExportOptions
-from gircse.export.precision import FLOAT32_ISLANDS, set_precision
-from gircse.export.quantize import int8_vocabulary, kept_sites, quantize
-from gircse.export.safetensors_index import SafetensorsIndex
-from gircse.export.weights import WeightPlan, external_tensors, write_weights
-from gircse.runtime import io_spec
+from gircse.export.weights.external_data import WeightPlan, external_tensors, write_weights
+from gircse.runtime import tensor_names
 from gircse.runtime.bundle import (
     INT8_PRECISIONS,
     FileEntry,
@@ -153,7 +153,7 @@ def write_variant(
     for layout, model in variant.graphs.items():
         for name, value in model.graph.initializers.items():
             value.const_value = external.get(name, value.const_value)
-        model.metadata_props[io_spec.GRAPH_IDENTITY_KEY] = identity
+        model.metadata_props[tensor_names.GRAPH_IDENTITY_KEY] = identity
         ir.save(model, folder / GRAPH_FILES[layout])
     return entry
 

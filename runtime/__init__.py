@@ -11,7 +11,7 @@ from gircse.runtime.errors import (
     ProviderError,
     TextFileError,
 )
-from gircse.runtime.token_batch import Overflow
+from gircse.runtime.tokenization import Overflow
 
 __all__ = [
     "BundleError",

@@ -9,14 +9,14 @@ from pathlib import Path
 
 import numpy as np
 
+from gircse.runtime.atomic_file import whole_file
 from gircse.runtime.bundle import Layout
 from gircse.runtime.embedder import DEFAULT_BATCH_SIZE, DEFAULT_BATCH_TOKENS, Embedder
 from gircse.runtime.errors import GircseError
 from gircse.runtime.numerics import Float32
 from gircse.runtime.provider import Provider
-from gircse.runtime.text_lines import decode_lines, read_lines
-from gircse.runtime.token_batch import Overflow
-from gircse.runtime.whole_file import whole_file
+from gircse.runtime.text_files import decode_lines, read_lines
+from gircse.runtime.tokenization import Overflow
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -13,14 +13,14 @@ import numpy as np
 from safetensors.numpy import load_file
 from tqdm import tqdm
 
-from gircse.runtime import token_batch
+from gircse.runtime import tokenization
 from gircse.runtime.bundle import Bundle, Layout, Manifest, Precision
 from gircse.runtime.errors import BundleError, ProviderError
 from gircse.runtime.numerics import Float32, row_cosine
 from gircse.runtime.ort_session import Session, StepOutputs
 from gircse.runtime.provider import Provider
-from gircse.runtime.provider_choice import OpenedSession, SessionOptions, open_provider
-from gircse.runtime.token_batch import Overflow, TokenBatch
+from gircse.runtime.provider_selection import OpenedSession, SessionOptions, open_provider
+from gircse.runtime.tokenization import Overflow, TokenBatch
 
 Choice = TypeVar("Choice", bound=StrEnum)
 
@@ -106,7 +106,7 @@ class Embedder:
         if threads is not None and threads < 1:
             raise ValueError(f"threads: {threads} | at least 1 | leave it out to use every physical core")
         self._bundle = Bundle.open(path)
-        self.tokenizer = token_batch.open_tokenizer(self._bundle)
+        self.tokenizer = tokenization.open_tokenizer(self._bundle)
         if session is not None:
             self._opened = OpenedSession(session, Provider.CPU, precision or self._bundle.default_variant(()))
             return
@@ -222,7 +222,7 @@ class Embedder:
         steps = self._check_steps(steps)
         if batch_size < 1 or batch_tokens < 1:
             raise ValueError(f"batch_size {batch_size}, batch_tokens {batch_tokens} | at least 1 each | raise them")
-        for batch in token_batch.padded_batches(
+        for batch in tokenization.padded_batches(
             token_ids, pad_token_id=self.manifest.pad_token_id, batch_size=batch_size, batch_tokens=batch_tokens
         ):
             yield batch.rows, self._run(batch, steps)

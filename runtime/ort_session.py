@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from gircse.runtime import io_spec
+from gircse.runtime import tensor_names
 from gircse.runtime.bundle import Bundle, GraphFacts, Layout, Pooling
 from gircse.runtime.errors import BundleError, ProviderError
 from gircse.runtime.numerics import Float32, l2_normalize, prefix_means
@@ -57,15 +57,17 @@ class UnrolledSession:
     def __init__(self, graph: Any) -> None:
         """Take an ``onnxruntime.InferenceSession`` of the unrolled graph."""
         self._graph = graph
-        self._outputs = [output.name for output in graph.get_outputs() if output.name != io_spec.EMBEDDING]
+        self._outputs = [output.name for output in graph.get_outputs() if output.name != tensor_names.EMBEDDING]
 
     def run(self, input_ids: Int64, attention_mask: Int64, *, steps: int) -> StepOutputs:
         """Embed one batch; (batch, tokens) int64 each."""
-        values = self._graph.run(self._outputs, {io_spec.INPUT_IDS: input_ids, io_spec.ATTENTION_MASK: attention_mask})
+        values = self._graph.run(
+            self._outputs, {tensor_names.INPUT_IDS: input_ids, tensor_names.ATTENTION_MASK: attention_mask}
+        )
         outputs = dict(zip(self._outputs, values, strict=True))
-        prompt = outputs[io_spec.PROMPT_EMBEDDING]
+        prompt = outputs[tensor_names.PROMPT_EMBEDDING]
         nothing = np.empty((len(prompt), 0, prompt.shape[1]), np.float32)
-        return StepOutputs(prompt, outputs.get(io_spec.STEP_EMBEDDINGS, nothing)[:, :steps])
+        return StepOutputs(prompt, outputs.get(tensor_names.STEP_EMBEDDINGS, nothing)[:, :steps])
 
     def max_batch(self, tokens: int) -> int | None:
         """Return None: any batch that memory holds."""
@@ -78,8 +80,8 @@ class StepwiseSession:
     def __init__(self, graph: Any, facts: GraphFacts, *, device: str = "cpu") -> None:
         """Take an ``onnxruntime.InferenceSession`` of the stepwise graph, and ONNX Runtime's name of its device."""
         self._graph, self._facts, self._device = graph, facts, device
-        self._past = io_spec.cache_names("past", facts.num_layers)
-        self._present = io_spec.cache_names("present", facts.num_layers)
+        self._past = tensor_names.cache_names("past", facts.num_layers)
+        self._present = tensor_names.cache_names("present", facts.num_layers)
         self._cache_type = next(_ONNX_TYPES[spec.type] for spec in graph.get_inputs() if spec.name == self._past[0])
 
     def run(self, input_ids: Int64, attention_mask: Int64, *, steps: int) -> StepOutputs:
@@ -90,18 +92,21 @@ class StepwiseSession:
         mask = np.pad(attention_mask, ((0, 0), (0, steps)), constant_values=1)
         batch, tokens = input_ids.shape
         states = np.empty((batch, steps + 1, self._facts.hidden_size), np.float32)
-        arrays = {io_spec.INPUT_IDS: input_ids}
+        arrays = {tensor_names.INPUT_IDS: input_ids}
         if self._facts.steps:
-            arrays[io_spec.HIDDEN] = np.empty((batch, 0, self._facts.hidden_size), np.float32)
+            arrays[tensor_names.HIDDEN] = np.empty((batch, 0, self._facts.hidden_size), np.float32)
         no_past = OrtValue.ortvalue_from_shape_and_type((batch, 0, self._facts.kv_size), self._cache_type)
         kept = dict.fromkeys(self._past, no_past)
         for k in range(steps + 1):
-            arrays[io_spec.ATTENTION_MASK] = np.ascontiguousarray(mask[:, : tokens + k])
-            names = [io_spec.NEXT_HIDDEN, *(self._present if k < steps else [])]
+            arrays[tensor_names.ATTENTION_MASK] = np.ascontiguousarray(mask[:, : tokens + k])
+            names = [tensor_names.NEXT_HIDDEN, *(self._present if k < steps else [])]
             hidden, *cache = run_once(arrays, kept, names)
             states[:, k] = (hidden if isinstance(hidden, np.ndarray) else hidden.numpy())[:, 0]
-            arrays = {io_spec.INPUT_IDS: input_ids[:, :0]}
-            kept = {io_spec.HIDDEN: hidden, **dict(zip(self._past, cache, strict=False))}  # no cache after the last
+            arrays = {tensor_names.INPUT_IDS: input_ids[:, :0]}
+            kept = {
+                tensor_names.HIDDEN: hidden,
+                **dict(zip(self._past, cache, strict=False)),
+            }  # no cache after the last
         return step_outputs(states, self._facts.pooling)
 
     def max_batch(self, tokens: int) -> int | None:
@@ -161,7 +166,7 @@ def open_session(
     layout = bundle.layout(precision, layout)
     path = bundle.graph(precision, layout)
     graph = load_graph(path, provider=provider, threads=threads, content=content)
-    found = graph.get_modelmeta().custom_metadata_map.get(io_spec.GRAPH_IDENTITY_KEY)
+    found = graph.get_modelmeta().custom_metadata_map.get(tensor_names.GRAPH_IDENTITY_KEY)
     if found != facts.identity:
         raise BundleError(
             f"{path}: a graph of {found} | the manifest describes {facts.identity} | "

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import SmallModels, scale_weights
+from support.small_models import SmallModels, scale_weights
 
 WORKFLOW = Path(__file__).parents[1] / "examples" / "ci" / "gircse-parity.yml"
 

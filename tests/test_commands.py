@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import SmallModels
+from support.small_models import SmallModels
 
 from gircse.export import export_command
 from gircse.runtime import Embedder, embed_command

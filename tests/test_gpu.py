@@ -5,16 +5,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import SmallModels
-from tolerances import GPU_BATCH_MAX_DIFFERENCE
+from support.small_models import SmallModels
+from support.tolerances import GPU_BATCH_MAX_DIFFERENCE
 
-from gircse.export.engine_builder import BuildOptions, build_engine
-from gircse.export.profile_shapes import SizeRange
+from gircse.export.engine.builder import BuildOptions, build_engine
+from gircse.export.engine.profiles import SizeRange
 from gircse.runtime import Embedder, ProviderError
 from gircse.runtime.bundle import Layout
-from gircse.runtime.cuda_runtime import open_cuda
-from gircse.runtime.engine_plan import Flavour
 from gircse.runtime.provider import Provider
+from gircse.runtime.trt.cuda import open_cuda
+from gircse.runtime.trt.engine_manifest import Flavour
 
 pytestmark = pytest.mark.gpu
 

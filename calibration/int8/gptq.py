@@ -1,0 +1,140 @@
+"""Rounding of weights that sees the inputs: GPTQ (E. Frantar et al., arXiv 2210.17323).
+
+Rounding every weight to the nearest step minimises the error of the weights, not of the products. With H = sum x x^T
+over the calibration's inputs, the error of x W^T is (W - Q) H (W - Q)^T: the columns are rounded one after the other,
+and what each one loses is made up for by those that follow, as far as inputs go together. Columns that stay in float
+come last and take what is left.
+
+H is kept in blocks of neighbouring inputs, because whole it would be as large as the weights of an MLP squared. Every x
+is divided by its norm first: the relative error of a token counts, and massive first tokens do not outweigh the rest.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gircse.calibration.int8.smoothing import INT8_MAX, quantize_weight, split_weight
+
+BLOCK_INPUTS = 512
+"""Inputs of a block of H. Demo: 512 is as good as all, 128 gives a third of the gain."""
+
+DAMPING = 0.01
+"""Share of the mean diagonal of H that is added to it, as in GPTQ."""
+
+_LAZY = 64
+_TINY = 1e-12
+
+Moments = Sequence[Tensor]
+"""The blocks of H, (b, b) float32 each, along its diagonal."""
+
+
+@dataclass(frozen=True)
+class RoundedWeight:
+    """A weight as the integer product reads it.
+
+    Attributes:
+        integers: (out, in) int8 in -127..127; 0 in the columns that stay in float.
+        steps: (out,) float32, scale of each output channel.
+        columns: (out, n) float32, the columns that stay in float.
+    """
+
+    integers: Tensor
+    steps: Tensor
+    columns: Tensor
+
+
+def moment_blocks(width: int) -> list[slice]:
+    """Return the inputs of each block of H."""
+    return [slice(start, min(start + BLOCK_INPUTS, width)) for start in range(0, width, BLOCK_INPUTS)]
+
+
+def no_moments(width: int) -> list[Tensor]:
+    """Return the blocks of H of nothing seen."""
+    sizes = [inputs.stop - inputs.start for inputs in moment_blocks(width)]
+    return [torch.zeros(size, size) for size in sizes]
+
+
+def add_moments(moments: Moments, rows: Tensor) -> None:
+    """Add rows (n, in) float32 to the blocks of H, in place."""
+    rows = rows / rows.norm(dim=1, keepdim=True).clamp(min=_TINY)
+    for block, inputs in zip(moments, moment_blocks(rows.shape[1]), strict=True):
+        block += (rows[:, inputs].T @ rows[:, inputs]).to(block.device)
+
+
+def round_smoothed(
+    weight: Tensor, scales: Tensor | None, float_channels: Sequence[int], moments: Moments | None
+) -> RoundedWeight:
+    """Smooth a weight and round it with one step for each output channel.
+
+    Args:
+        weight: (out, in) float32.
+        scales: (in,) float32, s of SmoothQuant; None for 1.
+        float_channels: columns that stay in float.
+        moments: H of the inputs before smoothing; None rounds to nearest.
+    """
+    scales = torch.ones(weight.shape[1]) if scales is None else scales
+    channels = list(float_channels)
+    smoothed, columns = split_weight(weight, scales, tuple(channels))
+    nearest, steps = quantize_weight(smoothed)
+    if moments is None:
+        return RoundedWeight(nearest, steps, columns)
+    smoothed[:, channels] = columns
+    blocks = zip(moments, moment_blocks(weight.shape[1]), strict=True)
+    scaled = [block / (scales[inputs, None] * scales[None, inputs]) for block, inputs in blocks]
+    integers, columns = round_columns(smoothed, steps[:, None], scaled, kept=channels)
+    return RoundedWeight(integers, steps, columns)
+
+
+def round_columns(
+    weight: Tensor, steps: Tensor, moments: Moments, *, kept: Sequence[int] = ()
+) -> tuple[Tensor, Tensor]:
+    """Round the columns of a weight by H.
+
+    Args:
+        weight: (out, in) float32.
+        steps: (out, groups) float32; ``in / groups`` neighbouring columns share a step.
+        moments: H of what the weight is multiplied with.
+        kept: columns that are not rounded.
+
+    Returns:
+        Integers (out, in) int8, 0 in the kept columns, and the kept columns (out, n) float32.
+    """
+    group = weight.shape[1] // steps.shape[1]
+    columns = weight.T.contiguous()  # a column is a row here, and lies together
+    integers = torch.zeros(columns.shape, dtype=torch.int8)
+    is_kept = torch.zeros(len(columns), dtype=torch.bool)
+    is_kept[list(kept)] = True
+    for moment, inputs in zip(moments, moment_blocks(len(columns)), strict=True):
+        order = torch.cat([torch.nonzero(is_kept[inputs] == last).squeeze(1) for last in (False, True)])
+        factor = _inverse_factor(moment[order][:, order])
+        order += inputs.start
+        block = columns[order]
+        for lazy in _slices(len(order)):
+            errors = torch.zeros_like(block[lazy])
+            for j in range(lazy.start, lazy.stop):
+                column = int(order[j])
+                if is_kept[column]:
+                    continue
+                step = steps[:, column // group]
+                rounded = (block[j] / step).round().clamp(-INT8_MAX, INT8_MAX)
+                integers[column] = rounded.to(torch.int8)
+                error = (block[j] - rounded * step) / factor[j, j]
+                errors[j - lazy.start] = error
+                block[j + 1 : lazy.stop] -= torch.outer(factor[j, j + 1 : lazy.stop], error)
+            block[lazy.stop :] -= factor[lazy, lazy.stop :].T @ errors
+        columns[order] = block
+    return integers.T.contiguous(), columns[list(kept)].T.contiguous()
+
+
+def _inverse_factor(moment: Tensor) -> Tensor:
+    """Return the upper Cholesky factor of the inverse of H, damped: row j says how the columns after j make up for j."""
+    moment = moment.double()
+    damped = moment + torch.eye(len(moment), dtype=torch.float64) * (DAMPING * moment.diag().mean() + _TINY)
+    factor: Tensor = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(damped)), upper=True)
+    return factor.float()
+
+
+def _slices(size: int) -> Iterator[slice]:
+    return (slice(start, min(start + _LAZY, size)) for start in range(0, size, _LAZY))

@@ -1,0 +1,194 @@
+"""A calibration for people: ``calibration.md`` and its charts. All numbers are those of ``calibration.json``."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+
+from gircse.calibration.calibration_file import Calibration, Fidelity, Sensitivity, SiteCalibration
+from gircse.calibration.int8.scheme import SiteKind
+from gircse.calibration.report_charts import (
+    calibrated_sites,
+    draw_calibration_charts,
+    kept_count,
+    label,
+    measured_parts,
+    rank_loss,
+    sites_by_kind,
+)
+from gircse.reporting.files import markdown_table, open_report_directory, write_files
+from gircse.runtime.bundle import AdapterSource, ModelSource
+from gircse.runtime.errors import MeasurementError
+
+SHOWN = 10
+"""Rows of a table of the most or the largest."""
+
+
+def prepare_report(directory: Path | None) -> None:
+    """Make the directory and see that it can be written, before the calibration and not after it.
+
+    Raises:
+        MeasurementError: it cannot.
+    """
+    open_report_directory(directory)
+
+
+def write_report(calibration: Calibration, directory: Path) -> list[Path]:
+    """Write calibration.md and the charts.
+
+    Returns:
+        The files.
+
+    Raises:
+        MeasurementError: they cannot be written.
+    """
+    try:
+        charts = draw_calibration_charts(calibration, directory)
+        return [*write_files({"calibration.md": markdown(calibration).encode()}, directory), *charts]
+    except OSError as err:
+        raise MeasurementError(
+            f"--report {directory}: {err.strerror or err} | room and permission to write | the calibration itself is "
+            "written; free some space or choose another directory"
+        ) from err
+
+
+def markdown(calibration: Calibration) -> str:
+    """Return the content of ``calibration.md``, which shows the charts that stand beside it."""
+    parts = [
+        *_subject(calibration),
+        *_fidelity(calibration),
+        *_kinds(calibration),
+        *_layers(calibration),
+        *_ratios(calibration),
+        f"Made with {', '.join(f'{name} {version}' for name, version in calibration.tools.items())}.",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _subject(calibration: Calibration) -> list[str]:
+    subject, texts = calibration.subject, calibration.texts
+    rows = [
+        ("model", _source(subject.model)),
+        ("adapter", _source(subject.adapter) if subject.adapter else "none"),
+        ("K", f"{subject.steps}, pooling {subject.pooling}, temperature {subject.temperature:g}"),
+        ("texts", f"{texts.samples} with {texts.tokens} tokens, seed {texts.seed}, SHA-256 `{texts.sha256[:16]}`"),
+        ("thresholds", f"by `{calibration.method}`"),
+    ]
+    return ["# Calibration", markdown_table(("what", "value"), rows)]
+
+
+def _source(source: ModelSource | AdapterSource) -> str:
+    name = source.name.replace("|", "\\|")
+    return f"`{name}`, revision `{source.revision}`" if source.revision else f"`{name}`"
+
+
+def _fidelity(calibration: Calibration) -> list[str]:
+    found = calibration.sensitivity
+    row = (
+        f"{found.result.rank_correlation:.4f}",
+        f"{found.result.overlap:.3f}",
+        f"{len(found.kept)} of {len(calibration.sites)}",
+    )
+    parts = [
+        "## What `int8` keeps",
+        markdown_table(("rank correlation", "top-10 overlap", "inputs kept in float"), [row]),
+        f"Against FP32 with K = {calibration.subject.steps}, by emulation in PyTorch. Rank correlation: Spearman of the "
+        "similarities of all pairs of texts; top-10 overlap: common nearest neighbours; loss, below: 1 - rank "
+        "correlation.",
+        _kept(found, calibration.max_drop),
+    ]
+    if found.curve:
+        parts.append(_chart("trade-off"))
+    return parts
+
+
+def _kept(found: Sensitivity, max_drop: float) -> str:
+    """Say which inputs stay in float, and why."""
+    loss = rank_loss(found.result)
+    if not found.kept:
+        return f"Nothing stays in float: all quantised, it loses {_number(loss)}, and `--max-drop` is {max_drop:g}."
+    everything = next((_number(rank_loss(point)) for point in found.curve if not kept_count(point)), "more")
+    text = (
+        f"These stay in float, most sensitive first: {', '.join(f'`{site}`' for site in found.kept)}. All quantised, it "
+        f"would lose {everything}, and `--max-drop` is {max_drop:g}. So each input was quantised alone, and of those that "
+        f"lost most, the fewest are kept that meet it: the loss is {_number(loss)}."
+    )
+    return text if loss <= max_drop else f"{text} **That is still more than `--max-drop`.**"
+
+
+def _kinds(calibration: Calibration) -> list[str]:
+    calibrated = sites_by_kind(calibration)
+    points = {point.name: point for point in calibration.sensitivity.kinds}
+    rows = [
+        (
+            label(part),
+            *(_kind_cells(calibrated[SiteKind(part)]) if part in calibrated else ["-"] * 4),
+            _loss(points.get(part)),
+        )
+        for part in measured_parts(calibration)
+    ]
+    header = ("kind", "inputs", "range in the prompt", "range in the steps", "error", "loss")
+    return [
+        "## Kinds of input",
+        markdown_table(header, rows),
+        "Ranges: the largest of all layers, after smoothing, channels that stay in float apart. Error: relative error of "
+        "the quantised product, median of the layers. Loss: with this kind quantised alone.",
+        _chart("sensitivity"),
+        _chart("error"),
+        _chart("migration"),
+    ]
+
+
+def _kind_cells(sites: Sequence[SiteCalibration]) -> tuple[str, ...]:
+    return (
+        str(len(sites)),
+        _range(max(site.ranges[0] for site in sites)),
+        _range(max((largest for site in sites for largest in site.ranges[1:]), default=0.0)),
+        f"{median(site.error for site in sites):.2g}",
+    )
+
+
+def _layers(calibration: Calibration) -> list[str]:
+    layers = calibration.sensitivity.layers
+    chosen = sorted(layers, key=rank_loss, reverse=True)[:SHOWN]
+    return [
+        "## Most sensitive layers",
+        markdown_table(("layer", "loss"), [(f"`{point.name}`", _loss(point)) for point in chosen]),
+        f"Each quantised alone; {len(chosen)} of {len(layers)}.",
+    ]
+
+
+def _ratios(calibration: Calibration) -> list[str]:
+    """The inputs that the prompt and the steps use most differently; those without a range in one of them have no ratio."""
+    parts = ["## Ranges in the prompt and in the steps"]
+    compared = {
+        site.name: (found.ranges[0], max(found.ranges[1:]))
+        for site, found in calibrated_sites(calibration).items()
+        if found.ranges[0] > 0 and max(found.ranges[1:], default=0.0) > 0
+    }
+    if compared:
+        ratios = {name: prompt / steps for name, (prompt, steps) in compared.items()}
+        chosen = sorted(ratios, key=lambda name: -max(ratios[name], 1 / ratios[name]))[:SHOWN]
+        rows = [(f"`{name}`", *map(_range, compared[name]), f"{ratios[name]:.3g}") for name in chosen]
+        parts += [
+            markdown_table(("input", "prompt", "steps", "prompt / steps"), rows),
+            f"The {len(rows)} inputs where the two differ most. A static scale covers the larger one, so a ratio of 10 "
+            "leaves the steps 13 of the 127 levels of a digit.",
+        ]
+    return [*parts, _chart("ranges-by-step")]
+
+
+def _loss(point: Fidelity | None) -> str:
+    return "-" if point is None else _number(rank_loss(point))
+
+
+def _number(loss: float) -> str:
+    return f"{loss:.2g}"
+
+
+def _range(value: float) -> str:
+    """A magnitude; the vocabulary projection has none in the prompt, and nothing has one in the steps of K = 0."""
+    return f"{value:.3g}" if value else "-"
+
+
+def _chart(name: str) -> str:
+    return f"![{name}]({name}.png)"

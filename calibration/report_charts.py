@@ -1,0 +1,202 @@
+"""Charts of a calibration: ranges by layer and step, smoothing, error, and what each variant costs where.
+
+Axes of ranges, errors and losses are logarithmic; a value of 0 leaves a gap.
+"""
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.colors import BoundaryNorm, ListedColormap
+from matplotlib.ticker import MaxNLocator, ScalarFormatter
+from numpy.typing import NDArray
+
+from gircse.calibration.calibration_file import Calibration, Fidelity, SiteCalibration
+from gircse.calibration.int8.scheme import SMOOTHED, VOCABULARY_SITE, Site, SiteKind, decoder_sites
+from gircse.reporting.figures import new_figure, new_panels, save_chart
+
+NO_LOSS = 1e-12
+"""Rank correlations of float64 that are nearer to 1 than this are 1 but for rounding."""
+
+LOSS_LABEL = "1 - rank correlation"
+
+
+def draw_calibration_charts(calibration: Calibration, directory: Path) -> list[Path]:
+    """Draw the charts as PNG; the trade-off only if a variant has a curve.
+
+    Returns:
+        The files.
+    """
+    charts: dict[str, Callable[[Calibration], Any]] = {
+        "ranges-by-step": _ranges_by_step,
+        "migration": _migration,
+        "error": _error,
+        "sensitivity": _sensitivity,
+    }
+    if calibration.sensitivity.curve:
+        charts["trade-off"] = _trade_off
+    return [
+        path
+        for name, draw in charts.items()
+        for path in save_chart(draw(calibration), directory / name, formats=("png",))
+    ]
+
+
+def calibrated_sites(calibration: Calibration) -> dict[Site, SiteCalibration]:
+    """Return what was calibrated, in the order of the computation."""
+    layers = len(calibration.sites) // len(decoder_sites(1)[:-1])
+    return {site: calibration.sites[site.name] for site in decoder_sites(layers) if site.name in calibration.sites}
+
+
+def sites_by_kind(calibration: Calibration) -> dict[SiteKind, list[SiteCalibration]]:
+    """Return the calibrations of each kind that there is, in the order of the layers."""
+    kinds: dict[SiteKind, list[SiteCalibration]] = {}
+    for site, found in calibrated_sites(calibration).items():
+        kinds.setdefault(site.kind, []).append(found)
+    return kinds
+
+
+def measured_parts(calibration: Calibration) -> list[str]:
+    """Return the names of what was quantised alone: the kinds of input that there are, and the soft tokens' mixing."""
+    kinds = sites_by_kind(calibration)
+    others = [point.name for point in calibration.sensitivity.kinds if point.name not in list(SiteKind)]
+    return [*kinds, *(others if calibration.mixture else [])]
+
+
+def rank_loss(fidelity: Fidelity) -> float:
+    """Return 1 - rank correlation, and 0 for what is only rounding."""
+    loss = 1 - fidelity.rank_correlation
+    return loss if loss > NO_LOSS else 0.0
+
+
+def kept_count(point: Fidelity) -> int:
+    """Return how many inputs a point of a trade-off curve keeps; the first, ``everything`` quantised, keeps none."""
+    count = point.name.split()[0]
+    return int(count) if count.isdecimal() else 0
+
+
+def label(kind: str) -> str:
+    """Return the name of a kind as a reader sees it."""
+    return kind.replace("_", " ")
+
+
+def _ranges_by_step(calibration: Calibration) -> Any:
+    """One panel for each kind; the vocabulary projection has no layers, so its steps go along the axis."""
+    kinds, steps = sites_by_kind(calibration), calibration.subject.steps
+    title = "Largest magnitude of the inputs, smoothed, float channels apart"
+    figure, panels = new_panels(title, [label(kind) for kind in kinds], columns=2)
+    norm = BoundaryNorm(np.arange(0.5, max(steps, 1) + 1), max(steps, 1))
+    colours = ListedColormap(matplotlib.colormaps["viridis"](np.linspace(0.2, 0.95, max(steps, 1))))
+    for axes, (kind, sites) in zip(panels, kinds.items(), strict=True):
+        ranges = _positive([site.ranges for site in sites])
+        if kind is SiteKind.VOCABULARY:
+            axes.plot(np.arange(1, steps + 1), ranges[0, 1:], color="lightgrey", zorder=1)
+            axes.scatter(np.arange(1, steps + 1), ranges[0, 1:], c=np.arange(1, steps + 1), cmap=colours, norm=norm)
+        else:
+            for step in range(1, steps + 1):
+                axes.plot(ranges[:, step], ".-", color=colours(norm(step)), linewidth=1, markersize=4)
+            axes.plot(ranges[:, 0], ".-", color="black", label="prompt")
+        axes.set_xlabel("step k" if kind is SiteKind.VOCABULARY else "layer")
+        axes.xaxis.set_major_locator(_whole_numbers())
+        _log_if_any(axes, "y", ranges)
+    panels[0].legend(fontsize="small")
+    if steps:
+        mappable = matplotlib.cm.ScalarMappable(norm, colours)
+        figure.colorbar(mappable, ax=panels, label="step k", ticks=_whole_numbers(), shrink=0.6)
+    return figure
+
+
+def _migration(calibration: Calibration) -> Any:
+    """One row for each kind that can be smoothed, one column for each layer."""
+    kinds = {kind: sites for kind, sites in sites_by_kind(calibration).items() if kind in SMOOTHED}
+    figure, axes = new_figure("SmoothQuant's migration strength", x="layer", y="")
+    strengths = np.array(
+        [[np.nan if site.migration is None else site.migration for site in sites] for sites in kinds.values()]
+    )
+    colours = matplotlib.colormaps["viridis"].with_extremes(bad="lightgrey")
+    image = axes.imshow(strengths, aspect="auto", interpolation="nearest", cmap=colours, vmin=0, vmax=1)
+    axes.grid(visible=False)
+    axes.set_yticks(range(len(kinds)), [label(kind) for kind in kinds])
+    axes.xaxis.set_major_locator(_whole_numbers())
+    figure.colorbar(image, label="strength (grey: not smoothed)")
+    return figure
+
+
+def _error(calibration: Calibration) -> Any:
+    figure, axes = new_figure("Error of each quantised product alone", x="layer", y="relative error (RMS)")
+    every = []
+    for index, (kind, sites) in enumerate(sites_by_kind(calibration).items()):
+        errors = _positive([site.error for site in sites])
+        every.append(errors)
+        if kind is not SiteKind.VOCABULARY:
+            axes.plot(errors, ".-", color=f"C{index}", label=label(kind))
+        elif np.isfinite(errors).all():
+            axes.axhline(errors[0], linestyle="--", color=f"C{index}", label=label(kind))
+    axes.xaxis.set_major_locator(_whole_numbers())
+    _log_if_any(axes, "y", np.concatenate(every))
+    axes.legend(fontsize="small")
+    return figure
+
+
+def _sensitivity(calibration: Calibration) -> Any:
+    """One kind alone on the left, one layer alone on the right; the vocabulary projection stands among the kinds."""
+    figure, (by_kind, by_layer) = new_panels(
+        "Loss with one part quantised alone", ["one kind of input", "one layer"], columns=2
+    )
+    found, kinds = calibration.sensitivity, measured_parts(calibration)
+    points = [point for point in found.kinds if point.name in kinds]
+    losses = _losses(points)
+    by_kind.plot(losses, [kinds.index(point.name) for point in points], "o")
+    layers = _losses(point for point in found.layers if point.name != VOCABULARY_SITE.name)
+    by_layer.plot(layers, ".-")
+    by_kind.set_yticks(range(len(kinds)), [label(kind) for kind in kinds])
+    by_kind.set(xlabel=LOSS_LABEL, ylim=(len(kinds) - 0.5, -0.5))
+    by_layer.set(xlabel="layer", ylabel=LOSS_LABEL)
+    by_layer.xaxis.set_major_locator(_whole_numbers())
+    if calibration.max_drop:
+        by_kind.axvline(calibration.max_drop, color="black", linestyle=":", linewidth=1)
+        by_layer.axhline(calibration.max_drop, color="black", linestyle=":", linewidth=1, label="--max-drop")
+    _log_if_any(by_kind, "x", losses)
+    _log_if_any(by_layer, "y", layers)
+    if calibration.max_drop:
+        by_layer.legend(fontsize="small")
+    return figure
+
+
+def _trade_off(calibration: Calibration) -> Any:
+    """The loss by the number of kept inputs, as far as the search has looked; a star is what was chosen."""
+    figure, axes = new_figure("What keeping inputs in float buys", x="inputs kept, most sensitive first", y=LOSS_LABEL)
+    found = calibration.sensitivity
+    losses = _losses(found.curve)
+    axes.plot([kept_count(point) for point in found.curve], losses, "o-")
+    axes.plot(len(found.kept), *_losses([found.result]), "*", color="C0", markersize=16, label="chosen")
+    if calibration.max_drop:
+        axes.axhline(calibration.max_drop, color="black", linestyle=":", linewidth=1, label="--max-drop")
+    axes.set_xscale("symlog", base=2, linthresh=1)
+    axes.set_xlim(left=-0.5)
+    axes.xaxis.set_major_formatter(ScalarFormatter())
+    _log_if_any(axes, "y", losses)
+    axes.legend(fontsize="small")
+    return figure
+
+
+def _losses(points: Iterable[Fidelity]) -> NDArray[np.float64]:
+    return _positive([rank_loss(point) for point in points])
+
+
+def _positive(values: Any) -> NDArray[np.float64]:
+    """What a logarithmic axis can show; NaN, a gap, for the rest."""
+    array = np.array(values, np.float64)
+    return np.where(array > 0, array, np.nan)
+
+
+def _whole_numbers() -> MaxNLocator:
+    return MaxNLocator(integer=True, min_n_ticks=1)
+
+
+def _log_if_any(axes: Any, axis: str, *values: NDArray[np.float64]) -> None:
+    """Make an axis logarithmic unless there is nothing to show."""
+    if any(np.isfinite(some).any() for some in values):
+        axes.set(**{f"{axis}scale": "log"})

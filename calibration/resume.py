@@ -1,0 +1,64 @@
+"""Progress of a calibration on disk, so that an interrupted one goes on where it was: ``FILE.partial``.
+
+It is a safetensors file whose metadata holds the identity of the run: another model, other texts or other settings
+start from the beginning.
+"""
+
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from gircse.runtime.atomic_file import whole_file
+
+SAVE_SECONDS = 20.0
+"""Least time between two saves; a killed run loses no more work than this."""
+
+_IDENTITY = "gircse.identity"
+
+
+class Partial:
+    """The saved state of one stage of a calibration."""
+
+    def __init__(self, path: Path, *, identity: str) -> None:
+        """Use a file.
+
+        Args:
+            path: where the state is kept.
+            identity: everything that the state depends on, and the stage.
+        """
+        self._path, self._identity = path, identity
+        self._saved = time.monotonic()
+
+    def load(self) -> Mapping[str, Tensor] | None:
+        """Return the saved state, or None if there is none of this identity."""
+        try:
+            with safe_open(self._path, framework="pt") as file:
+                if (file.metadata() or {}).get(_IDENTITY) != self._identity:
+                    return None
+                return {name: file.get_tensor(name) for name in file.keys()}
+        except (FileNotFoundError, SafetensorError):
+            return None
+
+    def save_if_due(self, state: Callable[[], Mapping[str, Tensor]]) -> None:
+        """Save if the last save was ``SAVE_SECONDS`` ago."""
+        if time.monotonic() - self._saved >= SAVE_SECONDS:
+            self.save(state())
+
+    def save(self, state: Mapping[str, Tensor]) -> None:
+        """Replace the file, whole or not at all.
+
+        Raises:
+            OSError: no room, or no permission.
+        """
+        content = save({name: tensor.contiguous() for name, tensor in state.items()}, {_IDENTITY: self._identity})
+        with whole_file(self._path) as file:
+            file.write(content)
+        self._saved = time.monotonic()
+
+    def remove(self) -> None:
+        """Delete the file, if it is there."""
+        self._path.unlink(missing_ok=True)

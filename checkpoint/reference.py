@@ -1,0 +1,139 @@
+"""The PyTorch reference: what the vectors have to be.
+
+K soft tokens with a KV cache on Hugging Face's own model (arXiv 2509.24291; repository Roytsai27/GIRCSE)::
+
+    h_0 = state of the prompt's last token (after the final norm)
+    s_k = softmax(lm_head(h_{k-1}) / T) @ E
+    h_k = state of the model fed s_k as the next input embedding
+    z_k = normalised mean of h_1..h_k, or normalised h_k
+
+Unlike the official code it passes explicit position ids, so padding does not shift the rotary phase, and it runs
+K vocabulary projections, not K + 1.
+"""
+
+import operator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gircse.checkpoint.silence import quiet_transformers
+from gircse.checkpoint.source import Checkpoint
+
+
+class Dtype(StrEnum):
+    """Precision that the reference computes in."""
+
+    FP32 = "fp32"
+    FP16 = "fp16"
+    BF16 = "bf16"
+
+
+Mixture = Callable[[Tensor, Tensor], Tensor]
+
+_TORCH_DTYPES = {Dtype.FP32: torch.float32, Dtype.FP16: torch.float16, Dtype.BF16: torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class RefinementState:
+    """The loop after the prompt (step 0) or after a refinement step.
+
+    Attributes:
+        hidden: (batch, hidden), h_k.
+        probabilities: (batch, vocab), of the soft token that was fed; None for the prompt.
+        soft_token: (batch, hidden), s_k; None for the prompt.
+    """
+
+    hidden: Tensor
+    probabilities: Tensor | None = None
+    soft_token: Tensor | None = None
+
+
+def load_reference(checkpoint: Checkpoint, *, device: str = "cpu", dtype: Dtype = Dtype.FP32) -> Any:
+    """Load the causal LM with its adapter merged by PEFT, always in FP32, then move it to its device and precision.
+
+    Args:
+        checkpoint: model and adapter.
+        device: a torch device, such as ``cpu`` or ``cuda``.
+        dtype: precision of weights and arithmetic.
+
+    Returns:
+        A ``transformers`` causal LM in eval mode.
+    """
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    with quiet_transformers():
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            checkpoint.directory, dtype=torch.float32, attn_implementation="sdpa", use_safetensors=True
+        )
+        if checkpoint.adapter_directory is not None:
+            model = PeftModel.from_pretrained(model, checkpoint.adapter_directory).merge_and_unload()
+    return model.to(device=device, dtype=_TORCH_DTYPES[dtype]).eval()
+
+
+def step_states(model: Any, input_ids: Tensor, attention_mask: Tensor, *, steps: int, temperature: float) -> Tensor:
+    """Return the states of every step of one batch.
+
+    Args:
+        model: a ``transformers`` causal LM.
+        input_ids: (batch, tokens) int64, padded on the left.
+        attention_mask: (batch, tokens) int64.
+        steps: K.
+        temperature: T.
+
+    Returns:
+        (batch, K + 1, hidden): h_0..h_K, not normalised, in the model's precision.
+    """
+    states = refine(model, input_ids, attention_mask, steps=steps, temperature=temperature)
+    return torch.stack([state.hidden for state in states], dim=1)
+
+
+def refine(
+    model: Any,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    *,
+    steps: int,
+    temperature: float,
+    mixture: Mixture = operator.matmul,
+) -> Iterator[RefinementState]:
+    """Run the prompt and K refinement steps of one batch.
+
+    Args:
+        model: a ``transformers`` causal LM.
+        input_ids: (batch, tokens) int64, padded on the left.
+        attention_mask: (batch, tokens) int64.
+        steps: K.
+        temperature: T.
+        mixture: makes the soft tokens (batch, hidden) of probabilities (batch, vocab) and the table E (vocab, hidden);
+            a variant that approximates the product gives its own.
+
+    Yields:
+        The state after the prompt and after each step, K + 1 in all.
+    """
+    from transformers import DynamicCache
+
+    table = model.get_input_embeddings().weight
+    cache = DynamicCache(config=model.config)
+    positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)
+    inputs: dict[str, Tensor] = {"input_ids": input_ids}
+    probabilities = soft_token = None
+    for step in range(steps + 1):
+        with torch.inference_mode():
+            output = model.model(
+                **inputs, attention_mask=attention_mask, position_ids=positions, past_key_values=cache, use_cache=True
+            )
+        hidden = output.last_hidden_state[:, -1]
+        yield RefinementState(hidden, probabilities, soft_token)
+        if step < steps:
+            with torch.inference_mode():
+                probabilities = F.softmax(model.lm_head(hidden) / temperature, dim=-1)
+                soft_token = mixture(probabilities, table)
+            inputs = {"inputs_embeds": soft_token[:, None]}
+            positions = positions[:, -1:] + 1
+            attention_mask = F.pad(attention_mask, (0, 1), value=1)

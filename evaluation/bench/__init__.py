@@ -1,0 +1,1 @@
+"""Measure bundles beside their baselines."""

@@ -1,0 +1,178 @@
+"""Write a checkpoint, its LoRA merged, as the Q8_0 GGUF file that llama.cpp runs.
+
+Q8_0 is llama.cpp's 8-bit format: blocks of 32 weights of a row share one FP16 scale. Vectors, and matrices whose rows
+do not divide into blocks, stay FP32. The tied vocabulary is stored once. The file carries no tokenizer: llama.cpp is
+fed token ids.
+"""
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import safe_open
+
+from gircse.checkpoint.demo import cache_directory
+from gircse.checkpoint.source import Checkpoint, read_json
+from gircse.runtime.bundle import file_sha256
+from gircse.runtime.errors import CheckpointError
+from gircse.runtime.numerics import Float32
+
+ARCHITECTURE = "llama"
+_ROTARY = ("self_attn.q_proj", "self_attn.k_proj")
+_EMBEDDING_TABLE = "model.embed_tokens.weight"
+
+
+def gguf_of(checkpoint: Checkpoint) -> Path:
+    """Return the merged model as Q8_0 GGUF, written into the cache the first time.
+
+    Args:
+        checkpoint: as for :func:`write_q8_0_gguf`. Another file of it, or another adapter, gives another GGUF.
+
+    Raises:
+        CheckpointError: another architecture, or gguf is not installed.
+    """
+    _check_supported(checkpoint.directory)
+    contents = [checkpoint.model.config_sha256, *(file_sha256(shard) for shard in checkpoint.shards)]
+    if checkpoint.adapter is not None and checkpoint.adapter_directory is not None:
+        contents += [checkpoint.adapter.sha256, file_sha256(checkpoint.adapter_directory / "adapter_config.json")]
+    key = hashlib.sha256("".join(contents).encode()).hexdigest()[:16]
+    path = cache_directory() / f"{ARCHITECTURE}-{key}-q8_0.gguf"
+    if not path.is_file():
+        write_q8_0_gguf(checkpoint, path)
+    return path
+
+
+def embedding_table(checkpoint: Checkpoint) -> Float32:
+    """Read E, (vocabulary, hidden) float32, which no LoRA changes. Imports torch only for BF16, unknown to numpy.
+
+    Raises:
+        CheckpointError: the checkpoint has none.
+    """
+    for shard in checkpoint.shards:
+        with safe_open(shard, framework="np") as file:
+            if _EMBEDDING_TABLE not in file.keys():
+                continue
+            if file.get_slice(_EMBEDDING_TABLE).get_dtype() != "BF16":
+                return np.asarray(file.get_tensor(_EMBEDDING_TABLE), dtype=np.float32)
+        with safe_open(shard, framework="pt") as file:
+            table: Float32 = file.get_tensor(_EMBEDDING_TABLE).float().numpy()
+            return table
+    raise CheckpointError(
+        f"{checkpoint.directory}: no {_EMBEDDING_TABLE} | a checkpoint with one | use a model of a supported type"
+    )
+
+
+def write_q8_0_gguf(checkpoint: Checkpoint, destination: Path) -> None:
+    """Write the merged model to ``destination``, which appears whole or not at all. Holds the model in FP32.
+
+    Args:
+        checkpoint: a model of type ``llama`` without rotary scaling, and the adapter to merge.
+        destination: the GGUF file; one that stands there is replaced.
+
+    Raises:
+        CheckpointError: another architecture, or gguf is not installed.
+    """
+    gguf = _gguf()
+    _check_supported(checkpoint.directory)
+    from gircse.checkpoint.reference import load_reference  # with torch, which a measured process must not hold
+
+    model = load_reference(checkpoint)
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=destination.parent, prefix=f".{destination.name}-") as scratch:
+        partial = Path(scratch) / destination.name
+        writer = gguf.GGUFWriter(partial, ARCHITECTURE)
+        try:
+            _add_metadata(writer, model.config)
+            for name, tensor in _named_tensors(model):
+                writer.add_tensor(name, *_encode(tensor))
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_tensors_to_file()
+        finally:
+            writer.close()
+        os.replace(partial, destination)
+
+
+def _gguf() -> Any:
+    try:
+        import gguf
+    except ImportError as err:
+        raise CheckpointError(
+            "llama.cpp: gguf is not installed | needed to write the GGUF file | pip install 'gircse-deploy[llama-cpp]'"
+        ) from err
+    return gguf
+
+
+def _check_supported(directory: Path) -> None:
+    """Refuse what this file would write wrongly: llama.cpp would compute something else without a word."""
+    config = read_json(directory / "config.json")
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    for key, found, expected in (
+        ("model_type", config.get("model_type"), ARCHITECTURE),
+        ("rope_type", rope.get("rope_type", rope.get("type", "default")), "default"),
+        ("partial_rotary_factor", rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0)), 1.0),
+        ("hidden_act", config.get("hidden_act", "silu"), "silu"),
+    ):
+        if found != expected:
+            raise CheckpointError(
+                f"{directory}: {key} {found} | {expected}, the only one whose GGUF is written here | convert the merged "
+                "model with llama.cpp's convert_hf_to_gguf.py --outtype q8_0 and pass the file with --gguf"
+            )
+
+
+def _add_metadata(writer: Any, config: Any) -> None:
+    gguf = _gguf()
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_key_length(config.head_dim)
+    writer.add_value_length(config.head_dim)
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_tokenizer_model("none")
+    writer.add_file_type(gguf.LlamaFileType.MOSTLY_Q8_0)
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+
+
+def _named_tensors(model: Any) -> Iterator[tuple[str, Float32]]:
+    """Yield each weight under llama.cpp's name, its rotary rows in llama.cpp's order."""
+    gguf = _gguf()
+    config = model.config
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    for name, tensor in model.state_dict().items():
+        if name == "lm_head.weight" and config.tie_word_embeddings:
+            continue
+        rows = tensor.numpy()
+        if any(projection in name for projection in _ROTARY):
+            rows = _interleave_rotary_rows(rows, config.head_dim)
+        yield names.get_name(name, try_suffixes=(".weight", ".bias")), rows
+
+
+def _interleave_rotary_rows(rows: Float32, head_dim: int) -> Float32:
+    """Reorder a query or key projection: llama.cpp rotates neighbours, Hugging Face the halves of a head.
+
+    Args:
+        rows: (heads * head_dim, ...) float32, weight or bias.
+        head_dim: rows of one head.
+    """
+    halves = rows.reshape(-1, 2, head_dim // 2, *rows.shape[1:])
+    return np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(rows.shape)
+
+
+def _encode(tensor: Float32) -> tuple[Any, None, Any]:
+    """Return what ``GGUFWriter.add_tensor`` takes after the name: data, shape (that of the data) and type."""
+    gguf = _gguf()
+    q8_0 = gguf.GGMLQuantizationType.Q8_0
+    block_size, _ = gguf.GGML_QUANT_SIZES[q8_0]
+    if tensor.ndim < 2 or tensor.shape[-1] % block_size:
+        return tensor, None, gguf.GGMLQuantizationType.F32
+    return gguf.quantize(tensor, q8_0), None, q8_0

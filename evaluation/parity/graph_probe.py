@@ -1,0 +1,179 @@
+"""Look inside a bundle's own graphs: states, probabilities, and soft tokens that can be read and replaced.
+
+An ``onnxruntime`` session shows graph outputs only. So the graph is edited in memory, its weights staying where they
+are: inner values become outputs, and behind every soft token stands a switch::
+
+    soft_token = Where(force, forced soft token, computed soft token)
+
+With ``force`` off the graph computes what it always does; with it on, every step is fed the reference's soft token, and
+what is left of the difference is the error of that one step (teacher forcing).
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper
+
+from gircse.evaluation.parity.emulation import EMULATED_PRECISIONS, emulated_graph
+from gircse.evaluation.parity.step_trace import Batches, StepValues
+from gircse.runtime import tensor_names
+from gircse.runtime.bundle import Bundle, Layout
+from gircse.runtime.embedder import DEFAULT_BATCH_SIZE, DEFAULT_BATCH_TOKENS
+from gircse.runtime.errors import BundleError
+from gircse.runtime.numerics import Float32
+from gircse.runtime.ort_session import load_graph
+from gircse.runtime.tokenization import padded_batches
+
+FORCE = "force"
+FORCED = ".forced"
+COMPUTED = ".computed"
+
+Feed = dict[str, Any]
+
+
+class GraphProbe:
+    """The graphs of one precision, opened for inspection; CPU only."""
+
+    def __init__(
+        self, bundle: Bundle, precision: str, *, layout: Layout | None = None, threads: int | None = None
+    ) -> None:
+        """Load the edited graphs.
+
+        Args:
+            bundle: an opened bundle.
+            precision: name of one of its variants.
+            layout: which of its graphs; None is its default.
+            threads: threads of one run; None lets ONNX Runtime take the physical cores.
+
+        Raises:
+            BundleError: the graphs lack the names of the inner values, or do not load.
+        """
+        self._facts = bundle.manifest.graph
+        self._pad_token_id = bundle.manifest.pad_token_id
+        layout = bundle.layout(precision, layout)
+        self._unrolled = layout is Layout.UNROLLED
+        steps = range(1, self._facts.steps + 1)
+        self._prefixes = [tensor_names.step_prefix(step if self._unrolled else None) for step in steps]
+        prefixes = set(self._prefixes)
+        # The states of the stepwise graph are outputs already.
+        states = {tensor_names.PROMPT_PREFIX, *prefixes} if self._unrolled else set()
+        inner = _InnerNames(
+            soft_tokens={prefix + tensor_names.SOFT_TOKEN for prefix in prefixes},
+            read={prefix + tensor_names.PROBABILITIES for prefix in prefixes}
+            | {prefix + tensor_names.STATE for prefix in states},
+        )
+        path = bundle.graph(precision, layout)
+        emulated = precision in EMULATED_PRECISIONS
+        model = emulated_graph(path) if emulated else onnx.load(path, load_external_data=False)
+        self._graph = _load(path, model, inner, threads)
+
+    def refine(self, token_ids: Sequence[list[int]], *, forced: Float32 | None = None) -> Batches:
+        """Refine texts in batches of like length.
+
+        Args:
+            token_ids: token ids of each text.
+            forced: (n, K, hidden) float32, soft tokens to feed in place of the computed ones; None feeds those.
+        """
+        run = self._run_unrolled if self._unrolled else self._run_stepwise
+        for batch in padded_batches(
+            token_ids,
+            pad_token_id=self._pad_token_id,
+            batch_size=DEFAULT_BATCH_SIZE,
+            batch_tokens=DEFAULT_BATCH_TOKENS,
+        ):
+            rows = list(batch.rows)
+            prompt = {tensor_names.INPUT_IDS: batch.input_ids, tensor_names.ATTENTION_MASK: batch.attention_mask}
+            yield rows, run(prompt, None if forced is None else forced[rows])
+
+    def _run_unrolled(self, prompt: Feed, forced: Float32 | None) -> Iterator[StepValues]:
+        feed = dict(prompt)
+        names = [tensor_names.PROMPT_PREFIX + tensor_names.STATE]
+        for index, prefix in enumerate(self._prefixes):
+            feed |= _force(prefix, forced, index)
+            names += [prefix + tensor_names.STATE, *_soft_token_names(prefix)]
+        hidden, *values = self._graph.run(names, feed)
+        yield StepValues(hidden)
+        for start in range(0, len(values), 3):
+            yield _step_values(*values[start : start + 3])
+
+    def _run_stepwise(self, prompt: Feed, forced: Float32 | None) -> Iterator[StepValues]:
+        past, present = (tensor_names.cache_names(prefix, self._facts.num_layers) for prefix in ("past", "present"))
+        ids, mask = prompt[tensor_names.INPUT_IDS], prompt[tensor_names.ATTENTION_MASK]
+        no_past = np.empty((len(ids), 0, self._facts.kv_size), np.float32)
+        feed = {**prompt, **dict.fromkeys(past, no_past)}
+        if self._prefixes:
+            feed[tensor_names.HIDDEN] = np.empty((len(ids), 0, self._facts.hidden_size), np.float32)
+            feed |= _force(self._prefixes[0], None, 0)
+        hidden, *cache = self._graph.run([tensor_names.NEXT_HIDDEN, *present], feed)
+        yield StepValues(hidden[:, 0])
+        for index, prefix in enumerate(self._prefixes):
+            mask = np.pad(mask, ((0, 0), (0, 1)), constant_values=1)
+            feed = {tensor_names.INPUT_IDS: ids[:, :0], tensor_names.HIDDEN: hidden, tensor_names.ATTENTION_MASK: mask}
+            feed |= dict(zip(past, cache, strict=True)) | _force(prefix, forced, index)
+            names = [tensor_names.NEXT_HIDDEN, *_soft_token_names(prefix), *present]
+            hidden, soft_token, probabilities, *cache = self._graph.run(names, feed)
+            yield _step_values(hidden, soft_token, probabilities)
+
+
+def _soft_token_names(prefix: str) -> list[str]:
+    return [prefix + tensor_names.SOFT_TOKEN + COMPUTED, prefix + tensor_names.PROBABILITIES]
+
+
+def _step_values(state: Float32, soft_token: Float32, probabilities: Float32) -> StepValues:
+    """Bring a step's values into one shape: the unrolled state is (batch, 1, hidden), probabilities (vocab, batch)."""
+    return StepValues(state.reshape(len(soft_token), -1), soft_token[:, 0], probabilities.T)
+
+
+def _force(prefix: str, forced: Float32 | None, index: int) -> Feed:
+    soft_token = np.zeros((1, 1, 1), np.float32) if forced is None else forced[:, index : index + 1]
+    return {FORCE: np.array(forced is not None), prefix + tensor_names.SOFT_TOKEN + FORCED: soft_token}
+
+
+@dataclass(frozen=True)
+class _InnerNames:
+    """Inner values of a graph: soft tokens to be switched, and others to be read."""
+
+    soft_tokens: set[str]
+    read: set[str]
+
+
+def _load(path: Path, model: Any, inner: _InnerNames, threads: int | None) -> Any:
+    _add_probabilities(model.graph)
+    found = {name for node in model.graph.node for name in node.output}
+    if missing := sorted((inner.soft_tokens | inner.read) - found):
+        raise BundleError(
+            f"{path}: no value {missing[0]} | graphs whose inner values are named | export the bundle again with this "
+            "version"
+        )
+    _instrument(model.graph, inner)
+    return load_graph(path, threads=threads, content=model.SerializeToString())
+
+
+def _add_probabilities(graph: Any) -> None:
+    """Compute the probabilities of all tokens where a graph has the logits only, as INT8 variants do."""
+    for name in [name for node in graph.node for name in node.output if name.endswith(f"/{tensor_names.LOGITS}")]:
+        probabilities = name.removesuffix(tensor_names.LOGITS) + tensor_names.PROBABILITIES
+        graph.node.append(helper.make_node("Softmax", [name], [f"{name}.softmax"], axis=-1))
+        graph.node.append(helper.make_node("Transpose", [f"{name}.softmax"], [probabilities], perm=[1, 0]))
+
+
+def _instrument(graph: Any, inner: _InnerNames) -> None:
+    """Put the switch behind every soft token and make the inner values outputs."""
+    nodes = []
+    for node in graph.node:
+        nodes.append(node)
+        name = node.output[0]
+        if name in inner.soft_tokens:
+            node.output[0] = name + COMPUTED
+            graph.input.append(helper.make_tensor_value_info(name + FORCED, TensorProto.FLOAT, [None, 1, None]))
+            nodes.append(helper.make_node("Where", [FORCE, name + FORCED, name + COMPUTED], [name]))
+    del graph.node[:]
+    graph.node.extend(nodes)
+    if inner.soft_tokens:
+        graph.input.append(helper.make_tensor_value_info(FORCE, TensorProto.BOOL, []))
+    outputs = inner.read | {name + COMPUTED for name in inner.soft_tokens}
+    graph.output.extend(onnx.ValueInfoProto(name=name) for name in sorted(outputs))

@@ -1,0 +1,183 @@
+"""The result of a parity run as data: the content of ``parity.json``, whose JSON schema stands in docs/.
+
+All numbers are finite. Step 0 is the prompt (z_0: the normalised h_0), steps 1..K are the refinement.
+"""
+
+import msgspec
+
+from gircse.evaluation.parity.gates import GateResult
+
+SCHEMA_VERSION = 1
+
+
+class _Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Base of the parts of a report."""
+
+
+class SoftTokens(_Record, frozen=True):
+    """Soft tokens of one step over all texts.
+
+    Attributes:
+        entropy: mean, in nats.
+        top1_mass: mean probability of the likeliest token.
+        padded_mass: largest probability on vocabulary rows that belong to no token.
+        norm: mean length of s_k.
+    """
+
+    entropy: float
+    top1_mass: float
+    padded_mass: float
+    norm: float
+
+
+class StepParity(_Record, frozen=True):
+    """One step against the reference.
+
+    Attributes:
+        step: k; 0 is the prompt.
+        cosine_min: smallest cosine of z_k to the reference's, over the texts.
+        cosine_mean: their mean.
+        norm_ratio_min: smallest length of the pooled vector before normalisation, over the reference's.
+        norm_ratio_max: largest.
+        max_difference: largest difference of an element of z_k.
+        rank_correlation: Spearman correlation of the similarities of all pairs of texts.
+        neighbour_overlap: mean share of common ten nearest neighbours.
+        state_cosine_min: smallest cosine of the state h_k, running freely: this step's error and the drift before it.
+        forced_state_cosine_min: the same when every step is fed the reference's soft token: the local error.
+        soft_tokens: the candidate's; None for the prompt.
+    """
+
+    step: int
+    cosine_min: float
+    cosine_mean: float
+    norm_ratio_min: float
+    norm_ratio_max: float
+    max_difference: float
+    rank_correlation: float
+    neighbour_overlap: float
+    state_cosine_min: float
+    forced_state_cosine_min: float
+    soft_tokens: SoftTokens | None
+
+
+class TextParity(_Record, frozen=True):
+    """One text against the reference; each list holds the steps 0..K.
+
+    Attributes:
+        cosine: of z_k.
+        norm_ratio: of the pooled vector before normalisation.
+        max_difference: of an element of z_k.
+    """
+
+    cosine: tuple[float, ...]
+    norm_ratio: tuple[float, ...]
+    max_difference: tuple[float, ...]
+
+
+class TaskParity(_Record, frozen=True):
+    """Scores of both sides on one task.
+
+    Attributes:
+        task: name of the file or folder.
+        metric: ``Spearman``, ``nDCG@10`` or ``1-NN accuracy``.
+        reference: score at each step 0..K.
+        candidate: score at each step 0..K.
+        difference_low: lower end of the 95 % bootstrap interval of candidate - reference, with K steps.
+        difference_high: upper end.
+    """
+
+    task: str
+    metric: str
+    reference: tuple[float, ...]
+    candidate: tuple[float, ...]
+    difference_low: float
+    difference_high: float
+
+
+class CrossSteps(_Record, frozen=True):
+    """Queries refined by k steps against documents refined by j steps.
+
+    Attributes:
+        metric: ``nDCG@10`` of a task, or ``rank correlation`` with the reference's similarities at K steps.
+        task: the task, or None.
+        matrix: row k - 1, column j - 1.
+    """
+
+    metric: str
+    task: str | None
+    matrix: tuple[tuple[float, ...], ...]
+
+
+class BatchVariance(_Record, frozen=True):
+    """Texts alone against the same texts in batches.
+
+    Attributes:
+        texts: how many were run alone.
+        max_difference: largest difference of an element, over every step.
+        cosine_min: smallest cosine, over every step.
+    """
+
+    texts: int
+    max_difference: float
+    cosine_min: float
+
+
+class CandidateReport(_Record, frozen=True):
+    """One precision of the bundle.
+
+    Attributes:
+        precision: its name.
+        passed: whether every gate has passed.
+        gates: the verdicts.
+        steps: steps 0..K.
+        texts: each text, in the order of the input.
+        batch_variance: influence of the neighbours in a batch.
+        tasks: scores, where tasks were given.
+        cross_steps: where it was asked for.
+    """
+
+    precision: str
+    passed: bool
+    gates: tuple[GateResult, ...]
+    steps: tuple[StepParity, ...]
+    texts: tuple[TextParity, ...]
+    batch_variance: BatchVariance
+    tasks: tuple[TaskParity, ...]
+    cross_steps: CrossSteps | None
+
+
+class ParityReport(_Record, frozen=True):
+    """A parity run.
+
+    Attributes:
+        schema_version: version of these fields.
+        bundle: the bundle's directory name.
+        manifest_sha256: SHA-256 of its gircse.json, which holds the hash of every file.
+        reference: what it was compared with.
+        steps: K.
+        texts: number of different texts.
+        texts_source: the file, or ``built-in``.
+        reference_soft_tokens: of the reference, steps 1..K.
+        candidates: one for each precision.
+        environment: machine and versions.
+    """
+
+    schema_version: int
+    bundle: str
+    manifest_sha256: str
+    reference: str
+    steps: int
+    texts: int
+    texts_source: str
+    reference_soft_tokens: tuple[SoftTokens, ...]
+    candidates: tuple[CandidateReport, ...]
+    environment: dict[str, str]
+
+    @property
+    def passed(self) -> bool:
+        """Whether every gate of every candidate has passed."""
+        return all(candidate.passed for candidate in self.candidates)
+
+    def to_json(self) -> bytes:
+        """Return the content of ``parity.json``."""
+        return msgspec.json.format(msgspec.json.encode(self), indent=1) + b"\n"

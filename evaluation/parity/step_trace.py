@@ -1,0 +1,139 @@
+"""What a side computes on its way to the embedding, collected text by text, and checked to be finite."""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, fields
+from typing import NamedTuple
+
+import numpy as np
+
+from gircse.evaluation.parity.soft_token_stats import SoftTokenHealth, soft_token_health
+from gircse.runtime.bundle import GraphFacts, Pooling
+from gircse.runtime.errors import MeasurementError
+from gircse.runtime.numerics import Float32, prefix_means
+
+Advance = Callable[[float], None]
+
+
+class StepValues(NamedTuple):
+    """A batch after the prompt or after a refinement step, float32.
+
+    Attributes:
+        state: (batch, hidden), h_k.
+        soft_token: (batch, hidden), s_k as computed; None for the prompt.
+        probabilities: (batch, vocab), of s_k; None for the prompt.
+    """
+
+    state: Float32
+    soft_token: Float32 | None = None
+    probabilities: Float32 | None = None
+
+
+Batches = Iterable[tuple[list[int], Iterator[StepValues]]]
+"""Positions of a batch's texts, with the values after the prompt and after each step."""
+
+
+@dataclass(frozen=True)
+class StepTrace:
+    """The refinement of n texts.
+
+    Attributes:
+        states: (n, K + 1, hidden) float32, h_0..h_K, not normalised.
+        soft_tokens: (n, K, hidden) float32, s_1..s_K.
+        health: of the soft tokens, (n, K) each.
+    """
+
+    states: Float32
+    soft_tokens: Float32
+    health: SoftTokenHealth
+
+
+def collect_trace(
+    side: str, batches: Batches, facts: GraphFacts, *, texts: int, tokens: int, advance: Advance
+) -> StepTrace:
+    """Run batches and keep what is computed on the way.
+
+    Args:
+        side: who computes, for errors.
+        batches: every text once.
+        facts: K and hidden size.
+        texts: number of texts.
+        tokens: tokens of the tokenizer; vocabulary rows from there on are padding.
+        advance: told how many texts were just done.
+
+    Raises:
+        MeasurementError: a value is NaN or infinite; names the step.
+    """
+    states = np.empty((texts, facts.steps + 1, facts.hidden_size), np.float32)
+    soft_tokens = np.empty((texts, facts.steps, facts.hidden_size), np.float32)
+    health = SoftTokenHealth(*(np.empty((texts, facts.steps), np.float32) for _ in fields(SoftTokenHealth)))
+    for rows, steps in batches:
+        for step, values in enumerate(steps):
+            states[rows, step] = values.state
+            if values.soft_token is None or values.probabilities is None:
+                continue
+            soft_tokens[rows, step - 1] = values.soft_token
+            of_step = soft_token_health(values.probabilities, values.soft_token, tokens=tokens)
+            for field in fields(SoftTokenHealth):
+                getattr(health, field.name)[rows, step - 1] = getattr(of_step, field.name)
+        advance(len(rows))
+    # In the order of the computation: the first value that is not finite is where it went wrong.
+    check_finite(side, "state h", states[:, :1], first_step=0)
+    for step in range(1, facts.steps + 1):
+        one = slice(step - 1, step)
+        check_finite(side, "entropy of soft token s", health.entropy[:, one, None], first_step=step)
+        check_finite(side, "soft token s", soft_tokens[:, one], first_step=step)
+        check_finite(side, "state h", states[:, step : step + 1], first_step=step)
+    return StepTrace(states, soft_tokens, health)
+
+
+def collect_states(side: str, batches: Batches, facts: GraphFacts, *, texts: int, advance: Advance) -> Float32:
+    """Run batches and keep their states h_0..h_K (n, K + 1, hidden) float32; the arguments are as above.
+
+    Raises:
+        MeasurementError: a value is NaN or infinite; names the step.
+    """
+    states = np.empty((texts, facts.steps + 1, facts.hidden_size), np.float32)
+    for rows, steps in batches:
+        for step, values in enumerate(steps):
+            states[rows, step] = values.state
+        advance(len(rows))
+    check_finite(side, "state h", states, first_step=0)
+    return states
+
+
+def pooled(states: Float32, pooling: Pooling) -> Float32:
+    """Pool h_0..h_K for every number of steps, without normalising.
+
+    Args:
+        states: (n, K + 1, hidden) float32.
+        pooling: of the bundle.
+
+    Returns:
+        (n, K + 1, hidden) float32; row 0 is h_0, row k what z_k is before its normalisation.
+    """
+    if pooling is Pooling.LAST:
+        return states
+    return np.concatenate([states[:, :1], prefix_means(states[:, 1:])], axis=1)
+
+
+def check_finite(side: str, what: str, values: Float32, *, first_step: int) -> None:
+    """Refuse NaN and infinity.
+
+    Args:
+        side: who computed the values.
+        what: their name.
+        values: (n, steps, size) float32.
+        first_step: step of ``values[:, 0]``.
+
+    Raises:
+        MeasurementError: a value is not finite; names the first step where that is so.
+    """
+    bad = np.logical_not(np.isfinite(values).all(axis=-1, keepdims=True))[..., 0]
+    if bad.any():
+        index = int(bad.any(axis=0).argmax())
+        rows = np.flatnonzero(bad[:, index])
+        raise MeasurementError(
+            f"{side}, step {first_step + index}: {what}_{first_step + index} has NaN or infinity in {len(rows)} of "
+            f"{len(bad)} texts, the first is text {rows[0]} | finite values | the precision overflows here, or the "
+            "weights hold such values: try a wider precision"
+        )

@@ -1,0 +1,279 @@
+"""Build a TensorRT engine from a variant of a bundle: parse, check, state the cost, build, write plan and JSON.
+
+Works with ``tensorrt`` 10.15 or later and 11, which need the GPU that the engine is for, and with ``tensorrt_rtx``,
+which needs none. Networks are strongly typed: the precision is that of the graph.
+"""
+
+import hashlib
+import shlex
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+import psutil
+
+from gircse.export.engine.lower_int8 import to_engine_form
+from gircse.export.engine.profiles import (
+    DEFAULT_BATCH,
+    DEFAULT_TOKENS,
+    ProfileSpec,
+    SizeRange,
+    default_specs,
+    engine_profiles,
+)
+from gircse.export.engine.tensorrt_builder import TensorRtBuilder
+from gircse.reporting.progress import StageProgress
+from gircse.runtime.atomic_file import whole_file
+from gircse.runtime.bundle import MANIFEST_NAME, Bundle, Layout, Precision, file_sha256
+from gircse.runtime.errors import ExportError, ProviderError
+from gircse.runtime.provider_selection import GPU_PRECISIONS, MODULES, import_tensorrt
+from gircse.runtime.trt.engine_manifest import ENGINES_FOLDER, PLAN_SCHEMA_VERSION, EnginePlan, EngineProfile, Flavour
+
+LAYER_PAIR_SECONDS = 1.1e-6
+"""Build time of TensorRT for RTX divided by profiles and the square of the layers (measured at 2,400 to 6,100 layers;
+beyond that it grows faster)."""
+
+SLOW_BUILD_SECONDS = 60.0
+"""Above this estimate the layout that builds in seconds is pointed out."""
+
+BUILD_BYTES, LAYER_BYTES = 1 << 29, 1 << 18
+"""Memory of a build besides three times its weights, and of each layer (measured with TensorRT for RTX, demo, FP16: 1.4
+GiB for 2,400 layers, 4.1 GiB for 17,600)."""
+
+MAX_WORKSPACE_GIB = 1 << 20
+
+MAX_PROTO_BYTES = (1 << 31) - (1 << 24)
+"""What fits into one protobuf beside the nodes."""
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """What to build; the fields are the flags of ``gircse-build``.
+
+    Attributes:
+        bundle: bundle directory.
+        precision: variant; None takes the first of ``GPU_PRECISIONS`` that the bundle has.
+        flavour: which TensorRT; None takes the one that is installed.
+        layout: graph to build from.
+        batch: texts of a run.
+        tokens: tokens of a prompt; None goes up to the bundle's ``max_tokens``.
+        profiles: named profiles in place of the default ones, ``NAME=BATCH`` or ``NAME=BATCHxTOKENS``.
+        capabilities: compute capabilities to build for; empty takes that of the GPU.
+        timing_cache: file of kernel timings that speeds up later builds (not RTX, which times nothing); None is one
+            beside the plan.
+        workspace_gib: most scratch memory of a kernel; None leaves it to TensorRT.
+    """
+
+    bundle: Path
+    precision: str | None = None
+    flavour: Flavour | None = None
+    layout: Layout = Layout.STEPWISE
+    batch: SizeRange = DEFAULT_BATCH
+    tokens: SizeRange | None = None
+    profiles: Sequence[str] = ()
+    capabilities: Sequence[str] = ()
+    timing_cache: Path | None = None
+    workspace_gib: float | None = None
+
+
+def build_engine(options: BuildOptions, *, progress: StageProgress | None = None) -> Path:
+    """Build one engine.
+
+    Args:
+        options: what to build.
+        progress: where to show the stages; None makes one on stderr.
+
+    Returns:
+        The path of the plan; its JSON lies beside it.
+
+    Raises:
+        BundleError: the bundle cannot be used.
+        ProviderError: TensorRT is not installed, or there is no GPU to build on.
+        ExportError: TensorRT refuses the graph or a profile, or cannot build it, or memory or disk do not suffice.
+    """
+    progress = progress or StageProgress()
+    if options.workspace_gib is not None and not 0 < options.workspace_gib <= MAX_WORKSPACE_GIB:
+        raise ExportError(
+            f"--workspace-gib {options.workspace_gib} | above 0, at most {MAX_WORKSPACE_GIB} | leave it out for "
+            "TensorRT's own limit"
+        )
+    bundle = Bundle.open(options.bundle)
+    flavour = options.flavour or _installed_flavour()
+    module = import_tensorrt(flavour)
+    precision = options.precision or bundle.default_variant(GPU_PRECISIONS)
+    bundle.variant(precision)
+    if precision == Precision.INT8_WEIGHTS:
+        raise ExportError(
+            f"--precision {precision}: made for ONNX Runtime, with products that TensorRT does not have | int8, fp16, bf16 "
+            "or fp32 | build from one of these"
+        )
+    profiles = _profiles(options, bundle, flavour)
+    capabilities = _capabilities(options, module, flavour)
+    with progress.stage(f"check the files of {bundle.directory.name}:{precision}"):
+        bundle.verify(precision)
+    builder = TensorRtBuilder(module, flavour)
+    with progress.stage(f"parse the {options.layout} {precision} graph"):
+        _parse(builder, bundle.graph(precision, options.layout), precision)
+    _state_cost(builder, bundle, precision, profiles, flavour, progress)
+    builder.configure(profiles, capabilities, workspace_gib=options.workspace_gib)
+    folder = bundle.directory / ENGINES_FOLDER
+    cache = None if flavour is Flavour.TENSORRT_RTX else options.timing_cache or folder / "timing.cache"
+    try:
+        folder.mkdir(exist_ok=True)
+        builder.use_timing_cache(cache)
+        start = time.perf_counter()
+        title = f"build for {flavour} {module.__version__}, compute capability {', '.join(capabilities)}"
+        with progress.stage(title, total=1.0) as advance:
+            serialized = builder.build(advance)
+        plan = EnginePlan(
+            schema_version=PLAN_SCHEMA_VERSION,
+            bundle_sha256=file_sha256(bundle.directory / MANIFEST_NAME),
+            precision=precision,
+            layout=options.layout,
+            flavour=flavour,
+            version=str(module.__version__),
+            compute_capabilities=tuple(capabilities),
+            profiles=tuple(profiles),
+            settings=builder.settings,
+            command=_command(options, precision, flavour, capabilities),
+            build_seconds=round(time.perf_counter() - start, 1),
+            plan_bytes=serialized.nbytes,
+            plan_sha256=hashlib.sha256(serialized).hexdigest(),
+        )
+        with progress.stage(f"write {serialized.nbytes / 1e6:.0f} MB"):
+            return _write(folder, plan, serialized)
+    except OSError as err:
+        raise ExportError(
+            f"{err.filename or folder}: {err.strerror or err} | room and permission to write | nothing was left behind: "
+            "free some space"
+        ) from err
+
+
+def _parse(builder: TensorRtBuilder, path: Path, precision: str) -> None:
+    if precision != Precision.INT8:
+        builder.parse(path)
+        return
+    model = ir.load(path)
+    to_engine_form(model)
+    tensors = [value.const_value for value in model.graph.initializers.values() if value.const_value is not None]
+    inside = sum(tensor.nbytes for tensor in tensors if not isinstance(tensor, ir.ExternalTensor))
+    if inside > MAX_PROTO_BYTES:  # weights that change their type cannot stay in the bundle's file
+        raise ExportError(
+            f"{path}: {inside / 2**30:.1f} GiB of weights that INT8 keeps in float | less than 2 GiB | calibrate with a larger "
+            "--max-drop"
+        )
+    builder.parse(path, ir.to_proto(model).SerializeToString())
+
+
+def _installed_flavour() -> Flavour:
+    for flavour in Flavour:
+        try:
+            import_tensorrt(flavour)
+        except ProviderError:
+            continue
+        return flavour
+    raise ProviderError(
+        f"no TensorRT is installed | {' or '.join(MODULES.values())} | "
+        + " or ".join(f"pip install 'gircse-deploy[{flavour}]'" for flavour in Flavour)
+    )
+
+
+def _profiles(options: BuildOptions, bundle: Bundle, flavour: Flavour) -> list[EngineProfile]:
+    facts = bundle.manifest.graph
+    tokens = options.tokens or SizeRange(1, min(DEFAULT_TOKENS, facts.max_tokens), facts.max_tokens)
+    try:
+        specs = [ProfileSpec.parse(text, tokens=tokens) for text in options.profiles]
+    except ValueError as err:
+        raise ExportError(f"--profiles {err}") from err
+    specs = specs or default_specs(flavour, options.batch, tokens)
+    return engine_profiles(specs, facts, layout=options.layout, flavour=flavour)
+
+
+def _capabilities(options: BuildOptions, module: Any, flavour: Flavour) -> list[str]:
+    """Return the compute capabilities to build for; what TensorRT builds for is the GPU that it runs on."""
+    from gircse.runtime.trt.cuda import open_cuda
+
+    if flavour is Flavour.TENSORRT_RTX and options.capabilities:
+        known = {_dotted(name): name for name in module.ComputeCapability.__members__ if name.startswith("SM")}
+        for capability in options.capabilities:
+            if capability not in known:
+                raise ExportError(
+                    f"--sm {capability} | this {flavour} {module.__version__} builds for {', '.join(known)} | "
+                    "choose from these, or use --flavour tensorrt on the GPU itself"
+                )
+        return list(dict.fromkeys(options.capabilities))
+    try:
+        found = open_cuda().compute_capability()
+    except ProviderError as err:
+        if flavour is Flavour.TENSORRT_RTX:
+            raise ExportError(f"{err}; to build for another machine, name its GPU: --sm 8.9") from err
+        raise
+    if options.capabilities and list(options.capabilities) != [found]:
+        raise ExportError(
+            f"--sm {','.join(options.capabilities)} | the {found} of this GPU, the only one that {flavour} builds for | "
+            "build on the machine that will run the engine, or use --flavour tensorrt-rtx"
+        )
+    return [found]
+
+
+def _dotted(name: str) -> str:
+    digits = name.removeprefix("SM")
+    return f"{digits[:-1]}.{digits[-1]}"
+
+
+def _state_cost(
+    builder: TensorRtBuilder,
+    bundle: Bundle,
+    precision: str,
+    profiles: Sequence[EngineProfile],
+    flavour: Flavour,
+    progress: StageProgress,
+) -> None:
+    """Say what the build will take, and refuse what cannot fit."""
+    weights = bundle.manifest.files[bundle.manifest.variants[precision].weights].bytes
+    needed = BUILD_BYTES + 3 * weights + LAYER_BYTES * builder.num_layers
+    free = psutil.virtual_memory().available
+    disk = psutil.disk_usage(str(bundle.directory)).free
+    seconds = LAYER_PAIR_SECONDS * len(profiles) * builder.num_layers**2
+    time_needed = f"about {seconds:.0f} s" if flavour is Flavour.TENSORRT_RTX else "minutes, for it times its kernels"
+    progress.note(
+        f"  {builder.num_layers} layers, profiles: {', '.join(dict.fromkeys(profile.name for profile in profiles))}; takes "
+        f"{time_needed}, about {needed / 2**30:.1f} GiB of memory ({free / 2**30:.1f} available) and "
+        f"{2 * weights / 2**30:.1f} GiB of disk ({disk / 2**30:.1f} free)"
+    )
+    if seconds > SLOW_BUILD_SECONDS:
+        progress.note("  build time grows with the square of the layers: --layout stepwise builds fast whatever K is")
+    if needed > free:
+        raise ExportError(
+            f"memory: {free / 2**30:.1f} GiB available | about {needed / 2**30:.1f} GiB | close other programs"
+        )
+    if weights > disk:
+        raise ExportError(
+            f"{bundle.directory}: {disk / 2**30:.1f} GiB free | {weights / 2**30:.1f} GiB | free some space"
+        )
+
+
+def _command(options: BuildOptions, precision: str, flavour: Flavour, capabilities: Sequence[str]) -> str:
+    """Return the command that repeats a build."""
+    words = ["gircse-build", str(options.bundle), "--precision", precision, "--flavour", flavour]
+    words += ["--layout", options.layout, "--batch", ":".join(map(str, options.batch))]
+    if options.tokens is not None:
+        words += ["--tokens", ":".join(map(str, options.tokens))]
+    if options.profiles:
+        words += ["--profiles", *options.profiles]
+    if options.workspace_gib is not None:
+        words += ["--workspace-gib", str(options.workspace_gib)]
+    return shlex.join([*words, "--sm", ",".join(capabilities)])
+
+
+def _write(folder: Path, plan: EnginePlan, serialized: memoryview) -> Path:
+    """Write plan and JSON, both or none; the JSON appears last, for it says that the plan is there."""
+    path = folder / f"{plan.name}.plan"
+    with whole_file(path.with_suffix(".json")) as beside, whole_file(path) as file:
+        beside.write(plan.to_json())
+        beside.flush()  # a full disk shows before the plan appears
+        file.write(serialized)
+    return path

@@ -1,0 +1,1 @@
+"""Trace a decoder and compose the graphs of a bundle."""

@@ -1,0 +1,1 @@
+"""Rewrite graphs and weights to INT8 by a calibration."""

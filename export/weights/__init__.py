@@ -1,0 +1,1 @@
+"""Match the weights of graphs with a checkpoint and stream them to disk."""

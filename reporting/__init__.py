@@ -1,0 +1,1 @@
+"""What every report and long command is made of: progress, figures, files, measures of similarity."""

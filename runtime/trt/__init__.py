@@ -1,0 +1,1 @@
+"""Run TensorRT engines: the engine, its buffers, its streams."""

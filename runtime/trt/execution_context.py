@@ -1,0 +1,142 @@
+"""One execution context bound to device memory: every TensorRT call that can fail is checked here."""
+
+from collections.abc import Mapping
+
+from gircse.runtime.errors import ProviderError
+from gircse.runtime.trt.cuda import Cuda
+from gircse.runtime.trt.engine import LoadedEngine
+from gircse.runtime.trt.memory_layout import Buffer, Pass, Shape
+
+REBUILD = "build the engine again with gircse-build"
+
+
+class BoundContext:
+    """An ``IExecutionContext`` on one profile and one stream, which remembers what is bound to it."""
+
+    def __init__(
+        self, engine: LoadedEngine, profile: int, *, stream: int, scratch: int, scratch_bytes: int, for_graph: bool
+    ) -> None:
+        """Create the context.
+
+        Args:
+            engine: the engine.
+            profile: index of its optimisation profile.
+            stream: the only stream that the context will run in.
+            scratch: device memory for activations; contexts of one stream may share it, as they run one by one.
+            scratch_bytes: its size.
+            for_graph: see ``LoadedEngine.create_context``.
+
+        Raises:
+            ProviderError: TensorRT refuses.
+        """
+        self._engine, self._stream = engine, stream
+        self._context = engine.create_context(for_graph=for_graph)
+        self._shapes: dict[str, Shape] = {}
+        self._addresses: dict[str, int] = {}
+        switched = self._context.set_optimization_profile_async(profile, stream)
+        engine.checked(switched, f"optimisation profile {profile}", "a profile of the engine", REBUILD)
+        self._context.set_device_memory(scratch, scratch_bytes)
+
+    def bind(self, planned: Pass, addresses: Mapping[Buffer, int]) -> None:
+        """Set what differs from the last pass.
+
+        Args:
+            planned: the pass.
+            addresses: where the buffers lie on the device.
+
+        Raises:
+            ProviderError: TensorRT refuses a shape or an address, or derives other output shapes than planned.
+        """
+        for name, shape in planned.inputs.items():
+            if self._shapes.get(name) != shape:
+                accepted = self._context.set_input_shape(name, shape)
+                self._engine.checked(accepted, f"{name}: shape {shape}", "a shape in the profile's range", REBUILD)
+                self._shapes[name] = shape
+        for name, place in planned.places.items():
+            address = addresses[place.buffer] + place.offset
+            if self._addresses.get(name) != address:
+                accepted = self._context.set_tensor_address(name, address)
+                self._engine.checked(accepted, f"{name}: address {address:#x}", "an address TensorRT takes", REBUILD)
+                self._addresses[name] = address
+        self._check_outputs(planned)
+
+    def enqueue(self) -> None:
+        """Put the bound pass into the stream.
+
+        Raises:
+            ProviderError: TensorRT refuses.
+        """
+        queued = self._context.execute_async_v3(self._stream)
+        self._engine.checked(queued, "execute_async_v3", f"a pass with {self._shapes}", "see TensorRT's log")
+
+    def _check_outputs(self, planned: Pass) -> None:
+        try:
+            missing = self._context.infer_shapes()
+        except RuntimeError as err:
+            raise ProviderError(f"infer_shapes: {err} | the shapes {dict(planned.inputs)} | {REBUILD}") from err
+        if missing:
+            raise ProviderError(f"infer_shapes: {missing} are unset | every input with a shape | {REBUILD}")
+        for name, expected in planned.outputs.items():
+            # A larger output than planned would be written past its place.
+            came = tuple(self._context.get_tensor_shape(name))
+            if came != expected:
+                raise ProviderError(f"{name}: shape {came} | {expected} | {REBUILD}")
+
+
+class RepeatedPass:
+    """A pass that comes again with the same shapes: it has a context of its own and, once captured, a CUDA graph.
+
+    A captured graph stays valid only while nothing is changed in the context that it was captured from. Therefore that
+    context serves no other pass. TensorRT for RTX captures and replays on its own as long as nothing is changed.
+    """
+
+    def __init__(self, cuda: Cuda, context: BoundContext, *, stream: int) -> None:
+        """Enqueue the pass that is bound to the context.
+
+        Args:
+            cuda: the device.
+            context: kept as long as this object, for what it enqueues may still run.
+            stream: its stream.
+
+        Raises:
+            ProviderError: TensorRT refuses.
+        """
+        self._cuda, self._context, self._stream = cuda, context, stream
+        self._graph: int | None = None
+        context.enqueue()
+
+    def capture(self) -> None:
+        """Capture the pass; it stays an ordinary one when that fails.
+
+        The enqueue in the constructor did what TensorRT defers after a change of shapes, which must not be captured.
+
+        Raises:
+            ProviderError: TensorRT or CUDA refuses.
+        """
+        self._cuda.begin_capture(self._stream)
+        try:
+            self._context.enqueue()
+        except BaseException:
+            _abandon_capture(self._cuda, self._stream)
+            raise
+        self._graph = self._cuda.end_capture(self._stream)
+
+    def enqueue(self) -> None:
+        """Put the pass into the stream again."""
+        if self._graph is None:
+            self._context.enqueue()
+        else:
+            self._cuda.launch_graph(self._graph, self._stream)
+
+    def close(self) -> None:
+        """Destroy the graph; the stream must be idle."""
+        graph, self._graph = self._graph, None
+        if graph is not None:
+            self._cuda.destroy_graph(graph)
+
+
+def _abandon_capture(cuda: Cuda, stream: int) -> None:
+    try:
+        cuda.destroy_graph(cuda.end_capture(stream))
+    except ProviderError:
+        return  # an invalidated capture ends with an error and leaves no graph

@@ -1,0 +1,231 @@
+"""A lane: one stream and all that one caller at a time needs to run batches in it.
+
+    host inputs --copy--> pass 0, pass 1, ... pass steps --copy--> host outputs, then one synchronisation
+
+The KV cache and the states stay on the device between the passes. A shape that comes back soon gets captured: its
+second run captures every pass (see :class:`RepeatedPass`), from the third on a pass is one launch.
+"""
+
+import contextlib
+import logging
+from collections import OrderedDict
+from typing import TypeVar
+
+from gircse.runtime.errors import ProviderError
+from gircse.runtime.ort_session import StepOutputs
+from gircse.runtime.trt.cuda import Cuda
+from gircse.runtime.trt.engine import LoadedEngine
+from gircse.runtime.trt.execution_context import BoundContext, RepeatedPass
+from gircse.runtime.trt.memory_layout import Buffer, Int64, Pass, aligned
+from gircse.runtime.trt.profile_selection import ProfileChoice
+
+logger = logging.getLogger(__name__)
+
+BatchShape = tuple[int, int]
+Entry = TypeVar("Entry")
+
+
+class CapturePolicy:
+    """Whether to capture, shared by the lanes of a session: what fails once is not tried again."""
+
+    def __init__(self, shapes: int) -> None:
+        """Keep the graphs of the ``shapes`` batch shapes that were used last; 0 captures nothing."""
+        self.shapes = shapes
+
+    def give_up(self, reason: str) -> None:
+        """Stop capturing; tell so once."""
+        if self.shapes:
+            self.shapes = 0
+            logger.warning(
+                "no CUDA graphs: %s; passes are enqueued one by one, which is slower for small batches", reason
+            )
+
+
+class BatchRunner:
+    """Buffers and contexts for the batches of one choice of profiles, allocated once for the largest of them."""
+
+    def __init__(
+        self,
+        cuda: Cuda,
+        engine: LoadedEngine,
+        choice: ProfileChoice,
+        limits: BatchShape,
+        *,
+        stream: int,
+        policy: CapturePolicy,
+    ) -> None:
+        """Allocate.
+
+        Args:
+            cuda: the device.
+            engine: the engine.
+            choice: the profiles.
+            limits: largest batch and width that they take.
+            stream: where everything runs.
+            policy: whether to capture.
+
+        Raises:
+            ProviderError: out of memory; what was allocated is freed.
+        """
+        self._cuda, self._engine, self._stream, self._policy = cuda, engine, stream, policy
+        self._profiles = (choice.prompt, choice.step)
+        self._contexts: dict[int, BoundContext] = {}
+        self._seen: OrderedDict[BatchShape, None] = OrderedDict()
+        self._repeated: OrderedDict[BatchShape, dict[int, RepeatedPass]] = OrderedDict()
+        sizes = engine.planner.buffer_bytes(*limits)
+        with contextlib.ExitStack() as resources:
+            self._addresses = {buffer: _device_memory(cuda, size, resources) for buffer, size in sizes.items()}
+            self._scratch_bytes = aligned(max(engine.scratch_bytes(profile) for profile in self._profiles))
+            self._scratch = _device_memory(cuda, self._scratch_bytes, resources)
+            self._host_inputs = cuda.malloc_host(sizes[Buffer.INPUTS])
+            resources.callback(cuda.free_host, self._host_inputs)
+            self._host_outputs = cuda.malloc_host(sizes[Buffer.OUTPUTS])
+            resources.callback(cuda.free_host, self._host_outputs)
+            resources.callback(self._contexts.clear)
+            self._resources = resources.pop_all()
+
+    def run(self, input_ids: Int64, attention_mask: Int64, *, steps: int) -> StepOutputs:
+        """Run one batch, (batch, tokens) int64 each, within the limits; the arrays returned are the caller's."""
+        cuda, planner = self._cuda, self._engine.planner
+        batch, tokens = input_ids.shape
+        repeated = self._repeated_passes((batch, tokens))
+        size = planner.write_inputs(self._host_inputs, input_ids, attention_mask, steps=steps)
+        cuda.copy_to_device(self._addresses[Buffer.INPUTS], self._host_inputs[:size], self._stream)
+        for number in range(planner.pass_count(steps)):
+            again = None if repeated is None else self._repeated_pass(repeated, batch, tokens, number)
+            if again is None:
+                self._enqueue(planner.plan(batch, tokens, number), self._profiles[number > 0])
+        results = self._host_outputs[: planner.output_bytes(batch, steps)]
+        cuda.copy_to_host(results, self._addresses[Buffer.OUTPUTS], self._stream)
+        cuda.synchronize(self._stream)
+        return planner.read_outputs(results, batch=batch, steps=steps)
+
+    def close(self) -> None:
+        """Free everything; the stream must be idle."""
+        with self._resources as resources:
+            for passes in _shrink(self._repeated, 0):
+                _close_passes(passes, resources)
+
+    def _enqueue(self, planned: Pass, profile: int) -> None:
+        if profile not in self._contexts:
+            self._contexts[profile] = self._context(profile, for_graph=False)
+        context = self._contexts[profile]
+        context.bind(planned, self._addresses)
+        context.enqueue()
+
+    def _context(self, profile: int, *, for_graph: bool) -> BoundContext:
+        return BoundContext(
+            self._engine,
+            profile,
+            stream=self._stream,
+            scratch=self._scratch,
+            scratch_bytes=self._scratch_bytes,
+            for_graph=for_graph,
+        )
+
+    def _repeated_passes(self, shape: BatchShape) -> dict[int, RepeatedPass] | None:
+        """Return the captured passes of a shape, none yet when it comes for the second time; None: do not capture.
+
+        Captured shapes and candidates are both bounded by what is kept: of a stream of texts of ever new lengths only
+        what comes back soon is worth the capture, which costs as much as many plain runs. The stream is idle here, so
+        that the graphs of the shape that was not used for longest can be destroyed.
+        """
+        limit = self._policy.shapes  # read once: another lane may give up meanwhile
+        if shape in self._repeated:
+            self._repeated.move_to_end(shape)
+            return self._repeated[shape]
+        if shape not in self._seen:
+            self._seen[shape] = None
+            _shrink(self._seen, limit)
+            return None
+        if not limit:
+            return None
+        del self._seen[shape]
+        self._repeated[shape] = {}
+        with contextlib.ExitStack() as resources:
+            for passes in _shrink(self._repeated, limit):
+                _close_passes(passes, resources)
+        return self._repeated[shape]
+
+    def _repeated_pass(
+        self, repeated: dict[int, RepeatedPass], batch: int, tokens: int, number: int
+    ) -> RepeatedPass | None:
+        """Enqueue a pass by its graph, or capture it; None when it must be enqueued plainly."""
+        if number in repeated:
+            repeated[number].enqueue()
+            return repeated[number]
+        if not self._policy.shapes:
+            return None
+        try:
+            context = self._context(self._profiles[number > 0], for_graph=True)
+            context.bind(self._engine.planner.plan(batch, tokens, number), self._addresses)
+        except ProviderError as err:
+            self._policy.give_up(str(err))
+            # The error holds the context until here; what its profile may have queued must not outlive it.
+            self._cuda.synchronize(self._stream)
+            return None
+        repeated[number] = RepeatedPass(self._cuda, context, stream=self._stream)
+        if not self._engine.captures_itself:
+            try:
+                repeated[number].capture()
+            except ProviderError as err:
+                self._policy.give_up(str(err))
+        return repeated[number]
+
+
+class Lane:
+    """A stream with a :class:`BatchRunner` for every choice of profiles that came up. One caller at a time."""
+
+    def __init__(self, cuda: Cuda, engine: LoadedEngine, policy: CapturePolicy) -> None:
+        """Create the stream; the buffers follow with the first batch.
+
+        Raises:
+            ProviderError: CUDA refuses.
+        """
+        self._cuda, self._engine, self._policy = cuda, engine, policy
+        self._runners: dict[tuple[int, int], BatchRunner] = {}
+        self._stream = cuda.create_stream()
+
+    def run(
+        self, input_ids: Int64, attention_mask: Int64, *, steps: int, choice: ProfileChoice, limits: BatchShape
+    ) -> StepOutputs:
+        """Run one batch, (batch, tokens) int64 each, padded to ``choice.tokens``.
+
+        Raises:
+            ProviderError: CUDA or TensorRT refuses; the lane can only be closed then.
+        """
+        key = (choice.prompt, choice.step)
+        if key not in self._runners:
+            self._runners[key] = BatchRunner(
+                self._cuda, self._engine, choice, limits, stream=self._stream, policy=self._policy
+            )
+        return self._runners[key].run(input_ids, attention_mask, steps=steps)
+
+    def close(self) -> None:
+        """Wait for the stream and free everything, even when some of it fails; any thread may do it.
+
+        Raises:
+            ProviderError: the last thing that failed.
+        """
+        with contextlib.ExitStack() as resources:
+            resources.callback(self._cuda.destroy_stream, self._stream)
+            for runner in self._runners.values():
+                resources.callback(runner.close)
+            resources.callback(self._cuda.synchronize, self._stream)
+            resources.callback(self._cuda.make_current)
+
+
+def _device_memory(cuda: Cuda, size: int, resources: contextlib.ExitStack) -> int:
+    address = cuda.malloc(size)
+    resources.callback(cuda.free, address)
+    return address
+
+
+def _close_passes(passes: dict[int, RepeatedPass], resources: contextlib.ExitStack) -> None:
+    for again in passes.values():
+        resources.callback(again.close)
+
+
+def _shrink(entries: "OrderedDict[BatchShape, Entry]", limit: int) -> "list[Entry]":
+    """Drop the oldest entries beyond a limit and return them."""
+    return [entries.popitem(last=False)[1] for _ in range(len(entries) - limit)]

@@ -1,0 +1,224 @@
+"""What each pass of an engine binds: shapes, and where every tensor lies in the device buffers. Pure arithmetic.
+
+An unrolled engine runs one pass. A stepwise engine runs pass 0, the prompt, and then passes 1..steps; four buffers
+serve them all, so that nothing but ids, masks and states ever crosses the bus:
+
+    inputs   input_ids (batch, tokens), then the attention mask of every pass, pass k's (batch, tokens + k)
+    outputs  h_0..h_K, (batch, hidden) float32 each: pass k reads slot k - 1 and writes slot k
+    cache 0  the keys and values that even passes write and odd passes read
+    cache 1  the other way round
+
+An empty tensor still gets an address of its own inside a buffer, for TensorRT wants every tensor's address to be
+non-null and different from all others. Every tensor starts at a multiple of 256 bytes, which TensorRT wants too.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gircse.runtime import tensor_names
+from gircse.runtime.bundle import GraphFacts, Layout
+from gircse.runtime.numerics import Float32
+from gircse.runtime.ort_session import StepOutputs, step_outputs
+from gircse.runtime.trt.cuda import HostBytes
+
+Int64 = NDArray[np.int64]
+Shape = tuple[int, ...]
+
+ALIGNMENT = 256
+INT64_BYTES = 8
+FLOAT32_BYTES = 4
+
+
+class Buffer(Enum):
+    """The device buffers of a lane."""
+
+    INPUTS = "inputs"
+    OUTPUTS = "outputs"
+    CACHE_0 = "cache 0"
+    CACHE_1 = "cache 1"
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a tensor lies: bytes from the start of a buffer."""
+
+    buffer: Buffer
+    offset: int
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One pass of an engine.
+
+    Attributes:
+        inputs: shape of every input.
+        outputs: shape of every output.
+        places: where each of them lies.
+    """
+
+    inputs: Mapping[str, Shape]
+    outputs: Mapping[str, Shape]
+    places: Mapping[str, Place]
+
+
+@dataclass(frozen=True)
+class PassPlanner:
+    """Plans the passes of one engine.
+
+    Attributes:
+        facts: what the graph computes.
+        layout: which graph the engine was built from.
+        cache_item_bytes: size of one number in the KV cache; the unrolled layout has none.
+    """
+
+    facts: GraphFacts
+    layout: Layout
+    cache_item_bytes: int
+
+    @property
+    def last_pass(self) -> int:
+        """Largest number of a pass: K, or 0 for the unrolled layout."""
+        return self.facts.steps if self.layout is Layout.STEPWISE else 0
+
+    def pass_count(self, steps: int) -> int:
+        """Passes of a run of ``steps`` refinement steps."""
+        return min(steps, self.last_pass) + 1
+
+    def input_shapes(self, batch: int, tokens: int, number: int) -> dict[str, Shape]:
+        """Return the shape of every input in pass ``number``."""
+        prompt = number == 0
+        shapes: dict[str, Shape] = {
+            tensor_names.INPUT_IDS: (batch, tokens if prompt else 0),
+            tensor_names.ATTENTION_MASK: (batch, tokens + number),
+        }
+        if self.layout is Layout.UNROLLED:
+            return shapes
+        if self.facts.steps:
+            shapes[tensor_names.HIDDEN] = (batch, 0 if prompt else 1, self.facts.hidden_size)
+        past = (batch, 0 if prompt else tokens + number - 1, self.facts.kv_size)
+        return shapes | dict.fromkeys(tensor_names.cache_names("past", self.facts.num_layers), past)
+
+    def output_shapes(self, batch: int, tokens: int, number: int) -> dict[str, Shape]:
+        """Return the shape of every output in pass ``number``."""
+        facts = self.facts
+        vectors = (batch, facts.hidden_size)
+        if self.layout is Layout.STEPWISE:
+            present = (batch, tokens + number, facts.kv_size)
+            cache = dict.fromkeys(tensor_names.cache_names("present", facts.num_layers), present)
+            return {tensor_names.NEXT_HIDDEN: (batch, 1, facts.hidden_size), **cache}
+        steps: dict[str, Shape] = {tensor_names.STEP_EMBEDDINGS: (batch, facts.steps, facts.hidden_size)}
+        return {tensor_names.EMBEDDING: vectors, tensor_names.PROMPT_EMBEDDING: vectors} | (
+            steps if facts.steps else {}
+        )
+
+    def plan(self, batch: int, tokens: int, number: int) -> Pass:
+        """Plan pass ``number`` of a batch."""
+        places = {
+            tensor_names.INPUT_IDS: Place(Buffer.INPUTS, 0),
+            tensor_names.ATTENTION_MASK: Place(Buffer.INPUTS, self.mask_offset(batch, tokens, number)),
+        }
+        if self.layout is Layout.UNROLLED:
+            places |= self._unrolled_outputs(batch)
+        else:
+            places |= self._states(batch, number) | self._cache(batch, tokens, number)
+        return Pass(self.input_shapes(batch, tokens, number), self.output_shapes(batch, tokens, number), places)
+
+    def mask_offset(self, batch: int, tokens: int, number: int) -> int:
+        """Return where the mask of pass ``number`` starts in the input buffer; that of pass K + 1 is the end."""
+        widths = [tokens, *range(tokens, tokens + number)]
+        return sum(aligned(batch * width * INT64_BYTES) for width in widths)
+
+    def buffer_bytes(self, max_batch: int, max_tokens: int) -> dict[Buffer, int]:
+        """Return the size of every buffer that batches up to these sizes need."""
+        sizes = {
+            Buffer.INPUTS: self.mask_offset(max_batch, max_tokens, self.last_pass + 1),
+            # z_1..z_K of an unrolled engine lie in one block, no longer than K slots; one more slot is z_K alone.
+            Buffer.OUTPUTS: (self.facts.steps + 2) * self._slot_bytes(max_batch),
+        }
+        if self.layout is Layout.STEPWISE:
+            cache = 2 * self.facts.num_layers * self._cache_bytes(max_batch, max_tokens + self.facts.steps)
+            sizes |= {Buffer.CACHE_0: cache, Buffer.CACHE_1: cache}
+        return sizes
+
+    def write_inputs(self, host: HostBytes, input_ids: Int64, attention_mask: Int64, *, steps: int) -> int:
+        """Lay out the inputs of all passes of a run as in the input buffer; return how many bytes they take.
+
+        Args:
+            host: a copy of the input buffer in host memory.
+            input_ids: (batch, tokens) int64.
+            attention_mask: (batch, tokens) int64.
+            steps: refinement steps of the run; every soft token's place in the mask is a 1.
+        """
+        batch, tokens = input_ids.shape
+        _write(host, 0, input_ids)
+        count = self.pass_count(steps)
+        mask = np.pad(attention_mask, ((0, 0), (0, count - 1)), constant_values=1)
+        for number in range(count):
+            _write(host, self.mask_offset(batch, tokens, number), mask[:, : tokens + number])
+        return self.mask_offset(batch, tokens, count)
+
+    def output_bytes(self, batch: int, steps: int) -> int:
+        """Return how much of the output buffer's start holds the results of a run."""
+        return (steps + 1 if self.layout is Layout.STEPWISE else self.facts.steps + 1) * self._slot_bytes(batch)
+
+    def read_outputs(self, host: HostBytes, *, batch: int, steps: int) -> StepOutputs:
+        """Read the results of a run from a copy of the output buffer; the arrays returned are copies."""
+        hidden, slot = self.facts.hidden_size, self._slot_bytes(batch)
+        if self.layout is Layout.STEPWISE:
+            states = np.empty((batch, steps + 1, hidden), np.float32)
+            for number in range(steps + 1):
+                states[:, number] = _read(host, number * slot, (batch, hidden))
+            return step_outputs(states, self.facts.pooling)
+        vectors = _read(host, slot, (batch, self.facts.steps, hidden))
+        return StepOutputs(_read(host, 0, (batch, hidden)).copy(), vectors[:, :steps].copy())
+
+    def _slot_bytes(self, batch: int) -> int:
+        return aligned(batch * self.facts.hidden_size * FLOAT32_BYTES)
+
+    def _cache_bytes(self, batch: int, total: int) -> int:
+        return aligned(batch * total * self.facts.kv_size * self.cache_item_bytes)
+
+    def _unrolled_outputs(self, batch: int) -> dict[str, Place]:
+        slot = self._slot_bytes(batch)
+        names = [tensor_names.PROMPT_EMBEDDING, tensor_names.STEP_EMBEDDINGS, tensor_names.EMBEDDING]
+        offsets = [0, slot, (self.facts.steps + 1) * slot]
+        places = {name: Place(Buffer.OUTPUTS, offset) for name, offset in zip(names, offsets, strict=True)}
+        if not self.facts.steps:
+            del places[tensor_names.STEP_EMBEDDINGS]
+        return places
+
+    def _states(self, batch: int, number: int) -> dict[str, Place]:
+        slot = self._slot_bytes(batch)
+        places = {tensor_names.NEXT_HIDDEN: Place(Buffer.OUTPUTS, number * slot)}
+        if self.facts.steps:
+            # The prompt has no soft token to read: its empty tensor lies in the slot that the first step will write.
+            places[tensor_names.HIDDEN] = Place(Buffer.OUTPUTS, (number - 1 if number else 1) * slot)
+        return places
+
+    def _cache(self, batch: int, tokens: int, number: int) -> dict[str, Place]:
+        # As wide as the last step needs, so that one run's layout is the same in every pass.
+        stride = self._cache_bytes(batch, tokens + self.facts.steps)
+        write, read = (Buffer.CACHE_0, Buffer.CACHE_1) if number % 2 == 0 else (Buffer.CACHE_1, Buffer.CACHE_0)
+        places = {}
+        for prefix, buffer in (("past", read), ("present", write)):
+            for index, name in enumerate(tensor_names.cache_names(prefix, self.facts.num_layers)):
+                places[name] = Place(buffer, index * stride)
+        return places
+
+
+def aligned(size: int) -> int:
+    """Round a size in bytes up to the alignment of a tensor, and to at least one aligned block."""
+    return max(1, -(-size // ALIGNMENT)) * ALIGNMENT
+
+
+def _write(host: HostBytes, offset: int, array: Int64) -> None:
+    host[offset : offset + array.nbytes].view(np.int64).reshape(array.shape)[:] = array
+
+
+def _read(host: HostBytes, offset: int, shape: Shape) -> Float32:
+    size = int(np.prod(shape)) * FLOAT32_BYTES
+    return host[offset : offset + size].view(np.float32).reshape(shape)

@@ -1,0 +1,104 @@
+"""Which optimisation profiles of an engine run a batch. Pure: shapes in, indices out.
+
+A profile runs a pass when its ranges hold the pass's shapes. Of those that do, one made for the stage comes first, then
+one for any stage; among equals the one with the smallest maximum batch, whose kernels were chosen for such sizes.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from gircse.runtime import tensor_names
+from gircse.runtime.trt.engine_manifest import EnginePlan, EngineProfile, Stage
+from gircse.runtime.trt.memory_layout import PassPlanner
+
+
+@dataclass(frozen=True)
+class ProfileChoice:
+    """How a batch is run.
+
+    Attributes:
+        prompt: index of the profile of pass 0.
+        step: index of the profile of the passes after it; the same as ``prompt`` when there are none.
+        tokens: width that the batch is padded to, the least that the prompt's profile takes.
+    """
+
+    prompt: int
+    step: int
+    tokens: int
+
+
+@dataclass(frozen=True)
+class ProfileChooser:
+    """Chooses among the profiles of one engine."""
+
+    plan: EnginePlan
+    planner: PassPlanner
+
+    def choose(self, batch: int, tokens: int) -> ProfileChoice:
+        """Return how to run a batch; the choice serves every number of steps.
+
+        Raises:
+            ValueError: no profile takes it.
+        """
+        choice = self._find(batch, tokens)
+        if choice is None:
+            limits = "; ".join(self._limits(profile) for profile in self.plan.profiles)
+            raise ValueError(
+                f"{tensor_names.INPUT_IDS}: shape {(batch, tokens)} | {limits} | split the batch or rebuild: "
+                f"{self.plan.command}"
+            )
+        return choice
+
+    def max_batch(self, tokens: int) -> int:
+        """Return the largest batch of prompts that are ``tokens`` wide; 0 when they are too wide for every profile."""
+        sizes = {profile.shapes[tensor_names.INPUT_IDS].max[0] for profile in self.plan.profiles}
+        return next((size for size in sorted(sizes, reverse=True) if self._find(size, tokens)), 0)
+
+    def limits(self, choice: ProfileChoice) -> tuple[int, int]:
+        """Return the largest batch and the largest width that the chosen profiles take together."""
+        prompt, step = self.plan.profiles[choice.prompt], self.plan.profiles[choice.step]
+        batch = min(profile.shapes[tensor_names.INPUT_IDS].max[0] for profile in (prompt, step))
+        return batch, min(
+            self._max_tokens(prompt), step.shapes[tensor_names.ATTENTION_MASK].max[1] - self.planner.last_pass
+        )
+
+    def _find(self, batch: int, tokens: int) -> ProfileChoice | None:
+        last = self.planner.last_pass
+        for prompt in self._by_preference(Stage.PROMPT):
+            width = max(tokens, _min_tokens(self.plan.profiles[prompt]))
+            if tokens < 1 or not self._holds(prompt, batch, width, 0):
+                continue
+            if not last:
+                return ProfileChoice(prompt, prompt, width)
+            for step in self._by_preference(Stage.STEP):
+                # Every size grows with the step, so the first and the last speak for all.
+                if self._holds(step, batch, width, 1) and self._holds(step, batch, width, last):
+                    return ProfileChoice(prompt, step, width)
+        return None
+
+    def _by_preference(self, stage: Stage) -> Iterator[int]:
+        def rank(index: int) -> tuple[int, int]:
+            profile = self.plan.profiles[index]
+            order = {stage: 0, Stage.ANY: 1}
+            return order.get(profile.stage, 2), profile.shapes[tensor_names.INPUT_IDS].max[0]
+
+        return iter(sorted(range(len(self.plan.profiles)), key=rank))
+
+    def _holds(self, index: int, batch: int, tokens: int, number: int) -> bool:
+        ranges = self.plan.profiles[index].shapes
+        shapes = self.planner.input_shapes(batch, tokens, number)
+        return all(ranges[name].holds(shape) for name, shape in shapes.items())
+
+    def _max_tokens(self, profile: EngineProfile) -> int:
+        return min(profile.shapes[name].max[1] for name in (tensor_names.INPUT_IDS, tensor_names.ATTENTION_MASK))
+
+    def _limits(self, profile: EngineProfile) -> str:
+        ids = profile.shapes[tensor_names.INPUT_IDS]
+        tokens = min(
+            self._max_tokens(profile), profile.shapes[tensor_names.ATTENTION_MASK].max[1] - self.planner.last_pass
+        )
+        return f"profile {profile.name} takes batch {ids.min[0]}..{ids.max[0]}, tokens {_min_tokens(profile)}..{tokens}"
+
+
+def _min_tokens(profile: EngineProfile) -> int:
+    return max(profile.shapes[name].min[1] for name in (tensor_names.INPUT_IDS, tensor_names.ATTENTION_MASK))

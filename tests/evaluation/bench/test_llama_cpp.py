@@ -1,0 +1,253 @@
+"""The llama.cpp peer computes what our PyTorch reference computes, from the GGUF file that we write."""
+
+import functools
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from safetensors.numpy import load_file, save_file
+from support.small_models import SIZES, SmallModels, randomise_vectors
+from support.tolerances import (
+    CONTROL_MIN_DIFFERENCE,
+    LLAMA_CPP_BATCH_MAX_DIFFERENCE,
+    LLAMA_CPP_MIN_COSINE,
+    LLAMA_CPP_MIN_COSINE_DEMO,
+)
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from gircse.checkpoint.reference import load_reference, step_states
+from gircse.checkpoint.source import resolve_checkpoint
+from gircse.evaluation.bench import gguf, llama_cpp
+from gircse.evaluation.bench.gguf import embedding_table, gguf_of, write_q8_0_gguf
+from gircse.evaluation.bench.llama_cpp import LlamaCppPeer
+from gircse.evaluation.bench.worker import Kind, SideSpec, Worker
+from gircse.evaluation.tasks.prompts import read_prompts
+from gircse.export.exporter import export_bundle
+from gircse.export.options import ExportOptions
+from gircse.runtime.bundle import Bundle, Pooling
+from gircse.runtime.errors import CheckpointError, MeasurementError, ProviderError
+from gircse.runtime.numerics import Float32, l2_normalize, row_cosine
+from gircse.runtime.tokenization import open_tokenizer
+
+NOT_INSTALLED = "llama-cpp-python is not installed: pip install 'gircse-deploy[llama-cpp]'"
+STEPS = 5
+TOKENS = 9
+MODELS = {
+    "tied": {},
+    "biased": {"tie_word_embeddings": False, "attention_bias": True, "mlp_bias": True},
+    "q8_0": {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "initializer_range": 0.08},
+}
+"""Rows of 48 do not divide into blocks of Q8_0 and stay FP32, which is exact enough to tell a wrong weight."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model for both sides."""
+
+    gguf: Path
+    reference: Any
+
+    def open(self, **options: Any) -> LlamaCppPeer:
+        table = self.reference.get_input_embeddings().weight.numpy(force=True)
+        size = {"batch": 3, "tokens": TOKENS, "steps": STEPS, "threads": 2, "repack": False}
+        return LlamaCppPeer(self.gguf, **{"embedding_table": table, **size, **options})
+
+    def expected(
+        self, ids: NDArray[np.int64], *, steps: int, temperature: float = 1.0, pooling: Pooling = Pooling.MEAN
+    ) -> Float32:
+        inputs = torch.from_numpy(ids)
+        states = step_states(
+            self.reference, inputs, torch.ones_like(inputs), steps=steps, temperature=temperature
+        ).numpy()
+        return l2_normalize(states[:, 1:].mean(axis=1) if pooling is Pooling.MEAN else states[:, -1])
+
+
+@pytest.fixture(scope="module")
+def cases(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Case]:
+    pytest.importorskip("llama_cpp", reason=NOT_INSTALLED)
+
+    @functools.cache
+    def make(name: str) -> Case:
+        directory = tmp_path_factory.mktemp(name)
+        torch.manual_seed(7)
+        model = AutoModelForCausalLM.from_config(LlamaConfig(**{**SIZES, **MODELS[name]}), dtype=torch.float32)
+        randomise_vectors(model)
+        model.save_pretrained(directory)
+        checkpoint = resolve_checkpoint(str(directory))
+        write_q8_0_gguf(checkpoint, directory / "model.gguf")
+        return Case(directory / "model.gguf", load_reference(checkpoint))
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def tied(cases: Callable[[str], Case]) -> Case:
+    return cases("tied")
+
+
+@pytest.fixture(scope="module")
+def peer(tied: Case) -> Iterator[LlamaCppPeer]:
+    with tied.open() as peer:
+        yield peer
+
+
+@pytest.fixture(scope="module")
+def ids() -> NDArray[np.int64]:
+    return np.random.default_rng(3).integers(1, SIZES["vocab_size"], (3, TOKENS))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_vectors_are_those_of_the_reference(cases: Callable[[str], Case], ids: NDArray[np.int64], name: str) -> None:
+    case = cases(name)
+    with case.open() as peer:
+        for steps in (1, STEPS):
+            vectors = peer.run(ids, steps=steps)
+            assert vectors.dtype == np.float32
+            np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, rtol=1e-6)
+            floor = LLAMA_CPP_MIN_COSINE["q8_0" if name == "q8_0" else "fp32"]
+            assert row_cosine(vectors, case.expected(ids, steps=steps)).min() > floor
+
+
+def test_temperature_divides_the_logits(tied: Case, ids: NDArray[np.int64]) -> None:
+    with tied.open(temperature=2.0) as peer:
+        vectors = peer.run(ids, steps=STEPS)
+    expected = tied.expected(ids, steps=STEPS, temperature=2.0)
+    assert row_cosine(vectors, expected).min() > LLAMA_CPP_MIN_COSINE["fp32"]
+    assert (np.abs(vectors - tied.expected(ids, steps=STEPS)).max(axis=1) > CONTROL_MIN_DIFFERENCE).all()
+
+
+def test_the_last_state_can_stand_for_all(tied: Case, ids: NDArray[np.int64]) -> None:
+    with tied.open(pooling=Pooling.LAST) as peer:
+        vectors = peer.run(ids, steps=2)
+    expected = tied.expected(ids, steps=2, pooling=Pooling.LAST)
+    assert row_cosine(vectors, expected).min() > LLAMA_CPP_MIN_COSINE["fp32"]
+    assert (np.abs(vectors - tied.expected(ids, steps=2)).max(axis=1) > CONTROL_MIN_DIFFERENCE).all()
+
+
+def test_one_step_fewer_differs(tied: Case, peer: LlamaCppPeer, ids: NDArray[np.int64]) -> None:
+    expected = tied.expected(ids, steps=STEPS)
+    assert (np.abs(peer.run(ids, steps=STEPS - 1) - expected).max(axis=1) > CONTROL_MIN_DIFFERENCE).all()
+
+
+def test_a_batch_is_its_texts_one_by_one(peer: LlamaCppPeer, ids: NDArray[np.int64]) -> None:
+    together = peer.run(ids, steps=STEPS)
+    alone = np.concatenate([peer.run(row[None], steps=STEPS) for row in ids])
+    assert np.abs(together - alone).max() < LLAMA_CPP_BATCH_MAX_DIFFERENCE
+    assert np.abs(together - alone[::-1]).max() > CONTROL_MIN_DIFFERENCE
+
+
+def test_a_run_leaves_nothing_behind(peer: LlamaCppPeer, ids: NDArray[np.int64]) -> None:
+    before = peer.run(ids[:2, :4], steps=2)
+    peer.run(ids, steps=STEPS)
+    np.testing.assert_array_equal(peer.run(ids[:2, :4], steps=2), before)
+
+
+@pytest.mark.parametrize(
+    ("shape", "steps"), [((4, TOKENS), 1), ((1, TOKENS + 1), 1), ((0, TOKENS), 1), ((1, 2), 0), ((1, 2), STEPS + 1)]
+)
+def test_more_than_there_is_room_for_is_refused(peer: LlamaCppPeer, shape: tuple[int, int], steps: int) -> None:
+    with pytest.raises(ValueError, match="open the peer with more room"):
+        peer.run(np.ones(shape, np.int64), steps=steps)
+
+
+def test_failures_of_llama_cpp_are_errors_of_ours(tied: Case, peer: LlamaCppPeer, tmp_path: Path) -> None:
+    with pytest.raises(ProviderError, match=r"llama_decode gave -1 .*invalid token"):
+        peer.run(np.full((1, 2), SIZES["vocab_size"]), steps=1)
+    with pytest.raises(CheckpointError, match="the GGUF file of the same model"):
+        tied.open(embedding_table=np.zeros((7, 48), np.float32))
+    damaged = tmp_path / "damaged.gguf"
+    damaged.write_bytes(tied.gguf.read_bytes()[:5000])
+    with pytest.raises(CheckpointError, match=r"damaged\.gguf: .* a GGUF file that llama\.cpp loads"):
+        Case(damaged, tied.reference).open()
+
+
+def test_a_closed_peer_says_so(tied: Case, ids: NDArray[np.int64]) -> None:
+    peer = tied.open()
+    peer.close()
+    peer.close()
+    with pytest.raises(ValueError, match="the peer is closed"):
+        peer.run(ids, steps=1)
+
+
+def test_a_missing_package_names_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "llama_cpp", None)
+    llama_cpp._llama_cpp.cache_clear()
+    size = {"batch": 1, "tokens": 1, "steps": 1, "threads": 1}
+    with pytest.raises(
+        ProviderError, match=r"not installed \| the package \| pip install 'gircse-deploy\[llama-cpp\]'"
+    ):
+        LlamaCppPeer(Path("model.gguf"), embedding_table=np.zeros((2, 2), np.float32), **size)
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral-window", "qwen2-yarn-bf16"])
+def test_the_table_is_that_of_the_model(small_models: SmallModels, name: str) -> None:
+    table = embedding_table(resolve_checkpoint(str(small_models.checkpoint(name))))
+    assert table.dtype == np.float32
+    np.testing.assert_array_equal(table, small_models.load(name).get_input_embeddings().weight.numpy(force=True))
+
+
+def test_the_cache_tells_models_apart(
+    small_models: SmallModels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GIRCSE_CACHE", str(tmp_path / "cache"))
+    model = tmp_path / "model"
+    shutil.copytree(small_models.checkpoint("llama"), model)
+    first = gguf_of(resolve_checkpoint(str(model)))
+    written = first.stat().st_mtime_ns
+    assert gguf_of(resolve_checkpoint(str(model))) == first
+    assert first.stat().st_mtime_ns == written
+    shard = model / "model.safetensors"
+    save_file({name: 2 * tensor for name, tensor in load_file(shard).items()}, shard, metadata={"format": "pt"})
+    assert gguf_of(resolve_checkpoint(str(model))) != first
+    assert len(list((tmp_path / "cache").iterdir())) == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "found"), [("qwen2", "model_type qwen2"), ("llama-biased-llama3", "rope_type llama3")]
+)
+def test_what_would_be_written_wrongly_is_refused(
+    small_models: SmallModels, tmp_path: Path, name: str, found: str
+) -> None:
+    checkpoint = resolve_checkpoint(str(small_models.checkpoint(name)))
+    with pytest.raises(CheckpointError, match=f"{found} .* --gguf"):
+        write_q8_0_gguf(checkpoint, tmp_path / "model.gguf")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_failed_write_leaves_nothing(
+    small_models: SmallModels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr(gguf, "_encode", fail)
+    with pytest.raises(OSError, match="no space left"):
+        write_q8_0_gguf(resolve_checkpoint(str(small_models.checkpoint("llama"))), tmp_path / "model.gguf")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_the_demo_agrees_with_pytorch(tmp_path: Path) -> None:
+    """As the benchmark runs it, in a process of its own: llama.cpp's default weights use AMX where there is any."""
+    pytest.importorskip("llama_cpp", reason=NOT_INSTALLED)
+    bundle = export_bundle(ExportOptions(output=tmp_path / "demo", steps=8, layout="stepwise"))
+    checkpoint = resolve_checkpoint("demo")
+    demo = Case(gguf_of(checkpoint), load_reference(checkpoint))
+    tokenize = open_tokenizer(Bundle.open(bundle))
+    prompts = [np.array([ids]) for ids in tokenize([prompt.text for prompt in read_prompts(None)[:12]])]
+    longest = max(prompt.size for prompt in prompts)
+    spec = SideSpec("llama.cpp", Kind.LLAMA_CPP, bundle, "Q8_0", 2, batch=1, tokens=longest, steps=8, gguf=demo.gguf)
+    with Worker(spec) as worker:
+        try:
+            vectors = [worker.run(prompt, 8)[1] for prompt in prompts]
+        except MeasurementError as err:
+            pytest.skip(f"this build of llama.cpp: {err}")
+    cosines = [row_cosine(ours, demo.expected(ids, steps=8)) for ours, ids in zip(vectors, prompts, strict=True)]
+    assert np.min(cosines) > LLAMA_CPP_MIN_COSINE_DEMO

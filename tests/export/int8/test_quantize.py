@@ -1,0 +1,239 @@
+"""INT8 variants: the exported graphs compute what the calibration's PyTorch model of them computes, text by text."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from support.int8_bundles import INT8, MODELS, export, int8_bundle, run, written
+from support.small_models import SmallModels
+from support.tolerances import (
+    CONTROL_MIN_DIFFERENCE,
+    INT8_BATCH_MAX_DIFFERENCE,
+    INT8_FAKE_MIN_COSINE,
+    INT8_MIN_COSINE,
+    INT8_PROMPT_MIN_COSINE,
+    INT8_TWO_DIGITS_FAKE_MIN_COSINE,
+)
+from support.vectors import PROMPTS, STEPS, padded
+
+from gircse.calibration.calibration_file import Calibration
+from gircse.calibration.int8 import fake_quantization
+from gircse.calibration.int8.fake_quantization import quantized_sites, round_weights
+from gircse.calibration.int8.gptq import RoundedWeight
+from gircse.calibration.int8.scheme import DIGITS, Site, SiteKind, decoder_sites
+from gircse.calibration.moments_file import MomentsFile, moments_path
+from gircse.checkpoint.reference import refine
+from gircse.evaluation.parity.run import ParityOptions, measure_parity
+from gircse.export.int8 import vocabulary
+from gircse.runtime import CheckpointError, Embedder, ExportError
+from gircse.runtime.bundle import Bundle
+from gircse.runtime.numerics import l2_normalize, row_cosine
+
+
+def rounded_weights(model: Any, sites: tuple[Site, ...], path: Path) -> dict[str, RoundedWeight]:
+    """Return the rounded weights of some inputs, by projection."""
+    calibration = Calibration.read(path)
+    moments = MomentsFile.open(path, calibration.moments_sha256)
+    weights: dict[str, RoundedWeight] = {}
+    for site in sites:
+        seen = None if site.kind is SiteKind.VOCABULARY else moments.read(site.name)
+        weights |= round_weights(model, site, calibration.sites[site.name], seen)
+    return weights
+
+
+def fake_prompt_state(small_models: SmallModels, name: str, sites: tuple[Site, ...]) -> np.ndarray:
+    """Return h_0 of the PyTorch model with some inputs quantised."""
+    model = small_models.load(name)
+    calibration = Calibration.read(small_models.calibration(name, steps=STEPS))
+    ids, mask = map(torch.from_numpy, padded(PROMPTS, left=True, extra=0))
+    weights = rounded_weights(model, sites, small_models.calibration(name, steps=STEPS))
+    with quantized_sites(model, sites, calibration.sites, weights):
+        state = next(iter(refine(model, ids, mask, steps=0, temperature=1.0)))
+    return l2_normalize(state.hidden.numpy())
+
+
+@pytest.mark.parametrize("kind", list(SiteKind)[:4])
+@pytest.mark.parametrize("name", ["llama", "llama-biased-llama3", "qwen3"])
+def test_graph_is_what_the_sensitivity_measured(
+    small_models: SmallModels, tmp_path: Path, name: str, kind: SiteKind
+) -> None:
+    """One kind at a time, in the prompt: these models amplify the one rounding in a thousand that falls the other way."""
+    sites = decoder_sites(2)
+    original = small_models.calibration(name, steps=STEPS)
+    content = json.loads(original.read_text())
+    content["sensitivity"]["kept"] = [site.name for site in sites if site.kind is not kind]
+    calibration = written(content, original, tmp_path)
+    bundle = export(small_models, tmp_path / "bundle", calibration, model=name)
+    chosen = tuple(site for site in sites if site.kind is kind)
+    ours, fake = run(bundle, "int8")[:, 0], fake_prompt_state(small_models, name, chosen)
+    limit = INT8_FAKE_MIN_COSINE if DIGITS[kind] == 1 else INT8_TWO_DIGITS_FAKE_MIN_COSINE
+    assert row_cosine(ours, fake).min() > limit
+    exact = run(int8_bundle(small_models, name), "fp32")[:, 0]
+    assert row_cosine(ours, exact).min() < row_cosine(ours, fake).min(), "nothing was quantised"
+
+
+@pytest.mark.parametrize(("flat_mass", "max_sum"), [(0.0, vocabulary.MAX_SUM), (0.0, 10**6), (1.0, 10**6)])
+def test_soft_token_is_what_the_sensitivity_measured(
+    small_models: SmallModels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flat_mass: float, max_sum: int
+) -> None:
+    """The vocabulary alone, one step: with every row in the branch of a flat softmax, of large sums or not; and none."""
+    monkeypatch.setattr(vocabulary, "MAX_SUM", max_sum)
+    monkeypatch.setattr(vocabulary, "FLAT_MASS", flat_mass)
+    monkeypatch.setattr(fake_quantization, "FLAT_MASS", flat_mass)
+    original = small_models.calibration("llama", steps=STEPS)
+    content = json.loads(original.read_text())
+    content["sensitivity"]["kept"] = [site.name for site in decoder_sites(2)[:-1]]
+    path = written(content, original, tmp_path)
+    ours = run(export(small_models, tmp_path / "bundle", path), "int8")
+    model, calibration = small_models.load("llama"), Calibration.read(path)
+    ids, mask = map(torch.from_numpy, padded(PROMPTS, left=True, extra=0))
+    projection = decoder_sites(2)[-1:]
+    with quantized_sites(model, projection, calibration.sites, rounded_weights(model, projection, original)):
+        mixture = fake_quantization.mixture_of(calibration.mixture)
+        *_, state = refine(model, ids, mask, steps=1, temperature=1.0, mixture=mixture)
+    assert row_cosine(ours[:, 1], l2_normalize(state.hidden.numpy())).min() > INT8_FAKE_MIN_COSINE
+    exact = run(int8_bundle(small_models, "llama"), "fp32")
+    assert row_cosine(ours[:, 1], exact[:, 1]).min() > (0.999 if flat_mass == 0.0 else 0.5)
+
+
+@pytest.mark.parametrize("precision", INT8)
+@pytest.mark.parametrize("name", MODELS)
+def test_every_variant_stays_near_fp32(small_models: SmallModels, name: str, precision: str) -> None:
+    bundle = int8_bundle(small_models, name)
+    cosines = row_cosine(run(bundle, precision), run(bundle, "fp32"))
+    assert cosines[:, 0].min() > INT8_PROMPT_MIN_COSINE[precision]
+    assert cosines.min() > INT8_MIN_COSINE[precision]
+
+
+@pytest.mark.parametrize("precision", INT8)
+def test_a_text_does_not_depend_on_its_neighbours(small_models: SmallModels, precision: str) -> None:
+    bundle = int8_bundle(small_models, "llama")
+    together = run(bundle, precision)
+    for row, prompt in enumerate(PROMPTS):
+        assert np.abs(run(bundle, precision, [prompt])[0] - together[row]).max() < INT8_BATCH_MAX_DIFFERENCE
+
+
+@pytest.mark.parametrize("precision", INT8)
+def test_what_the_neighbours_say_changes_no_bit(small_models: SmallModels, precision: str) -> None:
+    """A scale that is taken over a batch would show here: in a batch of one shape nothing else can."""
+    bundle = int8_bundle(small_models, "llama")
+    loud = [PROMPTS[0], *([(token * 37 + 11) % 500 for token in prompt] for prompt in PROMPTS[1:])]
+    first, second = run(bundle, precision), run(bundle, precision, loud)
+    assert np.array_equal(first[0], second[0])
+    assert not np.array_equal(first[1], second[1])
+
+
+def test_weights_are_int8_and_stored_once(small_models: SmallModels) -> None:
+    bundle = int8_bundle(small_models, "llama")
+    for precision in INT8:
+        graph = onnx.load(bundle / precision / "stepwise.onnx", load_external_data=False).graph
+        weights = [tensor for tensor in graph.initializer if len(tensor.dims) == 2 and min(tensor.dims) > 8]
+        low = [tensor for tensor in weights if tensor.data_type == onnx.TensorProto.INT8]
+        assert {t.name for t in weights} - {t.name for t in low} <= {"rotary.cos", "rotary.sin"} | {
+            t.name for t in weights if t.name.endswith(".scale")
+        }
+        used = [name for node in graph.node for name in node.input]
+        table = "model.embed_tokens.int8"  # looked up twice, for the prompt and the soft token, besides the flat branch
+        assert all(used.count(tensor.name) == (2 if tensor.name == table else 1) for tensor in low)
+        assert not (bundle / precision / "model.onnx").exists()
+        assert (bundle / precision / "calibration.json").is_file()
+
+
+def test_variants_are_standard_onnx(small_models: SmallModels) -> None:
+    bundle = int8_bundle(small_models, "llama")
+    for precision in INT8:
+        model = onnx.load(bundle / precision / "stepwise.onnx", load_external_data=False)
+        assert {node.domain for node in model.graph.node} == {""}
+        onnx.checker.check_model(str(bundle / precision / "stepwise.onnx"))
+
+
+def edited(path: Path, tmp_path: Path, **sites: dict[str, object]) -> Path:
+    content = json.loads(path.read_text())
+    for name, fields in sites.items():
+        content["sites"][name].update(fields)
+    return written(content, path, tmp_path)
+
+
+def test_a_wrong_scale_is_noticed(small_models: SmallModels, tmp_path: Path) -> None:
+    path = small_models.calibration("llama", steps=STEPS)
+    thresholds = Calibration.read(path).sites["model.layers.1.mlp_input"].thresholds
+    wrong = edited(path, tmp_path, **{"model.layers.1.mlp_input": {"thresholds": [t / 20 for t in thresholds]}})
+    ours = run(export(small_models, tmp_path / "wrong", wrong), "int8")
+    assert np.abs(ours - run(int8_bundle(small_models, "llama"), "int8")).max() > CONTROL_MIN_DIFFERENCE
+
+
+def test_an_input_of_zero_range_is_exported(small_models: SmallModels, tmp_path: Path) -> None:
+    path = small_models.calibration("llama", steps=STEPS)
+    zero = {"thresholds": [0.0] * (STEPS + 1), "ranges": [0.0] * (STEPS + 1), "smoothing": [], "float_channels": []}
+    ours = run(
+        export(small_models, tmp_path / "zero", edited(path, tmp_path, **{"model.layers.0.attention_output": zero})),
+        "int8",
+    )
+    assert np.isfinite(ours).all()
+
+
+def test_kept_inputs_stay_in_float(small_models: SmallModels, tmp_path: Path) -> None:
+    original = small_models.calibration("llama", steps=STEPS)
+    content = json.loads(original.read_text())
+    every = [site.name for site in decoder_sites(2)]
+    exact = run(int8_bundle(small_models, "llama"), "fp32")
+    far = np.abs(run(int8_bundle(small_models, "llama"), "int8") - exact).max()
+    for kept in (every[:1], ["model.layers.0.mlp_input"], ["model.layers.0.mlp_output"], ["lm_head"], every[1:]):
+        content["sensitivity"]["kept"] = kept
+        calibration = written(content, original, tmp_path)
+        bundle = export(small_models, tmp_path / "kept", calibration, force=True)
+        assert set(kept) <= set(Bundle.open(bundle).manifest.variants["int8"].float32)
+        assert np.abs(run(bundle, "int8") - exact).max() < max(4 * far, 0.1), kept
+    content["sensitivity"]["kept"] = every
+    calibration = written(content, original, tmp_path)
+    with pytest.raises(ExportError, match="keeps every input in float"):
+        export(small_models, tmp_path / "none", calibration)
+
+
+def test_int8_needs_a_calibration_of_this_model(small_models: SmallModels, tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match=r"no --calibration .* gircse-calibrate --steps 5"):
+        export(small_models, tmp_path / "a", None)
+    with pytest.raises(CheckpointError, match=r"config\.json with SHA-256"):
+        export(small_models, tmp_path / "a", small_models.calibration("qwen2", steps=STEPS))
+    with pytest.raises(CheckpointError, match=r"steps 5 \| 3"):
+        export(small_models, tmp_path / "a", small_models.calibration("llama", steps=STEPS), steps=3)
+    with pytest.raises(CheckpointError, match=r"pooling mean \| last"):
+        export(small_models, tmp_path / "a", small_models.calibration("llama", steps=STEPS), pooling="last")
+    assert not (tmp_path / "a").exists()
+
+
+def test_moments_of_another_calibration(small_models: SmallModels, tmp_path: Path) -> None:
+    """Both files of one calibration, or nothing."""
+    path = tmp_path / "calibration.json"
+    shutil.copy(small_models.calibration("llama", steps=STEPS), path)
+    with pytest.raises(
+        CheckpointError, match=r"calibration\.moments\.safetensors, beside it: No such file .* copy both"
+    ):
+        export(small_models, tmp_path / "a", path)
+    shutil.copy(moments_path(small_models.calibration("qwen2", steps=STEPS)), moments_path(path))
+    with pytest.raises(
+        CheckpointError, match=r"calibration\.moments\.safetensors: SHA-256 .* as calibration\.json has"
+    ):
+        export(small_models, tmp_path / "a", path)
+    assert not (tmp_path / "a").exists()
+
+
+def test_without_steps(small_models: SmallModels) -> None:
+    calibration = small_models.calibration("llama", steps=0)
+    bundle = small_models.bundle("llama", steps=0, precisions=("fp32", *INT8), calibration=calibration)
+    exact = Embedder(bundle, precision="fp32").encode(["a storm", "my old garden"])
+    for precision in INT8:
+        assert row_cosine(Embedder(bundle, precision=precision).encode(["a storm", "my old garden"]), exact).min() > 0.9
+
+
+def test_parity_sees_the_same_softmax_in_every_variant(small_models: SmallModels) -> None:
+    bundle = int8_bundle(small_models, "llama")
+    options = ParityOptions(bundle, precisions=("fp32", "int8"), reference=f"{bundle}:int8-weights")
+    found = [candidate.steps[1].soft_tokens for candidate in measure_parity(options).report.candidates]
+    exact, ours = (soft for soft in found if soft is not None)
+    assert ours.entropy == pytest.approx(exact.entropy, rel=0.02)

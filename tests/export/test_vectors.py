@@ -1,0 +1,143 @@
+"""Every architecture, layout and padding against plain torch, at every step; and controls that must fail."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import numpy_helper
+from support.reference_loop import plain_embeddings, plain_states
+from support.small_models import CONFIGS, SmallModels
+from support.tolerances import (
+    BATCH_MAX_DIFFERENCE,
+    CONTROL_MIN_DIFFERENCE,
+    REFERENCE_MAX_DIFFERENCE,
+    SMALL_MODEL_MAX_DIFFERENCE,
+)
+from support.vectors import PROMPTS, STEPS, expected, padded, run
+
+from gircse.checkpoint.reference import load_reference, step_states
+from gircse.checkpoint.source import resolve_checkpoint
+from gircse.runtime import Embedder
+from gircse.runtime.bundle import Bundle
+from gircse.runtime.numerics import l2_normalize
+from gircse.runtime.ort_session import open_session
+
+
+@pytest.mark.parametrize("layout", ["unrolled", "stepwise"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_step_matches_plain_torch(small_models: SmallModels, name: str, layout: str) -> None:
+    prompt, steps = expected(small_models.load(name))
+    for left in (True, False):
+        ours_prompt, ours_steps = run(small_models.bundle(name, layout=layout), left=left)
+        assert np.abs(ours_prompt - prompt).max() < SMALL_MODEL_MAX_DIFFERENCE
+        assert np.abs(ours_steps - steps).max() < SMALL_MODEL_MAX_DIFFERENCE
+
+
+@pytest.mark.parametrize("layout", ["unrolled", "stepwise"])
+@pytest.mark.parametrize(("pooling", "temperature"), [("last", 1.0), ("mean", 0.25)])
+def test_pooling_and_temperature(small_models: SmallModels, layout: str, pooling: str, temperature: float) -> None:
+    model = small_models.load("llama")
+    states = [plain_states(model, prompt, STEPS, temperature) for prompt in PROMPTS]
+    wanted = torch.stack([plain_embeddings(rows, pooling) for rows in states]).numpy()
+    _, ours = run(small_models.bundle("llama", layout=layout, pooling=pooling, temperature=temperature))
+    assert np.abs(ours - wanted).max() < SMALL_MODEL_MAX_DIFFERENCE
+
+
+@pytest.mark.parametrize("layout", ["unrolled", "stepwise"])
+def test_no_steps_is_the_encoder(small_models: SmallModels, layout: str) -> None:
+    prompt, _ = expected(small_models.load("qwen3"), steps=0)
+    ours, nothing = run(small_models.bundle("qwen3", steps=0, layout=layout), steps=0)
+    assert np.abs(ours - prompt).max() < SMALL_MODEL_MAX_DIFFERENCE
+    assert nothing.shape == (len(PROMPTS), 0, 48)
+
+
+def test_embedding_output_is_the_last_step(small_models: SmallModels) -> None:
+    import onnxruntime
+
+    bundle = Bundle.open(small_models.bundle("llama"))
+    session = onnxruntime.InferenceSession(bundle.file("fp32/model.onnx"))
+    ids, mask = padded(PROMPTS, left=True)
+    embedding, steps = session.run(["embedding", "step_embeddings"], {"input_ids": ids, "attention_mask": mask})
+    np.testing.assert_array_equal(embedding, steps[:, -1])
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_reference_with_cache_matches_plain_torch(small_models: SmallModels, name: str) -> None:
+    model = load_reference(resolve_checkpoint(str(small_models.checkpoint(name))))
+    ids, mask = (torch.from_numpy(array) for array in padded(PROMPTS, left=True))
+    states = step_states(model, ids, mask, steps=STEPS, temperature=1.0)
+    wanted = torch.stack([plain_states(model, prompt, STEPS) for prompt in PROMPTS])
+    difference = l2_normalize(states.numpy()) - l2_normalize(wanted.numpy())
+    assert np.abs(difference).max() < REFERENCE_MAX_DIFFERENCE
+
+
+@pytest.mark.parametrize("layout", ["unrolled", "stepwise"])
+def test_golden_vectors_and_self_test(small_models: SmallModels, layout: str) -> None:
+    report = Embedder(small_models.bundle("mistral-window", layout=layout)).self_test()
+    assert report.passed
+    assert report.texts == 12
+    assert report.max_difference < SMALL_MODEL_MAX_DIFFERENCE
+
+
+def test_a_text_does_not_depend_on_its_batch(small_models: SmallModels) -> None:
+    session = open_session(Bundle.open(small_models.bundle("qwen2")), "fp32", threads=2)
+    ids, mask = padded(PROMPTS, left=True, extra=9)
+    together = session.run(ids, mask, steps=STEPS).step_embeddings
+    for row, prompt in enumerate(PROMPTS):
+        alone = session.run(*padded([prompt], left=True, extra=0), steps=STEPS).step_embeddings[0]
+        assert np.abs(alone - together[row]).max() < BATCH_MAX_DIFFERENCE
+
+
+# Negative controls: if one of these passed, the tests above would prove nothing.
+
+
+def test_control_steps_off_by_one(small_models: SmallModels) -> None:
+    _, steps = expected(small_models.load("qwen2"))
+    _, ours = run(small_models.bundle("qwen2"))
+    for k in range(1, STEPS):
+        assert np.abs(ours[:, k] - steps[:, k - 1]).max() > CONTROL_MIN_DIFFERENCE
+
+
+def test_control_prompt_state_pooled(small_models: SmallModels) -> None:
+    model = small_models.load("qwen2")
+    states = torch.stack([plain_states(model, prompt, STEPS) for prompt in PROMPTS])
+    with_prompt = l2_normalize(states.mean(1).numpy())
+    _, ours = run(small_models.bundle("qwen2"))
+    assert np.abs(ours[:, -1] - with_prompt).max() > CONTROL_MIN_DIFFERENCE
+
+
+def test_control_shuffled_weights(small_models: SmallModels, tmp_path: Path) -> None:
+    """Swap the weights of the two layers in the graph itself: shapes fit, vectors must not."""
+    bundle = tmp_path / "shuffled"
+    shutil.copytree(small_models.bundle("qwen2"), bundle)
+    path = bundle / "fp32" / "model.onnx"
+    model = onnx.load(path, load_external_data=False)
+    weights = {tensor.name: tensor for tensor in model.graph.initializer}
+    first, second = (weights[f"model.layers.{layer}.mlp.down_proj.weight.T"] for layer in (0, 1))
+    first.name, second.name = second.name, first.name
+    onnx.save(model, path)
+    import onnxruntime
+
+    ids, mask = padded(PROMPTS, left=True)
+    ours = onnxruntime.InferenceSession(path).run(["step_embeddings"], {"input_ids": ids, "attention_mask": mask})[0]
+    _, steps = expected(small_models.load("qwen2"))
+    assert np.abs(ours - steps).max() > CONTROL_MIN_DIFFERENCE
+
+
+def test_every_weight_is_stored_once(small_models: SmallModels) -> None:
+    """One initializer for each tensor of the checkpoint, with its value, however many steps read it."""
+    bundle = small_models.bundle("qwen2")
+    graph = onnx.load(bundle / "fp32" / "model.onnx").graph
+    stored = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    for name, weight in small_models.load("qwen2").state_dict().items():
+        if name == "lm_head.weight":  # tied
+            assert name not in stored
+        elif f"{name}.T" in stored:
+            np.testing.assert_array_equal(stored[f"{name}.T"], weight.numpy().T)
+        else:
+            np.testing.assert_array_equal(stored[name], weight.numpy())
+    total = sum(parameter.numel() for parameter in small_models.load("qwen2").parameters())
+    assert (bundle / "fp32" / "weights.bin").stat().st_size < 4 * total + 4096 * len(stored)

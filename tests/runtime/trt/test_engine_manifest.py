@@ -1,0 +1,337 @@
+"""Which engine of a bundle is taken, and what is said where none can be."""
+
+import hashlib
+import json
+import re
+import shlex
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from support.small_models import SmallModels
+
+from gircse.runtime.bundle import Bundle, Layout, file_sha256
+from gircse.runtime.errors import BundleError, ProviderError
+from gircse.runtime.trt.engine_manifest import (
+    EnginePlan,
+    EngineProfile,
+    Flavour,
+    ShapeRange,
+    Stage,
+    read_plans,
+    rebuild_command,
+    select_plan,
+)
+
+VERSION = "11.1.0"
+PREFERRED = ("fp16", "bf16", "fp32")
+SHAPES = {"input_ids": ShapeRange((1, 1), (8, 64), (64, 512))}
+
+
+@pytest.fixture
+def bundle(small_models: SmallModels, tmp_path: Path) -> Bundle:
+    """A copy whose path has a space and an apostrophe."""
+    copy = tmp_path / "the user's bundle"
+    shutil.copytree(small_models.bundle("llama", precisions=("fp32", "fp16", "bf16")), copy)
+    return Bundle.open(copy)
+
+
+def add_plan(bundle: Bundle, *, content: bytes = b"a plan", **changes: Any) -> Path:
+    """Put a plan and its JSON into a bundle, as gircse-build does; return the plan's path."""
+    fields: dict[str, Any] = {
+        "schema_version": 1,
+        "bundle_sha256": file_sha256(bundle.directory / "gircse.json"),
+        "precision": "fp16",
+        "layout": Layout.STEPWISE,
+        "flavour": Flavour.TENSORRT,
+        "version": VERSION,
+        "compute_capabilities": ("8.9",),
+        "profiles": (EngineProfile("throughput", Stage.ANY, SHAPES),),
+        "settings": {"strongly_typed": True, "workspace_gib": None},
+        "build_seconds": 1.5,
+        "plan_bytes": len(content),
+        "plan_sha256": hashlib.sha256(content).hexdigest(),
+        **changes,
+    }
+    words = ["gircse-build", "/home/builder/its bundle", "--precision", fields["precision"]]
+    words += ["--flavour", fields["flavour"], "--batch", "1:2:3", "--sm", ",".join(fields["compute_capabilities"])]
+    fields.setdefault("command", shlex.join(words))
+    plan = EnginePlan(**fields)
+    folder = bundle.directory / "engines"
+    folder.mkdir(exist_ok=True)
+    (folder / f"{plan.name}.json").write_bytes(plan.to_json())
+    path = folder / f"{plan.name}.plan"
+    path.write_bytes(content)
+    return path
+
+
+def select(
+    bundle: Bundle,
+    *,
+    flavour: Flavour = Flavour.TENSORRT,
+    version: str = VERSION,
+    capability: str = "8.9",
+    precisions: Sequence[str] = PREFERRED,
+    layout: Layout | None = None,
+    verify: bool = True,
+) -> str:
+    """Return the name of the chosen plan."""
+    plan, path = select_plan(
+        bundle,
+        flavour=flavour,
+        version=version,
+        capability=capability,
+        precisions=precisions,
+        layout=layout,
+        verify=verify,
+    )
+    assert path == bundle.directory / "engines" / f"{plan.name}.plan"
+    return plan.name
+
+
+def command_after(label: str, error: pytest.ExceptionInfo[Exception]) -> list[str]:
+    """Return what a shell makes of the command that ends a message."""
+    return shlex.split(str(error.value).split(f"{label}: ")[-1])
+
+
+def test_json_survives_a_round_trip(bundle: Bundle) -> None:
+    path = add_plan(bundle)
+    ((plan, found),) = read_plans(bundle)
+    assert found == path
+    assert msgspec.json.decode(plan.to_json(), type=EnginePlan) == plan
+    assert plan.profiles[0].shapes["input_ids"].max == (64, 512)
+    assert path.name == "fp16-tensorrt-11.1.0-sm89.plan"
+
+
+def test_names_tell_plans_apart(bundle: Bundle) -> None:
+    add_plan(bundle)
+    changes: list[dict[str, Any]] = [
+        {"layout": Layout.UNROLLED},
+        {"precision": "bf16"},
+        {"flavour": Flavour.TENSORRT_RTX},
+        {"version": "10.15.1"},
+        {"compute_capabilities": ("8.9", "12.0")},
+    ]
+    for change in changes:
+        add_plan(bundle, **change)
+    found = read_plans(bundle)
+    names = {plan.name for plan, _ in found}
+    assert len(names) == 6
+    assert all(path.stem == plan.name for plan, path in found)
+    assert {"unrolled-fp16-tensorrt-11.1.0-sm89", "fp16-tensorrt-11.1.0-sm89-120"} < names
+
+
+def test_shape_range() -> None:
+    found = ShapeRange((1, 0, 6), (2, 3, 6), (4, 9, 6))
+    assert all(found.holds(shape) for shape in (found.min, found.opt, found.max, (4, 0, 6)))
+    for shape in ((0, 3, 6), (5, 3, 6), (2, 10, 6), (2, 3, 5), (2, 3), (2, 3, 6, 1)):
+        assert not found.holds(shape)
+
+
+def test_precision_comes_before_layout(bundle: Bundle) -> None:
+    for precision in ("fp32", "bf16"):
+        for layout in Layout:
+            add_plan(bundle, precision=precision, layout=layout)
+    assert select(bundle) == "bf16-tensorrt-11.1.0-sm89"
+    assert select(bundle, precisions=("fp32",)) == "fp32-tensorrt-11.1.0-sm89"
+    assert select(bundle, layout=Layout.UNROLLED) == "unrolled-bf16-tensorrt-11.1.0-sm89"
+    assert select(bundle, precisions=("fp32", "bf16"), layout=Layout.STEPWISE) == "fp32-tensorrt-11.1.0-sm89"
+    add_plan(bundle, layout=Layout.UNROLLED)
+    assert select(bundle) == "unrolled-fp16-tensorrt-11.1.0-sm89"  # any layout of the best precision
+    add_plan(bundle)
+    assert select(bundle) == "fp16-tensorrt-11.1.0-sm89"
+
+
+def test_a_plan_that_does_not_fit_is_passed_over(bundle: Bundle) -> None:
+    add_plan(bundle, version="10.15.1")
+    add_plan(bundle, compute_capabilities=("9.0", "12.0"))
+    assert select(bundle, capability="12.0") == "fp16-tensorrt-11.1.0-sm90-120"
+    assert select(bundle, version="10.15.1") == "fp16-tensorrt-10.15.1-sm89"
+    add_plan(bundle, precision="fp32")
+    assert select(bundle) == "fp32-tensorrt-11.1.0-sm89"
+
+
+def test_each_flavour_has_its_own_engines(bundle: Bundle) -> None:
+    add_plan(bundle)
+    with pytest.raises(ProviderError, match=r"no tensorrt-rtx engine of fp16 or bf16 or fp32 \| one in engines/ \|"):
+        select(bundle, flavour=Flavour.TENSORRT_RTX)
+    add_plan(bundle, flavour=Flavour.TENSORRT_RTX)
+    assert select(bundle, flavour=Flavour.TENSORRT_RTX) == "fp16-tensorrt-rtx-11.1.0-sm89"
+    assert select(bundle) == "fp16-tensorrt-11.1.0-sm89"
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"version": "10.15.1"}, r"built by tensorrt 10\.15\.1, 11\.1\.0 is installed"),
+        ({"compute_capabilities": ("8.6", "12.0")}, r"for compute capability 8\.6, 12\.0, this GPU has 8\.9"),
+        ({"bundle_sha256": "0" * 64}, "built from another export of the bundle"),
+        ({"schema_version": 0}, "schema version 0, this gircse-deploy reads 1"),
+        ({"version": "9", "bundle_sha256": ""}, "another export of the bundle; built by tensorrt 9, 11.1.0"),
+    ],
+)
+def test_differences_are_named_with_the_command_that_mends_them(
+    bundle: Bundle, change: dict[str, Any], match: str
+) -> None:
+    path = add_plan(bundle, **change)
+    with pytest.raises(ProviderError, match=match) as caught:
+        select(bundle)
+    where, expected, _ = str(caught.value).split(" | ")
+    assert where.startswith(f"{path}: ")
+    assert expected == "an engine of this bundle for this machine"
+    command = ["gircse-build", str(bundle.directory), "--precision", "fp16", "--flavour", "tensorrt"]
+    assert command_after("rebuild", caught) == [*command, "--batch", "1:2:3", "--sm", "8.9"]
+
+
+def test_the_best_of_several_is_blamed(bundle: Bundle) -> None:
+    add_plan(bundle, precision="fp32", version="9.0")
+    path = add_plan(bundle, precision="bf16", compute_capabilities=("7.5",))
+    with pytest.raises(ProviderError, match=rf"{re.escape(str(path))}: for compute capability 7\.5") as caught:
+        select(bundle)
+    assert "9.0" not in str(caught.value)
+
+
+def test_an_export_after_the_build_makes_the_engine_stale(bundle: Bundle) -> None:
+    add_plan(bundle)
+    assert select(bundle)
+    manifest = bundle.directory / "gircse.json"
+    manifest.write_bytes(manifest.read_bytes() + b"\n")
+    with pytest.raises(ProviderError, match="built from another export of the bundle"):
+        select(Bundle.open(bundle.directory))
+
+
+@pytest.mark.parametrize(
+    ("precisions", "layout", "flags"),
+    [
+        (PREFERRED, None, ["--precision", "fp16", "--flavour", "tensorrt", "--layout", "stepwise"]),
+        (("fp32",), None, ["--precision", "fp32", "--flavour", "tensorrt", "--layout", "stepwise"]),
+        (("int8", "bf16"), None, ["--precision", "bf16", "--flavour", "tensorrt", "--layout", "stepwise"]),
+        (PREFERRED, Layout.UNROLLED, ["--precision", "fp16", "--flavour", "tensorrt", "--layout", "unrolled"]),
+    ],
+)
+def test_no_engine_names_the_command_that_builds_it(
+    bundle: Bundle, precisions: tuple[str, ...], layout: Layout | None, flags: list[str]
+) -> None:
+    possible = " or ".join(name for name in precisions if name in bundle.manifest.variants)
+    with pytest.raises(ProviderError, match=rf"no tensorrt engine of {possible} \| ") as caught:
+        select(bundle, precisions=precisions, layout=layout)
+    assert command_after("build it", caught) == ["gircse-build", str(bundle.directory), *flags, "--sm", "8.9"]
+
+
+def test_an_engine_of_the_other_layout_is_none(bundle: Bundle) -> None:
+    """The command must build the layout that was asked for, or the same error would come again."""
+    add_plan(bundle)
+    with pytest.raises(ProviderError, match="no tensorrt engine") as caught:
+        select(bundle, layout=Layout.UNROLLED)
+    assert "--layout unrolled" in str(caught.value)
+
+
+def test_a_bundle_without_a_stepwise_graph(small_models: SmallModels) -> None:
+    """K = 0 has the unrolled graph alone, and gircse-build's default layout is stepwise."""
+    bundle = Bundle.open(small_models.bundle("llama", steps=0))
+    with pytest.raises(ProviderError, match=r"--precision fp32 --flavour tensorrt --layout unrolled --sm 8\.9$"):
+        select(bundle)
+
+
+@pytest.mark.parametrize("verify", [True, False])
+@pytest.mark.parametrize(
+    ("damage", "came"),
+    [
+        (lambda path: path.unlink(), "missing"),
+        (lambda path: path.write_bytes(b""), "0 bytes"),
+        (lambda path: path.write_bytes(b"a pla"), "5 bytes"),
+        (lambda path: path.write_bytes(b"a plan, and more"), "16 bytes"),
+        (lambda path: (path.unlink(), path.mkdir()), "missing"),
+    ],
+)
+def test_missing_and_truncated_plans(
+    bundle: Bundle, damage: Callable[[Path], object], came: str, *, verify: bool
+) -> None:
+    path = add_plan(bundle)
+    damage(path)
+    digest = hashlib.sha256(b"a plan").hexdigest()[:12]
+    with pytest.raises(BundleError, match=rf"plan: {came} \| 6 bytes, SHA-256 {digest}\.\.\. \| build again") as caught:
+        select(bundle, verify=verify)
+    assert command_after("build again", caught)[:2] == ["gircse-build", str(bundle.directory)]
+
+
+def test_a_changed_plan(bundle: Bundle) -> None:
+    add_plan(bundle).write_bytes(b"b plan")
+    with pytest.raises(BundleError, match=r"plan: another SHA-256 \| 6 bytes, SHA-256 "):
+        select(bundle)
+    assert select(bundle, verify=False)  # the user's own choice
+
+
+def test_a_damaged_plan_is_not_passed_over(bundle: Bundle) -> None:
+    add_plan(bundle).write_bytes(b"b plan")
+    add_plan(bundle, precision="fp32")
+    with pytest.raises(BundleError, match="fp16-tensorrt"):
+        select(bundle)
+
+
+def edit_json(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    content = json.loads(path.with_suffix(".json").read_text())
+    change(content)
+    path.with_suffix(".json").write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b"\xff\xfe", b"{}", b'{"schema_version": 1}'])
+def test_unreadable_json(bundle: Bundle, content: bytes) -> None:
+    path = add_plan(bundle).with_suffix(".json")
+    path.write_bytes(content)
+    with pytest.raises(
+        BundleError, match=rf"{re.escape(str(path))}: .* \| what gircse-build wrote .* \| build .*again"
+    ):
+        select(bundle)
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (lambda p: p.update(more=1), "unknown field `more`"),
+        (lambda p: p.update(plan_bytes="6"), r"Expected `int`, got `str` - at `\$\.plan_bytes`"),
+        (lambda p: p.update(layout="rolled"), "Invalid enum value 'rolled'"),
+        (lambda p: p.update(flavour="cuda"), "Invalid enum value 'cuda'"),
+        (lambda p: p["profiles"][0].update(stage="late"), "Invalid enum value 'late'"),
+        (lambda p: p["profiles"][0]["shapes"]["input_ids"].pop("opt"), "missing required field `opt`"),
+        (lambda p: p.update(command="gircse-build"), "names no bundle"),
+        (lambda p: p.update(command="gircse-build 'bundle"), "No closing quotation"),
+        (lambda p: p.update(schema_version=2), r"schema version 2 \| this gircse-deploy reads up to 1 \| upgrade"),
+        (lambda p: p.update(schema_version=2, more=1), r"schema version 2 \| this gircse-deploy reads up to 1"),
+    ],
+)
+def test_json_of_another_form(bundle: Bundle, change: Callable[[dict[str, Any]], object], match: str) -> None:
+    edit_json(add_plan(bundle), change)
+    with pytest.raises(BundleError, match=match):
+        select(bundle)
+
+
+def test_json_that_is_no_file(bundle: Bundle) -> None:
+    (bundle.directory / "engines" / "odd.json").mkdir(parents=True)
+    with pytest.raises(BundleError, match=r"odd\.json: .*[Dd]irectory"):
+        select(bundle)
+
+
+def test_a_plan_without_json_is_no_engine(bundle: Bundle) -> None:
+    add_plan(bundle).with_suffix(".json").unlink()
+    assert read_plans(bundle) == []
+
+
+@pytest.mark.parametrize("old", ["bundle", "/a path/with 'quotes'", "/x --sm 1.2/b", "/it's --sm 'here'"])
+@pytest.mark.parametrize("new", ["/plain", "/with space", "/it's", "/back\\1slash", "/$(rm -rf .)"])
+def test_rebuild_command(bundle: Bundle, old: str, new: str) -> None:
+    flags = ["--precision", "fp16", "--profiles", "a=1", "b=1:8x4", "--workspace-gib", "1.5"]
+    add_plan(bundle, command=shlex.join(["gircse-build", old, *flags, "--sm", "8.9,12.0"]))
+    ((plan, _),) = read_plans(bundle)
+    expected = ["gircse-build", new, *flags, "--sm", "12.0"]
+    assert rebuild_command(plan, Path(new), "12.0") == shlex.join(expected)
+
+
+def test_rebuild_command_quotes_what_a_json_smuggles_in(bundle: Bundle) -> None:
+    add_plan(bundle, command="gircse-build bundle; rm -rf $HOME `id` --sm")
+    ((plan, _),) = read_plans(bundle)
+    words = rebuild_command(plan, Path("/b"), "8.9")
+    assert words == "gircse-build /b rm -rf '$HOME' '`id`' --sm 8.9"

@@ -1,0 +1,1 @@
+"""Models, fakes, rigs and tolerances that tests share."""

@@ -1,0 +1,136 @@
+"""Small engines on the simulated GPU, and the batches to run on them."""
+
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+from gircse.runtime import tensor_names
+from gircse.runtime.bundle import GraphFacts, Layout, Pooling
+from gircse.runtime.ort_session import StepOutputs
+from gircse.runtime.trt.engine_manifest import EnginePlan, EngineProfile, Flavour, ShapeRange, Stage
+from gircse.runtime.trt.memory_layout import PassPlanner
+from gircse.runtime.trt.session import TensorRtSession, open_tensorrt_session
+from support.fake_cuda import FakeCuda
+from support.fake_tensorrt import FakeTensorRt, tiny_run
+
+STEPS = 3
+MAX_TOKENS = 12
+
+
+def make_facts(layout: Layout = Layout.STEPWISE, *, steps: int = STEPS, pooling: Pooling = Pooling.MEAN) -> GraphFacts:
+    return GraphFacts(
+        architecture="tiny",
+        layout=layout,
+        steps=steps,
+        pooling=pooling,
+        temperature=1.0,
+        max_tokens=MAX_TOKENS,
+        hidden_size=10,  # 40 bytes a vector: nothing is aligned by chance
+        num_layers=2,
+        kv_size=6,
+        vocab_size=50,
+    )
+
+
+def profile(
+    facts: GraphFacts,
+    layout: Layout,
+    *,
+    name: str = "all",
+    stage: Stage = Stage.ANY,
+    batch: int = 4,
+    tokens: tuple[int, int] = (1, MAX_TOKENS),
+) -> EngineProfile:
+    """Ranges that hold the prompt and every step."""
+    planner = PassPlanner(facts, layout, 2)
+    low, high, last = (
+        planner.input_shapes(1, tokens[0], 0),
+        planner.input_shapes(batch, tokens[1], 0),
+        planner.input_shapes(batch, tokens[1], planner.last_pass),
+    )
+    if planner.last_pass:
+        low[tensor_names.INPUT_IDS] = (1, 0)
+    largest = {key: tuple(map(max, high[key], last[key])) for key in high}
+    return EngineProfile(name, stage, {key: ShapeRange(low[key], high[key], largest[key]) for key in high})
+
+
+def make_plan(
+    facts: GraphFacts, layout: Layout, profiles: list[EngineProfile] | None = None, *, rtx: bool = False
+) -> EnginePlan:
+    return EnginePlan(
+        schema_version=1,
+        bundle_sha256="",
+        precision="fp16",
+        layout=layout,
+        flavour=Flavour.TENSORRT_RTX if rtx else Flavour.TENSORRT,
+        version="11.1.0",
+        compute_capabilities=("8.9",),
+        profiles=tuple(profiles or [profile(facts, layout)]),
+        settings={},
+        command="gircse-build bundle --max-batch 4",
+        build_seconds=1.0,
+        plan_bytes=4,
+        plan_sha256="",
+    )
+
+
+class Rig:
+    """A session on a simulated GPU, and the batches to run on it."""
+
+    def __init__(
+        self,
+        folder: Path,
+        layout: Layout = Layout.STEPWISE,
+        *,
+        facts: GraphFacts | None = None,
+        profiles: list[EngineProfile] | None = None,
+        cache_type: str = "HALF",
+        rtx: bool = False,
+        graph_shapes: int = 2,
+        prepare: Callable[[FakeTensorRt], None] = lambda module: None,
+        cuda: FakeCuda | None = None,
+    ) -> None:
+        self.facts = facts or make_facts(layout)
+        self.cache_type = cache_type if layout is Layout.STEPWISE else "FLOAT"
+        self.cuda = cuda or FakeCuda()
+        plan = make_plan(self.facts, layout, profiles, rtx=rtx)
+        self.module = FakeTensorRt(self.cuda, self.facts, plan, cache_type=self.cache_type, rtx=rtx)
+        prepare(self.module)
+        path = folder / "engine.plan"
+        path.write_bytes(b"plan")
+        bundle: Any = SimpleNamespace(manifest=SimpleNamespace(graph=self.facts))
+        self.session: TensorRtSession = open_tensorrt_session(
+            bundle, plan, path, module=self.module, cuda=self.cuda, graph_shapes=graph_shapes
+        )
+
+    def run(self, batch: int, tokens: int, *, steps: int = STEPS, seed: int = 0) -> StepOutputs:
+        """Run a random batch with padding on both sides, and compare it with the plain loop."""
+        ids, mask = random_batch(batch, tokens, seed)
+        before = ids.copy(), mask.copy()
+        outputs = self.session.run(ids, mask, steps=steps)
+        np.testing.assert_array_equal(ids, before[0])
+        np.testing.assert_array_equal(mask, before[1])
+        self.check(outputs, ids, mask, steps=steps)
+        return outputs
+
+    def check(self, outputs: StepOutputs, ids: Any, mask: Any, *, steps: int) -> None:
+        expected = tiny_run(self.facts, ids, mask, steps=steps, cache_type=self.cache_type)
+        assert outputs.step_embeddings.shape == (len(ids), steps, self.facts.hidden_size)
+        np.testing.assert_allclose(outputs.prompt_embedding, expected.prompt_embedding, atol=1e-5)
+        np.testing.assert_allclose(outputs.step_embeddings, expected.step_embeddings, atol=1e-5)
+        assert outputs.prompt_embedding.dtype == outputs.step_embeddings.dtype == np.float32
+
+
+def random_batch(batch: int, tokens: int, seed: int) -> tuple[Any, Any]:
+    """Prompts padded left or right or not at all."""
+    rng = np.random.default_rng([batch, tokens, seed])
+    ids = rng.integers(0, 50, (batch, tokens))
+    mask = np.zeros((batch, tokens), np.int64)
+    for row in mask:
+        length = rng.integers(1, tokens + 1)
+        start = rng.integers(0, tokens - length + 1)
+        row[start : start + length] = 1
+    return ids, mask

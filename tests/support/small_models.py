@@ -1,0 +1,150 @@
+"""Seeded two-layer models of every architecture, their calibrations and bundles, and ways to damage them."""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+
+from gircse.calibration.calibrate import CalibrationOptions, calibrate
+from gircse.export.exporter import export_bundle
+from gircse.export.options import ExportOptions
+
+DATA = Path(__file__).parents[1] / "data"
+
+SIZES: dict[str, Any] = {
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "vocab_size": 520,  # more rows than the tokenizer has tokens, as in Qwen2.5
+    "max_position_embeddings": 128,
+    "rms_norm_eps": 1e-5,
+    "initializer_range": 0.12,  # soft tokens differ from text to text, and FP32 still agrees with FP64 to 5e-6
+    "bos_token_id": None,
+    "eos_token_id": 0,
+    "pad_token_id": None,
+}
+
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+YARN_ROPE = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 32}
+LINEAR_ROPE = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}
+
+_WORDS = "how do I reset the card after a storm in my garden while the small bird sings about old ships".split()
+CALIBRATION_TEXTS = [
+    " ".join(_WORDS[i % 11 : i % 11 + 2 + i % 7] + _WORDS[-(i % 5) - 1 :]) + f" {i}" for i in range(80)
+]
+
+CONFIGS: dict[str, Callable[[], Any]] = {
+    "llama": lambda: LlamaConfig(**SIZES, tie_word_embeddings=True),
+    "llama-biased-llama3": lambda: LlamaConfig(
+        **SIZES, tie_word_embeddings=False, attention_bias=True, mlp_bias=True, rope_parameters=LLAMA3_ROPE
+    ),
+    "mistral-window": lambda: MistralConfig(**SIZES, tie_word_embeddings=False, head_dim=12, sliding_window=64),
+    "mistral-linear": lambda: MistralConfig(
+        **SIZES, tie_word_embeddings=False, sliding_window=None, rope_parameters=LINEAR_ROPE
+    ),
+    "qwen2": lambda: Qwen2Config(**SIZES, tie_word_embeddings=True),
+    "qwen2-yarn-bf16": lambda: Qwen2Config(
+        **SIZES, tie_word_embeddings=False, rope_parameters=YARN_ROPE, dtype="bfloat16"
+    ),
+    "qwen3": lambda: Qwen3Config(**SIZES, tie_word_embeddings=True, head_dim=16),
+    "qwen3-biased": lambda: Qwen3Config(**SIZES, tie_word_embeddings=False, head_dim=8, attention_bias=True),
+}
+
+
+@dataclass(frozen=True)
+class SmallModels:
+    """Makes small checkpoints and their bundles, each once a session."""
+
+    root: Path
+    bundles: dict[tuple[Any, ...], Path] = field(default_factory=dict)
+    calibrations: dict[tuple[Any, ...], Path] = field(default_factory=dict)
+
+    def checkpoint(self, name: str) -> Path:
+        """Return the folder of a seeded model."""
+        directory = self.root / name
+        if not directory.exists():
+            config = CONFIGS[name]()
+            torch.manual_seed(7)
+            model = AutoModelForCausalLM.from_config(config, dtype=config.dtype or torch.float32)
+            randomise_vectors(model)
+            model.save_pretrained(directory)
+            shutil.copyfile(DATA / "tokenizer.json", directory / "tokenizer.json")
+        return directory
+
+    def load(self, name: str) -> Any:
+        """Return the model in FP32, ready to run."""
+        return AutoModelForCausalLM.from_pretrained(self.checkpoint(name), dtype=torch.float32).eval()
+
+    def bundle(self, name: str, *, steps: int = 5, layout: str = "unrolled", **options: Any) -> Path:
+        """Return the bundle of a seeded model."""
+        key = (name, steps, layout, *sorted(options.items()))
+        if key not in self.bundles:
+            output = self.root / f"bundle-{len(self.bundles)}"
+            options.setdefault("max_tokens", 48)
+            export_bundle(
+                ExportOptions(output=output, steps=steps, model=str(self.checkpoint(name)), layout=layout, **options)
+            )
+            self.bundles[key] = output
+        return self.bundles[key]
+
+    def calibration(self, name: str, *, steps: int = 5, **options: Any) -> Path:
+        """Return the calibration of a seeded model; a drop of 1 keeps nothing in float."""
+        key = (name, steps, *sorted(options.items()))
+        if key not in self.calibrations:
+            texts, output = self.root / "calibration.txt", self.root / f"calibration-{len(self.calibrations)}.json"
+            texts.write_text("\n".join(CALIBRATION_TEXTS), encoding="utf-8")
+            options = {"texts": texts, "samples": 40, "max_drop": 1.0, "max_tokens": 48, **options}
+            calibrate(CalibrationOptions(steps=steps, output=output, model=str(self.checkpoint(name)), **options))
+            self.calibrations[key] = output
+        return self.calibrations[key]
+
+
+@torch.no_grad()
+def randomise_vectors(model: torch.nn.Module) -> None:
+    """Give norms and biases values of their own: with ones and zeros a lost one would go unnoticed."""
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 1:
+            parameter.add_(torch.randn_like(parameter) * 0.2 if "bias" in name else torch.rand_like(parameter) * 0.5)
+
+
+def scale_weights(bundle: Path, start: float, end: float, factor: float) -> None:
+    """Multiply a part of the FP32 weights, given as fractions of the file, behind the manifest's back."""
+    path = bundle / "fp32" / "weights.bin"
+    weights = np.fromfile(path, np.float32)
+    weights[int(start * len(weights)) : int(end * len(weights))] *= factor
+    weights.tofile(path)
+    rehash(bundle)
+
+
+def add_stepwise_variants(bundle: Path, *precisions: str) -> None:
+    """Add variants that have the stepwise graph alone, as those of INT8 do; graph and weights are those of FP32."""
+    manifest = json.loads((bundle / "gircse.json").read_text())
+    fp32 = manifest["variants"]["fp32"]
+    alone = {**fp32, "graphs": {"stepwise": fp32["graphs"]["stepwise"]}}
+    manifest["variants"].update(dict.fromkeys(precisions, alone))
+    (bundle / "gircse.json").write_text(json.dumps(manifest))
+
+
+def rehash(bundle: Path) -> None:
+    """Make the manifest agree with the files again, as if they had been exported so."""
+    manifest = json.loads((bundle / "gircse.json").read_text())
+    for name, entry in manifest["files"].items():
+        path = bundle / name
+        entry.update(bytes=path.stat().st_size, sha256=hashlib.sha256(path.read_bytes()).hexdigest())
+    (bundle / "gircse.json").write_text(json.dumps(manifest))
