@@ -1,6 +1,6 @@
 """The calibration from end to end, as a list of stages. ``calibrate`` is what ``gircse-calibrate`` calls.
 
-Pass 1 streams the texts through the reference for channel ranges, sampled rows and the mixture's tail; smoothing is
+StepBindings 1 streams the texts through the reference for channel ranges, sampled rows and the mixture's tail; smoothing is
 searched on those. A method that clips needs a second pass, for histograms of the smoothed inputs. The weights are rounded
 by the inputs' second moments, which are written beside the file, and the sensitivity is measured on texts that were left
 out.
@@ -22,41 +22,41 @@ from tokenizers import Tokenizer
 from gircse.calibration.calibration_file import (
     SCHEMA_VERSION,
     Calibration,
-    MixtureCalibration,
-    SiteCalibration,
-    Subject,
+    InputCalibration,
+    ModelFingerprint,
+    SoftTokenCalibration,
     TextsUsed,
 )
 from gircse.calibration.int8.fake_quantization import round_weights
 from gircse.calibration.int8.gptq import RoundedWeight
 from gircse.calibration.int8.histogram import MagnitudeHistogram
 from gircse.calibration.int8.scheme import (
-    DIGITS,
-    FLOAT_CHANNELS,
+    LIMBS,
+    OUTLIER_CHANNELS,
     SMOOTHED,
-    Site,
-    SiteKind,
-    decoder_sites,
+    InputKind,
+    QuantizedInput,
+    decoder_inputs,
 )
 from gircse.calibration.int8.smoothing import MIGRATIONS, Migrations, Smoothing, range_without, search_smoothing
 from gircse.calibration.int8.thresholds import Method, threshold
 from gircse.calibration.moments_file import moments_content, moments_path
-from gircse.calibration.observe import MIXTURE_TOKENS, Observer, run_batch, watched
-from gircse.calibration.resume import Partial
+from gircse.calibration.observe import TOP_K, Observer, run_batch, watched
+from gircse.calibration.resume import ResumeState
 from gircse.calibration.sensitivity import SensitivityStudy, measure_sensitivity
 from gircse.checkpoint.reference import load_reference
 from gircse.checkpoint.source import Checkpoint, pad_token_id, resolve_checkpoint
 from gircse.reporting.progress import StageProgress
-from gircse.runtime.atomic_file import whole_file
+from gircse.runtime.atomic_file import atomic_write
 from gircse.runtime.bundle import MAX_STEPS, Pooling
 from gircse.runtime.errors import CheckpointError
 from gircse.runtime.text_files import read_texts
 from gircse.runtime.tokenization import TokenBatch, load_tokenizer, padded_batches, tokenize
 
 MIN_TEXTS = 32
-"""Fewer different texts say too little about ranges, and leave none to judge on."""
+"""Fewer different texts say too little about ranges, and leave none to evaluate_gates on."""
 
-JUDGED_TEXTS, JUDGED_TOKENS = 64, 32
+HELD_OUT_TEXTS, HELD_OUT_TOKENS = 64, 32
 """Texts, and tokens of each, that the sensitivity is measured on."""
 
 BATCH_SIZE, BATCH_TOKENS = 16, 2048
@@ -120,10 +120,10 @@ class CalibrationOptions:
 
 @dataclass(frozen=True)
 class _Corpus:
-    """Token ids to observe and to judge on, and the record of the former."""
+    """Token ids to observe and to evaluate_gates on, and the record of the former."""
 
     observed: tuple[TokenBatch, ...]
-    judged: tuple[TokenBatch, ...]
+    held_out: tuple[TokenBatch, ...]
     used: TextsUsed
 
 
@@ -145,16 +145,16 @@ def calibrate(options: CalibrationOptions, *, progress: StageProgress | None = N
     _check_output(options.output)
     with progress.stage(f"find the model {options.model}"):
         checkpoint = resolve_checkpoint(options.model, adapter=options.adapter, revision=options.revision)
-        subject = subject_of(checkpoint, options)
+        fingerprint = fingerprint_of(checkpoint, options)
         corpus = _prepare(texts, checkpoint, options)
     with progress.stage("load the PyTorch reference"):
         model = load_reference(checkpoint)
-    sites = decoder_sites(model.config.num_hidden_layers)
+    sites = decoder_inputs(model.config.num_hidden_layers)
     if not options.steps:
-        sites = tuple(site for site in sites if site.kind is not SiteKind.VOCABULARY)
+        sites = tuple(site for site in sites if site.kind is not InputKind.VOCABULARY)
     try:
-        observer = _observe(model, sites, corpus, subject, options, progress)
-        calibrations = _calibrate_sites(model, sites, observer, corpus, options, progress)
+        observer = _observe(model, sites, corpus, fingerprint, options, progress)
+        calibrations = _calibrate_inputs(model, sites, observer, corpus, options, progress)
         mixture = _mixture(model, observer) if options.steps else None
         weights: dict[str, RoundedWeight] = {}
         with progress.stage("round the weights", total=len(sites)) as advance:
@@ -168,7 +168,7 @@ def calibrate(options: CalibrationOptions, *, progress: StageProgress | None = N
             calibrations,
             weights,
             mixture,
-            corpus.judged,
+            corpus.held_out,
             options.steps,
             options.pooling,
             options.temperature,
@@ -177,17 +177,17 @@ def calibrate(options: CalibrationOptions, *, progress: StageProgress | None = N
         content = moments_content(observer.moments)
         calibration = Calibration(
             schema_version=SCHEMA_VERSION,
-            subject=subject,
+            fingerprint=fingerprint,
             texts=corpus.used,
             method=options.method,
             max_drop=options.max_drop,
-            sites=calibrations,
-            mixture=mixture,
+            inputs=calibrations,
+            soft_token=mixture,
             moments_sha256=hashlib.sha256(content).hexdigest(),
             sensitivity=sensitivity,
             tools={name: importlib.metadata.version(name) for name in TOOLS},
         )
-        with whole_file(options.output) as file, whole_file(moments_path(options.output)) as beside:
+        with atomic_write(options.output) as file, atomic_write(moments_path(options.output)) as beside:
             file.write(calibration.to_json())
             file.flush()  # a full disk shows before the other file appears
             beside.write(content)
@@ -196,13 +196,13 @@ def calibrate(options: CalibrationOptions, *, progress: StageProgress | None = N
             f"--output {options.output}: {err.strerror or err} | room and permission to write | free some space or choose "
             "another --output; what was observed so far is kept beside it"
         ) from err
-    _partial(options, subject, corpus, "").remove()
+    _resume_state(options, fingerprint, corpus, "").remove()
     return calibration
 
 
-def subject_of(checkpoint: Checkpoint, options: Any) -> Subject:
+def fingerprint_of(checkpoint: Checkpoint, options: Any) -> ModelFingerprint:
     """Return what a calibration of this checkpoint with these steps, pooling and temperature belongs to."""
-    return Subject(
+    return ModelFingerprint(
         checkpoint.model,
         _norm_sha256(checkpoint),
         checkpoint.adapter,
@@ -226,7 +226,7 @@ def _norm_sha256(checkpoint: Checkpoint) -> str:
 def _check_output(path: Path) -> None:
     """See that the folder can be written before the long work, not after it."""
     try:
-        with whole_file(path.parent / f"{path.name}.partial.test"):
+        with atomic_write(path.parent / f"{path.name}.partial.test"):
             pass
         (path.parent / f"{path.name}.partial.test").unlink()
     except OSError as err:
@@ -236,7 +236,7 @@ def _check_output(path: Path) -> None:
 
 
 def _prepare(texts: Sequence[str], checkpoint: Checkpoint, options: CalibrationOptions) -> _Corpus:
-    """Draw the texts to observe and, from the rest if there is one, those to judge on."""
+    """Draw the texts to observe and, from the rest if there is one, those to evaluate_gates on."""
     different = list(dict.fromkeys(texts))
     if len(different) < MIN_TEXTS:
         raise CheckpointError(
@@ -247,9 +247,9 @@ def _prepare(texts: Sequence[str], checkpoint: Checkpoint, options: CalibrationO
     tokenizer: Tokenizer = load_tokenizer(checkpoint.directory / "tokenizer.json")
     pad = pad_token_id(checkpoint.directory, tokenizer.get_vocab())
     observed = [different[row] for row in order[: options.samples]]
-    judged = [different[row] for row in order[options.samples :][:JUDGED_TEXTS]]
-    if len(judged) < MIN_TEXTS:
-        judged = observed[-JUDGED_TEXTS:]
+    held_out = [different[row] for row in order[options.samples :][:HELD_OUT_TEXTS]]
+    if len(held_out) < MIN_TEXTS:
+        held_out = observed[-HELD_OUT_TEXTS:]
 
     def batches(chosen: Sequence[str], most_tokens: int) -> tuple[TokenBatch, ...]:
         ids = [found[:most_tokens] for found in tokenize(tokenizer, chosen, empty_token_id=pad)]
@@ -258,17 +258,17 @@ def _prepare(texts: Sequence[str], checkpoint: Checkpoint, options: CalibrationO
     seen = batches(observed, options.max_tokens)
     digest = hashlib.sha256("\n".join(observed).encode()).hexdigest()
     tokens = sum(int(batch.attention_mask.sum()) for batch in seen)
-    return _Corpus(seen, batches(judged, JUDGED_TOKENS), TextsUsed(digest, len(observed), tokens, options.seed))
+    return _Corpus(seen, batches(held_out, HELD_OUT_TOKENS), TextsUsed(digest, len(observed), tokens, options.seed))
 
 
-def _calibrate_sites(
+def _calibrate_inputs(
     model: Any,
-    sites: tuple[Site, ...],
+    sites: tuple[QuantizedInput, ...],
     observer: Observer,
     corpus: _Corpus,
     options: CalibrationOptions,
     progress: StageProgress,
-) -> dict[str, SiteCalibration]:
+) -> dict[str, InputCalibration]:
     """Smooth, and choose thresholds."""
     with progress.stage("search the smoothing", total=len(sites)) as advance:
         smoothings = {}
@@ -281,30 +281,30 @@ def _calibrate_sites(
     for site in sites:
         smoothing = smoothings[site.name]
         ranges = [
-            range_without(maxima / smoothing.scales, smoothing.float_channels)
+            range_without(maxima / smoothing.scales, smoothing.outlier_channels)
             for maxima in observer.channel_maxima[site.name]
         ]
         chosen = ranges
         if options.method is not Method.MAX:
             chosen = [threshold(histogram, options.method) for histogram in histograms[site.name]]
-        calibrations[site.name] = _site_calibration(smoothing, ranges, chosen)
+        calibrations[site.name] = _input_calibration(smoothing, ranges, chosen)
     return calibrations
 
 
-def _mixture(model: Any, observer: Observer) -> MixtureCalibration:
-    return MixtureCalibration(min(MIXTURE_TOKENS, model.config.vocab_size), tuple(_rounded(observer.tail().tolist())))
+def _mixture(model: Any, observer: Observer) -> SoftTokenCalibration:
+    return SoftTokenCalibration(min(TOP_K, model.config.vocab_size), tuple(_rounded(observer.tail().tolist())))
 
 
 def _observe(
     model: Any,
-    sites: tuple[Site, ...],
+    sites: tuple[QuantizedInput, ...],
     corpus: _Corpus,
-    subject: Subject,
+    fingerprint: ModelFingerprint,
     options: CalibrationOptions,
     progress: StageProgress,
 ) -> Observer:
     observer = Observer(model, sites, steps=options.steps, seed=options.seed)
-    partial = _partial(options, subject, corpus, "observe")
+    partial = _resume_state(options, fingerprint, corpus, "observe")
     if (state := partial.load()) is not None:
         observer.load_state(state)
         progress.note(f"  goes on after {observer.batches} of {len(corpus.observed)} batches")
@@ -322,7 +322,7 @@ def _observe(
     return observer
 
 
-def _smooth(model: Any, site: Site, observer: Observer, options: CalibrationOptions) -> Smoothing:
+def _smooth(model: Any, site: QuantizedInput, observer: Observer, options: CalibrationOptions) -> Smoothing:
     migrations: Migrations = ()
     if site.kind in SMOOTHED:
         migrations = MIGRATIONS if options.smooth is None else (options.smooth,)
@@ -331,15 +331,15 @@ def _smooth(model: Any, site: Site, observer: Observer, options: CalibrationOpti
         observer.sampled_rows(site.name),
         weight,
         observer.channel_maxima[site.name].amax(0),
-        digits=DIGITS[site.kind],
-        float_channels=FLOAT_CHANNELS[site.kind],
+        limbs=LIMBS[site.kind],
+        outlier_channels=OUTLIER_CHANNELS[site.kind],
         migrations=migrations,
     )
 
 
 def _fill_histograms(
     model: Any,
-    sites: tuple[Site, ...],
+    sites: tuple[QuantizedInput, ...],
     smoothings: Mapping[str, Smoothing],
     corpus: _Corpus,
     options: CalibrationOptions,
@@ -348,10 +348,10 @@ def _fill_histograms(
     """Stream the texts once more, for a histogram of every smoothed input in the prompt and at each step."""
     histograms = {site.name: [MagnitudeHistogram() for _ in range(options.steps + 1)] for site in sites}
 
-    def watch(site: Site, step: int, rows: torch.Tensor) -> None:
+    def watch(site: QuantizedInput, step: int, rows: torch.Tensor) -> None:
         smoothing = smoothings[site.name]
         smoothed = rows / smoothing.scales
-        smoothed[:, list(smoothing.float_channels)] = 0
+        smoothed[:, list(smoothing.outlier_channels)] = 0
         histograms[site.name][step].add(smoothed.cpu().numpy(), where=site.name)
 
     with progress.stage("fill the histograms", total=len(corpus.observed)) as advance:
@@ -363,12 +363,12 @@ def _fill_histograms(
     return histograms
 
 
-def _site_calibration(smoothing: Smoothing, ranges: Sequence[float], thresholds: Sequence[float]) -> SiteCalibration:
+def _input_calibration(smoothing: Smoothing, ranges: Sequence[float], thresholds: Sequence[float]) -> InputCalibration:
     scales = smoothing.scales
-    return SiteCalibration(
+    return InputCalibration(
         smoothing.migration,
         () if bool((scales == 1).all()) else tuple(_rounded(scales.tolist())),
-        smoothing.float_channels,
+        smoothing.outlier_channels,
         tuple(_rounded(ranges)),
         tuple(_rounded(thresholds)),
         float(f"{smoothing.error**0.5:.4g}"),
@@ -380,7 +380,9 @@ def _rounded(numbers: Sequence[float]) -> list[float]:
     return [float(f"{number:.6g}") for number in numbers]
 
 
-def _partial(options: CalibrationOptions, subject: Subject, corpus: _Corpus, stage: str) -> Partial:
-    facts = (subject, corpus.used, options.max_tokens, stage, str(torch.__version__))
+def _resume_state(
+    options: CalibrationOptions, fingerprint: ModelFingerprint, corpus: _Corpus, stage: str
+) -> ResumeState:
+    facts = (fingerprint, corpus.used, options.max_tokens, stage, str(torch.__version__))
     identity = msgspec.json.encode(facts).decode()
-    return Partial(options.output.with_name(f"{options.output.name}.partial"), identity=identity)
+    return ResumeState(options.output.with_name(f"{options.output.name}.partial"), identity=identity)

@@ -43,10 +43,10 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("gircse-calibrate: interrupted; the same command goes on where it was", file=sys.stderr)
         return 130
-    result, kept = calibration.sensitivity.result, len(calibration.sensitivity.kept)
+    result, kept = calibration.sensitivity.result, len(calibration.sensitivity.excluded)
     print(
         f"  int8: rank correlation {result.rank_correlation:.4f}, top-10 overlap {result.overlap:.3f}, {kept} of "
-        f"{len(calibration.sites)} inputs kept in float",
+        f"{len(calibration.inputs)} inputs kept in float",
         file=sys.stderr,
     )
     # ru_maxrss counts KiB on Linux and bytes on macOS.

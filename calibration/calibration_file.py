@@ -21,7 +21,7 @@ class _Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Base of what the file is made of."""
 
 
-class Subject(_Record, frozen=True):
+class ModelFingerprint(_Record, frozen=True):
     """What a calibration belongs to.
 
     Attributes:
@@ -50,21 +50,21 @@ class TextsUsed(_Record, frozen=True):
     seed: int
 
 
-class SiteCalibration(_Record, frozen=True):
-    """One quantised input; see ``sites.py`` and ``smoothing.py``.
+class InputCalibration(_Record, frozen=True):
+    """One quantized input; see ``sites.py`` and ``smoothing.py``.
 
     Attributes:
         migration: SmoothQuant's migration strength, or None for no smoothing.
         smoothing: (in,) divisors of the activations, or nothing where all are 1.
-        float_channels: channels that stay in float.
+        outlier_channels: channels that stay in float.
         ranges: (K + 1,) largest magnitude after smoothing, float channels apart, in the prompt and at each step.
         thresholds: (K + 1,) magnitude that becomes 127, by the method; at most the range.
-        error: root of the mean squared relative error of the quantised product, over the sampled rows.
+        error: root of the mean squared relative error of the quantized product, over the sampled rows.
     """
 
     migration: float | None
     smoothing: tuple[float, ...]
-    float_channels: tuple[int, ...]
+    outlier_channels: tuple[int, ...]
     ranges: tuple[float, ...]
     thresholds: tuple[float, ...]
     error: float
@@ -75,20 +75,20 @@ class SiteCalibration(_Record, frozen=True):
         return max(self.thresholds)
 
 
-class MixtureCalibration(_Record, frozen=True):
-    """The soft token as the ``tokens`` likeliest, added up, and ``tail`` (hidden,) times the probability they leave."""
+class SoftTokenCalibration(_Record, frozen=True):
+    """The soft token as the ``top_k`` most probable tokens, summed, and ``tail`` (hidden,) times the remaining mass."""
 
-    tokens: int
+    top_k: int
     tail: tuple[float, ...]
 
 
 class Fidelity(_Record, frozen=True):
-    """How near the vectors stay to FP32 with something quantised; on texts left out of the calibration, if enough were.
+    """How near the vectors stay to FP32 with something quantized; on texts left out of the calibration, if enough were.
 
     Attributes:
-        name: what is quantised, or for a trade-off curve, what is kept.
+        name: what is quantized, or for a trade-off curve, what is kept.
         rank_correlation: of all pairs' similarities, after K steps.
-        overlap: of ten nearest neighbours, after K steps.
+        overlap: of ten nearest neighbors, after K steps.
     """
 
     name: str
@@ -100,14 +100,14 @@ class Sensitivity(_Record, frozen=True):
     """What ``int8`` costs in fidelity, and where.
 
     Attributes:
-        kept: inputs whose products stay in float.
-        result: fidelity with everything else quantised.
-        kinds: with one kind of input quantised alone.
-        layers: with one layer quantised alone.
+        excluded: inputs whose products stay in float.
+        result: fidelity with everything else quantized.
+        kinds: with one kind of input quantized alone.
+        layers: with one layer quantized alone.
         curve: with more and more inputs kept, the most sensitive first; empty if nothing had to be kept.
     """
 
-    kept: tuple[str, ...]
+    excluded: tuple[str, ...]
     result: Fidelity
     kinds: tuple[Fidelity, ...]
     layers: tuple[Fidelity, ...]
@@ -119,24 +119,24 @@ class Calibration(_Record, frozen=True):
 
     Attributes:
         schema_version: version of these fields.
-        subject: what it belongs to.
+        fingerprint: what it belongs to.
         texts: what it was measured on.
         method: how thresholds were chosen.
         max_drop: largest loss of rank correlation that the kept inputs were chosen for.
-        sites: input name to its calibration.
-        mixture: how the soft token is made; None for K = 0.
+        inputs: input name to its calibration.
+        soft_token: how the soft token is made; None for K = 0.
         moments_sha256: SHA-256 of the file of second moments beside this one, see ``moments_file.py``.
         sensitivity: of ``int8``; the inputs that it keeps in float.
         tools: versions of the packages that made the file.
     """
 
     schema_version: int
-    subject: Subject
+    fingerprint: ModelFingerprint
     texts: TextsUsed
     method: str
     max_drop: float
-    sites: Mapping[str, SiteCalibration]
-    mixture: MixtureCalibration | None
+    inputs: Mapping[str, InputCalibration]
+    soft_token: SoftTokenCalibration | None
     moments_sha256: str
     sensitivity: Sensitivity
     tools: Mapping[str, str]
@@ -177,13 +177,13 @@ class Calibration(_Record, frozen=True):
         calibration._check_finite(str(path))
         return calibration
 
-    def check(self, subject: Subject, path: Path) -> None:
+    def check(self, fingerprint: ModelFingerprint, path: Path) -> None:
         """Refuse to be used for anything but what was calibrated.
 
         Raises:
             CheckpointError: model, adapter, K, pooling or temperature differ; the message names which.
         """
-        ours, theirs = _facts(self.subject), _facts(subject)
+        ours, theirs = _facts(self.fingerprint), _facts(fingerprint)
         for name, value in theirs.items():
             if ours[name] != value:
                 raise CheckpointError(
@@ -193,12 +193,12 @@ class Calibration(_Record, frozen=True):
 
     def _check_finite(self, where: str) -> None:
         groups: dict[str, tuple[float, ...]] = {
-            f"site {name}": (*s.smoothing, *s.ranges, *s.thresholds, s.error, s.migration or 0.0)
-            for name, s in self.sites.items()
+            f"input {name}": (*s.smoothing, *s.ranges, *s.thresholds, s.error, s.migration or 0.0)
+            for name, s in self.inputs.items()
         }
-        groups["settings"] = (self.max_drop, self.subject.temperature)
-        if self.mixture is not None:
-            groups["mixture"] = self.mixture.tail
+        groups["settings"] = (self.max_drop, self.fingerprint.temperature)
+        if self.soft_token is not None:
+            groups["soft_token"] = self.soft_token.tail
         found = self.sensitivity
         every = (found.result, *found.kinds, *found.layers, *found.curve)
         groups["sensitivity"] = tuple(x for f in every for x in (f.rank_correlation, f.overlap))
@@ -207,12 +207,12 @@ class Calibration(_Record, frozen=True):
                 raise CheckpointError(f"{where}: {name} holds NaN or infinity | finite numbers | calibrate again")
 
 
-def _facts(subject: Subject) -> dict[str, object]:
+def _facts(fingerprint: ModelFingerprint) -> dict[str, object]:
     return {
-        "config.json with SHA-256": subject.model.config_sha256,
-        "model.norm.weight with SHA-256": subject.norm_sha256,
-        "adapter with SHA-256": subject.adapter.sha256 if subject.adapter else None,
-        "steps": subject.steps,
-        "pooling": str(subject.pooling),
-        "temperature": subject.temperature,
+        "config.json with SHA-256": fingerprint.model.config_sha256,
+        "model.norm.weight with SHA-256": fingerprint.norm_sha256,
+        "adapter with SHA-256": fingerprint.adapter.sha256 if fingerprint.adapter else None,
+        "steps": fingerprint.steps,
+        "pooling": str(fingerprint.pooling),
+        "temperature": fingerprint.temperature,
     }

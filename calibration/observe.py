@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from gircse.calibration.int8.gptq import add_moments, no_moments
-from gircse.calibration.int8.scheme import Site, SiteKind
+from gircse.calibration.int8.scheme import InputKind, QuantizedInput
 from gircse.calibration.moments_file import moment_name, moment_tensors
 from gircse.checkpoint.reference import refine
 from gircse.runtime.errors import CheckpointError
@@ -25,7 +25,7 @@ from gircse.runtime.tokenization import TokenBatch
 SAMPLE_ROWS = 256
 """Rows of each input that are kept from the prompts, and as many from the steps."""
 
-MIXTURE_TOKENS = 128
+TOP_K = 128
 """Likeliest tokens that the mixture of an INT8 variant adds up one by one; the rest is one calibrated vector."""
 
 FLAT_MASS = 0.35
@@ -38,7 +38,7 @@ Watch = Any
 
 
 @contextmanager
-def watched(model: Any, sites: Sequence[Site], watch: Watch) -> Iterator["Position"]:
+def watched(model: Any, sites: Sequence[QuantizedInput], watch: Watch) -> Iterator["Position"]:
     """Call ``watch`` with the real rows of every site's input while the block runs the model.
 
     Yields:
@@ -47,7 +47,7 @@ def watched(model: Any, sites: Sequence[Site], watch: Watch) -> Iterator["Positi
     position = Position()
     modules: Mapping[str, nn.Module] = dict(model.named_modules())
 
-    def hook(site: Site, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    def hook(site: QuantizedInput, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         rows = inputs[0].flatten(0, -2)
         if rows.shape[0] == position.real.numel():  # the prompt; a step has no padding
             rows = rows[position.real]
@@ -87,7 +87,7 @@ class Observer:
         moments: site name to the blocks of H, of every input but that of the vocabulary; see ``rounding.py``.
     """
 
-    def __init__(self, model: Any, sites: Sequence[Site], *, steps: int, seed: int) -> None:
+    def __init__(self, model: Any, sites: Sequence[QuantizedInput], *, steps: int, seed: int) -> None:
         """Start with nothing seen.
 
         Args:
@@ -102,7 +102,7 @@ class Observer:
         hidden = model.get_input_embeddings().weight.shape[1]
         self.channel_maxima = {name: torch.zeros(steps + 1, width) for name, width in widths.items()}
         self.rows = {name: torch.zeros(2, SAMPLE_ROWS, width) for name, width in widths.items()}
-        rounded = {site.name for site in sites if site.kind is not SiteKind.VOCABULARY}
+        rounded = {site.name for site in sites if site.kind is not InputKind.VOCABULARY}
         self.moments = {name: no_moments(width) for name, width in widths.items() if name in rounded}
         # Bottom-k sampling: every row draws a number, and the rows with the smallest numbers stay.
         self._draws = {name: torch.full((2, SAMPLE_ROWS), torch.inf, dtype=torch.float64) for name in widths}
@@ -123,7 +123,7 @@ class Observer:
                     self._observe_mixture(state.probabilities, table)
         self.batches += 1
 
-    def _watch(self, site: Site, step: int, rows: Tensor) -> None:
+    def _watch(self, site: QuantizedInput, step: int, rows: Tensor) -> None:
         maxima = rows.abs().amax(0).cpu()
         if not torch.isfinite(maxima).all():
             raise CheckpointError(
@@ -148,7 +148,7 @@ class Observer:
         self._draws[name][part] = every[best]
 
     def _observe_mixture(self, probabilities: Tensor, table: Tensor) -> None:
-        top = probabilities.topk(min(MIXTURE_TOKENS, probabilities.shape[1])).indices
+        top = probabilities.topk(min(TOP_K, probabilities.shape[1])).indices
         rest = probabilities.scatter(1, top, 0.0)
         self._tail += (rest @ table).double().sum(0).cpu()
         self._tail_mass += rest.double().sum().cpu()

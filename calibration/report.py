@@ -4,16 +4,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 
-from gircse.calibration.calibration_file import Calibration, Fidelity, Sensitivity, SiteCalibration
-from gircse.calibration.int8.scheme import SiteKind
+from gircse.calibration.calibration_file import Calibration, Fidelity, InputCalibration, Sensitivity
+from gircse.calibration.int8.scheme import InputKind
 from gircse.calibration.report_charts import (
-    calibrated_sites,
+    calibrated_inputs,
     draw_calibration_charts,
-    kept_count,
+    excluded_count,
+    inputs_by_kind,
     label,
     measured_parts,
     rank_loss,
-    sites_by_kind,
 )
 from gircse.reporting.files import markdown_table, open_report_directory, write_files
 from gircse.runtime.bundle import AdapterSource, ModelSource
@@ -65,11 +65,11 @@ def markdown(calibration: Calibration) -> str:
 
 
 def _subject(calibration: Calibration) -> list[str]:
-    subject, texts = calibration.subject, calibration.texts
+    fingerprint, texts = calibration.fingerprint, calibration.texts
     rows = [
-        ("model", _source(subject.model)),
-        ("adapter", _source(subject.adapter) if subject.adapter else "none"),
-        ("K", f"{subject.steps}, pooling {subject.pooling}, temperature {subject.temperature:g}"),
+        ("model", _source(fingerprint.model)),
+        ("adapter", _source(fingerprint.adapter) if fingerprint.adapter else "none"),
+        ("K", f"{fingerprint.steps}, pooling {fingerprint.pooling}, temperature {fingerprint.temperature:g}"),
         ("texts", f"{texts.samples} with {texts.tokens} tokens, seed {texts.seed}, SHA-256 `{texts.sha256[:16]}`"),
         ("thresholds", f"by `{calibration.method}`"),
     ]
@@ -86,13 +86,13 @@ def _fidelity(calibration: Calibration) -> list[str]:
     row = (
         f"{found.result.rank_correlation:.4f}",
         f"{found.result.overlap:.3f}",
-        f"{len(found.kept)} of {len(calibration.sites)}",
+        f"{len(found.excluded)} of {len(calibration.inputs)}",
     )
     parts = [
         "## What `int8` keeps",
         markdown_table(("rank correlation", "top-10 overlap", "inputs kept in float"), [row]),
-        f"Against FP32 with K = {calibration.subject.steps}, by emulation in PyTorch. Rank correlation: Spearman of the "
-        "similarities of all pairs of texts; top-10 overlap: common nearest neighbours; loss, below: 1 - rank "
+        f"Against FP32 with K = {calibration.fingerprint.steps}, by emulation in PyTorch. Rank correlation: Spearman of the "
+        "similarities of all pairs of texts; top-10 overlap: common nearest neighbors; loss, below: 1 - rank "
         "correlation.",
         _kept(found, calibration.max_drop),
     ]
@@ -104,24 +104,24 @@ def _fidelity(calibration: Calibration) -> list[str]:
 def _kept(found: Sensitivity, max_drop: float) -> str:
     """Say which inputs stay in float, and why."""
     loss = rank_loss(found.result)
-    if not found.kept:
-        return f"Nothing stays in float: all quantised, it loses {_number(loss)}, and `--max-drop` is {max_drop:g}."
-    everything = next((_number(rank_loss(point)) for point in found.curve if not kept_count(point)), "more")
+    if not found.excluded:
+        return f"Nothing stays in float: all quantized, it loses {_number(loss)}, and `--max-drop` is {max_drop:g}."
+    everything = next((_number(rank_loss(point)) for point in found.curve if not excluded_count(point)), "more")
     text = (
-        f"These stay in float, most sensitive first: {', '.join(f'`{site}`' for site in found.kept)}. All quantised, it "
-        f"would lose {everything}, and `--max-drop` is {max_drop:g}. So each input was quantised alone, and of those that "
+        f"These stay in float, most sensitive first: {', '.join(f'`{site}`' for site in found.excluded)}. All quantized, it "
+        f"would lose {everything}, and `--max-drop` is {max_drop:g}. So each input was quantized alone, and of those that "
         f"lost most, the fewest are kept that meet it: the loss is {_number(loss)}."
     )
     return text if loss <= max_drop else f"{text} **That is still more than `--max-drop`.**"
 
 
 def _kinds(calibration: Calibration) -> list[str]:
-    calibrated = sites_by_kind(calibration)
+    calibrated = inputs_by_kind(calibration)
     points = {point.name: point for point in calibration.sensitivity.kinds}
     rows = [
         (
             label(part),
-            *(_kind_cells(calibrated[SiteKind(part)]) if part in calibrated else ["-"] * 4),
+            *(_kind_cells(calibrated[InputKind(part)]) if part in calibrated else ["-"] * 4),
             _loss(points.get(part)),
         )
         for part in measured_parts(calibration)
@@ -131,14 +131,14 @@ def _kinds(calibration: Calibration) -> list[str]:
         "## Kinds of input",
         markdown_table(header, rows),
         "Ranges: the largest of all layers, after smoothing, channels that stay in float apart. Error: relative error of "
-        "the quantised product, median of the layers. Loss: with this kind quantised alone.",
+        "the quantized product, median of the layers. Loss: with this kind quantized alone.",
         _chart("sensitivity"),
         _chart("error"),
         _chart("migration"),
     ]
 
 
-def _kind_cells(sites: Sequence[SiteCalibration]) -> tuple[str, ...]:
+def _kind_cells(sites: Sequence[InputCalibration]) -> tuple[str, ...]:
     return (
         str(len(sites)),
         _range(max(site.ranges[0] for site in sites)),
@@ -153,7 +153,7 @@ def _layers(calibration: Calibration) -> list[str]:
     return [
         "## Most sensitive layers",
         markdown_table(("layer", "loss"), [(f"`{point.name}`", _loss(point)) for point in chosen]),
-        f"Each quantised alone; {len(chosen)} of {len(layers)}.",
+        f"Each quantized alone; {len(chosen)} of {len(layers)}.",
     ]
 
 
@@ -162,7 +162,7 @@ def _ratios(calibration: Calibration) -> list[str]:
     parts = ["## Ranges in the prompt and in the steps"]
     compared = {
         site.name: (found.ranges[0], max(found.ranges[1:]))
-        for site, found in calibrated_sites(calibration).items()
+        for site, found in calibrated_inputs(calibration).items()
         if found.ranges[0] > 0 and max(found.ranges[1:], default=0.0) > 0
     }
     if compared:

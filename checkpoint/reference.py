@@ -5,7 +5,7 @@ K soft tokens with a KV cache on Hugging Face's own model (arXiv 2509.24291; rep
     h_0 = state of the prompt's last token (after the final norm)
     s_k = softmax(lm_head(h_{k-1}) / T) @ E
     h_k = state of the model fed s_k as the next input embedding
-    z_k = normalised mean of h_1..h_k, or normalised h_k
+    z_k = normalized mean of h_1..h_k, or normalized h_k
 
 Unlike the official code it passes explicit position ids, so padding does not shift the rotary phase, and it runs
 K vocabulary projections, not K + 1.
@@ -87,7 +87,7 @@ def step_states(model: Any, input_ids: Tensor, attention_mask: Tensor, *, steps:
         temperature: T.
 
     Returns:
-        (batch, K + 1, hidden): h_0..h_K, not normalised, in the model's precision.
+        (batch, K + 1, hidden): h_0..h_K, not normalized, in the model's precision.
     """
     states = refine(model, input_ids, attention_mask, steps=steps, temperature=temperature)
     return torch.stack([state.hidden for state in states], dim=1)

@@ -37,7 +37,7 @@ class SafetensorsIndex:
                     if view.get_dtype() not in _FLOAT_TYPES:
                         raise CheckpointError(
                             f"{path}: {name} is {view.get_dtype()} | one of {', '.join(_FLOAT_TYPES)} | "
-                            "use a checkpoint that is not quantised"
+                            "use a checkpoint that is not quantized"
                         )
                     self.entries[name] = StoredTensor(path, name, tuple(view.get_shape()))
 

@@ -11,7 +11,7 @@ from gircse.runtime.errors import GircseError
 from gircse.runtime.provider import Provider
 
 EXTRAS = "pip install 'gircse-deploy[cpu,evaluation]', and [export,demo] or [llama-cpp] for the peers"
-PEERS = ("torch", "llama.cpp")
+BASELINES = ("torch", "llama.cpp")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -85,8 +85,8 @@ def _numbers(text: str) -> tuple[int, ...]:
 
 def _names(text: str) -> tuple[str, ...]:
     names = tuple(part.strip() for part in text.split(","))
-    if unknown := [name for name in names if name not in PEERS]:
-        raise argparse.ArgumentTypeError(f"{unknown[0]!r}: one of {', '.join(PEERS)}")
+    if unknown := [name for name in names if name not in BASELINES]:
+        raise argparse.ArgumentTypeError(f"{unknown[0]!r}: one of {', '.join(BASELINES)}")
     return names
 
 

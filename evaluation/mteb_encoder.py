@@ -148,7 +148,7 @@ def model_meta_from_manifest(
     }
     return ModelMeta.create_empty(
         {
-            # mteb wants organisation/model, and only a snapshot of Hugging Face, which has a revision, is called so.
+            # mteb wants organization/model, and only a snapshot of Hugging Face, which has a revision, is called so.
             "name": source.name if source.revision else f"local/{Path(source.name).name}",
             "revision": hashlib.sha256(manifest.to_json()).hexdigest(),
             "adapted_from": manifest.model.name if manifest.adapter and manifest.model.revision else None,

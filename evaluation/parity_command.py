@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="gircse-parity",
-        description="Compare a bundle with PyTorch or with another bundle, step by step, and judge it by gates.",
+        description="Compare a bundle with PyTorch or with another bundle, step by step, and evaluate_gates it by gates.",
         epilog="exit code: 0 every gate passed, 1 a gate failed, 2 could not measure",
     )
     parser.add_argument("bundle", type=Path, help="bundle directory")
@@ -61,7 +61,7 @@ def _parser() -> argparse.ArgumentParser:
         nargs="+",
         default=(),
         metavar="P",
-        help="variants to judge (default: every one but the reference)",
+        help="variants to evaluate_gates (default: every one but the reference)",
     )
     parser.add_argument("--report", type=Path, metavar="DIR", help="write parity.json, .md, .xml and charts there")
     _add_reference_flags(parser)
@@ -103,7 +103,7 @@ def _add_gate_flags(parser: argparse.ArgumentParser) -> None:
     for name, meaning in (
         ("min-cosine", "smallest cosine to the reference, every text and step"),
         ("min-rank-correlation", "Spearman of pairwise similarities, every step"),
-        ("min-overlap", "mean share of common ten nearest neighbours, every step"),
+        ("min-overlap", "mean share of common ten nearest neighbors, every step"),
         ("max-task-drop", "loss of score on a task, with K steps"),
         ("max-batch-difference", "difference of an element, a text alone against in a batch"),
     ):

@@ -9,7 +9,7 @@ from typing import Any
 _TASKS = (
     ("sts", "FILE", "scored pairs, TSV: score, sentence1, sentence2"),
     ("retrieval", "DIR", "BEIR layout: corpus.jsonl, queries.jsonl, qrels/test.tsv"),
-    ("classification", "FILE", "labelled texts, TSV: label, text; scored by the nearest other text"),
+    ("classification", "FILE", "labeled texts, TSV: label, text; scored by the nearest other text"),
 )
 
 

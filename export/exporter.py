@@ -10,7 +10,7 @@ from typing import Any
 import psutil
 from tokenizers import Tokenizer
 
-from gircse.calibration.calibrate import subject_of
+from gircse.calibration.calibrate import fingerprint_of
 from gircse.calibration.calibration_file import Calibration
 from gircse.calibration.moments_file import MomentsFile
 from gircse.checkpoint.reference import load_reference
@@ -26,7 +26,7 @@ from gircse.export.options import ExportOptions
 from gircse.export.overflow_probe import largest_magnitudes
 from gircse.export.overflow_report import overflow_risks, write_magnitudes
 from gircse.export.staging import check_destination, staged_directory
-from gircse.export.variants import PlannedVariant, graph_facts, manifest_variant, plan_variant, write_variant
+from gircse.export.variants import VariantDraft, draft_variant, graph_facts, manifest_variant, write_variant
 from gircse.export.weights.external_data import estimate_bytes
 from gircse.reporting.progress import Advance, StageProgress
 from gircse.runtime.bundle import (
@@ -96,7 +96,7 @@ def export_bundle(options: ExportOptions, *, progress: StageProgress | None = No
     with progress.stage(f"find the model {options.model}"):
         source = _open_source(options)
     if calibration is not None and options.calibration is not None:
-        calibration[0].check(subject_of(source.checkpoint, options), options.calibration)
+        calibration[0].check(fingerprint_of(source.checkpoint, options), options.calibration)
     golden_missing_reason = _check_resources(source.weights, options.precisions, output, progress)
     variants = _trace_and_plan(options, source, calibration, progress)
     try:
@@ -173,7 +173,7 @@ def _trace_and_plan(
     source: _Source,
     calibration: tuple[Calibration, MomentsFile] | None,
     progress: StageProgress,
-) -> list[PlannedVariant]:
+) -> list[VariantDraft]:
     """Trace, compose, and match the weights; reads headers only, so a wrong adapter fails before anything is written."""
     with progress.stage(f"trace the {source.shape.architecture} decoder ({source.shape.num_layers} layers)"):
         decoder = trace_decoder(source.config, source.shape, positions=options.max_tokens + options.steps)
@@ -182,7 +182,7 @@ def _trace_and_plan(
         f"compose {options.steps} refinement steps ({options.layout}, {', '.join(options.precisions)})"
     ):
         return [
-            plan_variant(
+            draft_variant(
                 precision,
                 decoder,
                 options,
@@ -237,7 +237,7 @@ def _bytes_per_weight(precision: Precision) -> int:
 
 def _write_variants(
     directory: Path,
-    variants: Sequence[PlannedVariant],
+    variants: Sequence[VariantDraft],
     options: ExportOptions,
     source: _Source,
     progress: StageProgress,
@@ -301,7 +301,7 @@ def _counted(batches: Iterable[TokenBatch], advance: Advance) -> Iterator[TokenB
 
 def _write_manifest(
     directory: Path,
-    variants: Sequence[PlannedVariant],
+    variants: Sequence[VariantDraft],
     options: ExportOptions,
     source: _Source,
     files: dict[str, FileEntry],

@@ -12,9 +12,9 @@ from gircse.checkpoint.safetensors_index import SafetensorsIndex
 from gircse.export.graph.architecture import DecoderShape
 from gircse.export.graph.compose import compose_graph, weight_initializers
 from gircse.export.graph.mixed_precision import FLOAT32_ISLANDS, set_precision
-from gircse.export.int8.quantize import int8_vocabulary, kept_sites, quantize
+from gircse.export.int8.quantize import excluded_inputs, int8_vocabulary, quantize
 from gircse.export.options import ExportOptions
-from gircse.export.weights.external_data import WeightPlan, external_tensors, write_weights
+from gircse.export.weights.external_data import WeightLayout, external_tensors, write_weights
 from gircse.runtime import tensor_names
 from gircse.runtime.bundle import (
     INT8_PRECISIONS,
@@ -35,7 +35,7 @@ INT8_FLOAT = ("attention", "SwiGLU", "RMSNorm", "residual stream", "softmax over
 
 
 @dataclass(frozen=True)
-class PlannedVariant:
+class VariantDraft:
     """A variant whose graphs and weights fit each other; nothing is written yet.
 
     Attributes:
@@ -49,7 +49,7 @@ class PlannedVariant:
     precision: Precision
     graphs: Mapping[Layout, ir.Model]
     rewrites: Mapping[Layout, Mapping[str, int]]
-    plan: WeightPlan
+    plan: WeightLayout
     float32: tuple[str, ...]
 
     @property
@@ -74,7 +74,7 @@ def graph_facts(options: ExportOptions, shape: DecoderShape) -> GraphFacts:
     )
 
 
-def plan_variant(
+def draft_variant(
     precision: Precision,
     decoder: ir.Graph,
     options: ExportOptions,
@@ -83,7 +83,7 @@ def plan_variant(
     base: SafetensorsIndex,
     adapter_directory: Path | None,
     calibration: tuple[Calibration, MomentsFile] | None,
-) -> PlannedVariant:
+) -> VariantDraft:
     """Compose the graphs of a precision and match their weights with the checkpoint.
 
     Args:
@@ -102,16 +102,16 @@ def plan_variant(
     if precision in INT8_PRECISIONS:
         if calibration is None:
             raise ValueError(f"{precision} without a calibration")
-        return _plan_int8(precision, decoder, options, *calibration, shape=shape, base=base, adapter=adapter_directory)
+        return _draft_int8(precision, decoder, options, *calibration, shape=shape, base=base, adapter=adapter_directory)
     graphs, rewrites = {}, {}
     for layout in sorted(graph_facts(options, shape).layouts):
         graphs[layout] = compose_graph(decoder, shape, options.settings, layout=layout)
         rewrites[layout] = set_precision(graphs[layout], precision, keep_float32=options.keep_float32)
-    plan = WeightPlan.build(weight_initializers(graphs.values()), base, adapter_directory, tied=shape.tied)
-    return PlannedVariant(precision, graphs, rewrites, plan, (*FLOAT32_ISLANDS[precision], *options.keep_float32))
+    plan = WeightLayout.build(weight_initializers(graphs.values()), base, adapter_directory, tied=shape.tied)
+    return VariantDraft(precision, graphs, rewrites, plan, (*FLOAT32_ISLANDS[precision], *options.keep_float32))
 
 
-def _plan_int8(
+def _draft_int8(
     precision: Precision,
     decoder: ir.Graph,
     options: ExportOptions,
@@ -121,19 +121,19 @@ def _plan_int8(
     shape: DecoderShape,
     base: SafetensorsIndex,
     adapter: Path | None,
-) -> PlannedVariant:
+) -> VariantDraft:
     """Compose the one graph of an INT8 variant; K + 1 copies of the decoder would be K + 1 copies of packed weights."""
     layout = Layout.STEPWISE if options.steps else options.layout
-    kept = kept_sites(precision, calibration, shape, keep_float32=options.keep_float32)
+    kept = excluded_inputs(precision, calibration, shape, keep_float32=options.keep_float32)
     vocabulary = int8_vocabulary(precision, calibration, shape, kept)
     model = compose_graph(decoder, shape, options.settings, layout=layout, vocabulary=vocabulary)
     quantized = quantize(model, precision, calibration, shape, moments=moments, vocabulary=vocabulary, kept=kept)
-    plan = WeightPlan.build(weight_initializers([model]), base, adapter, tied=shape.tied, recipes=quantized.recipes)
-    return PlannedVariant(precision, {layout: model}, {layout: quantized.counts}, plan, (*INT8_FLOAT, *kept))
+    plan = WeightLayout.build(weight_initializers([model]), base, adapter, tied=shape.tied, recipes=quantized.recipes)
+    return VariantDraft(precision, {layout: model}, {layout: quantized.counts}, plan, (*INT8_FLOAT, *kept))
 
 
 def write_variant(
-    variant: PlannedVariant, directory: Path, *, identity: str, on_bytes: Callable[[int], None]
+    variant: VariantDraft, directory: Path, *, identity: str, on_bytes: Callable[[int], None]
 ) -> FileEntry:
     """Write the weights and graphs of a variant into a bundle.
 
@@ -158,7 +158,7 @@ def write_variant(
     return entry
 
 
-def manifest_variant(variant: PlannedVariant) -> Variant:
+def manifest_variant(variant: VariantDraft) -> Variant:
     """Return the entry of a variant in the manifest."""
     return Variant(
         graphs={

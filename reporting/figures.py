@@ -6,7 +6,7 @@ from typing import Any
 
 import matplotlib
 
-from gircse.runtime.atomic_file import whole_file
+from gircse.runtime.atomic_file import atomic_write
 
 matplotlib.use("Agg")
 
@@ -47,7 +47,7 @@ def save_chart(figure: Any, stem: Path, *, formats: Sequence[str]) -> Iterator[P
         path = stem.with_name(f"{stem.name}.{name}")
         # Without a date, the same numbers give the same file.
         metadata = {"Date": None} if name == "svg" else {}
-        with whole_file(path) as file:
+        with atomic_write(path) as file:
             figure.savefig(file, format=name, dpi=144, metadata=metadata)
         yield path
     pyplot.close(figure)

@@ -4,7 +4,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from gircse.runtime.atomic_file import whole_file
+from gircse.runtime.atomic_file import atomic_write
 from gircse.runtime.errors import MeasurementError
 
 
@@ -33,7 +33,7 @@ def write_files(contents: Mapping[str, bytes], directory: Path) -> list[Path]:
         The files.
     """
     for name, content in contents.items():
-        with whole_file(directory / name) as file:
+        with atomic_write(directory / name) as file:
             file.write(content)
     return [directory / name for name in contents]
 

@@ -12,8 +12,8 @@ from gircse.runtime.numerics import Float32
 
 Float64 = NDArray[np.float64]
 
-NEIGHBOURS = 10
-"""Neighbours compared for each text."""
+NEIGHBORS = 10
+"""Neighbors compared for each text."""
 
 
 def pairwise_rank_correlation(a: Float32, b: Float32) -> float:
@@ -49,15 +49,15 @@ def rank_correlation(a: Float64, b: Float64) -> float:
     return float(spearmanr(a, b).statistic)
 
 
-def neighbour_overlap(a: Float32, b: Float32) -> float:
-    """Mean share of each text's ten nearest neighbours that both sides agree on.
+def neighbor_overlap(a: Float32, b: Float32) -> float:
+    """Mean share of each text's ten nearest neighbors that both sides agree on.
 
     Args:
         a: (n, dim) float32 unit vectors, n > 10.
         b: (n, dim') float32 unit vectors of the same texts.
     """
-    shared = [len(set(left) & set(right)) for left, right in zip(_neighbours(a), _neighbours(b), strict=True)]
-    return float(np.mean(shared)) / NEIGHBOURS
+    shared = [len(set(left) & set(right)) for left, right in zip(_neighbors(a), _neighbors(b), strict=True)]
+    return float(np.mean(shared)) / NEIGHBORS
 
 
 def similarities(a: Float32, b: Float32) -> Float64:
@@ -66,7 +66,7 @@ def similarities(a: Float32, b: Float32) -> Float64:
     return product
 
 
-def _neighbours(vectors: Float32) -> NDArray[np.intp]:
+def _neighbors(vectors: Float32) -> NDArray[np.intp]:
     scores = similarities(vectors, vectors)
     np.fill_diagonal(scores, -np.inf)
-    return np.argpartition(-scores, NEIGHBOURS - 1, axis=1)[:, :NEIGHBOURS]
+    return np.argpartition(-scores, NEIGHBORS - 1, axis=1)[:, :NEIGHBORS]

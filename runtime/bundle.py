@@ -314,7 +314,7 @@ class Bundle:
             )
         return variants[precision]
 
-    def default_variant(self, preferred: Sequence[str]) -> str:
+    def default_precision(self, preferred: Sequence[str]) -> str:
         """Return the precision to take when none is named: the first preferred one, or the only one there is.
 
         Raises:

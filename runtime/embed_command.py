@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from gircse.runtime.atomic_file import whole_file
+from gircse.runtime.atomic_file import atomic_write
 from gircse.runtime.bundle import Layout
 from gircse.runtime.embedder import DEFAULT_BATCH_SIZE, DEFAULT_BATCH_TOKENS, Embedder
 from gircse.runtime.errors import GircseError
@@ -126,7 +126,7 @@ def _write(output: Path | None, texts: Sequence[str], vectors: Float32) -> None:
     if output is None:
         sys.stdout.writelines(_json_lines(texts, vectors))
         return
-    with whole_file(output) as file:
+    with atomic_write(output) as file:
         if output.suffix == ".npy":
             np.save(file, vectors)
         else:

@@ -19,7 +19,7 @@ from gircse.runtime.errors import BundleError, ProviderError
 from gircse.runtime.numerics import Float32, row_cosine
 from gircse.runtime.ort_session import Session, StepOutputs
 from gircse.runtime.provider import Provider
-from gircse.runtime.provider_selection import OpenedSession, SessionOptions, open_provider
+from gircse.runtime.provider_selection import SessionHandle, SessionOptions, open_provider
 from gircse.runtime.tokenization import Overflow, TokenBatch
 
 Choice = TypeVar("Choice", bound=StrEnum)
@@ -108,7 +108,7 @@ class Embedder:
         self._bundle = Bundle.open(path)
         self.tokenizer = tokenization.open_tokenizer(self._bundle)
         if session is not None:
-            self._opened = OpenedSession(session, Provider.CPU, precision or self._bundle.default_variant(()))
+            self._opened = SessionHandle(session, Provider.CPU, precision or self._bundle.default_precision(()))
             return
         options = SessionOptions(
             precision=precision,
@@ -156,7 +156,7 @@ class Embedder:
         Args:
             texts: the texts.
             instruction: task description put before every text; leave it empty for documents to be retrieved.
-            steps: refinement steps, 0 to the bundle's K; None is K. 0 is the normalised prompt state.
+            steps: refinement steps, 0 to the bundle's K; None is K. 0 is the normalized prompt state.
             batch_size: most texts of a batch.
             batch_tokens: most tokens of a batch, padding included.
             all_steps: return z_1..z_steps of every text.

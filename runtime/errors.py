@@ -6,7 +6,7 @@ A bad argument is a plain ``ValueError`` or ``TypeError``.
 
 
 class GircseError(Exception):
-    """Base of every error about an artefact, a checkpoint or a failed build."""
+    """Base of every error about an artifact, a checkpoint or a failed build."""
 
 
 class BundleError(GircseError):

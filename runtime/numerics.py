@@ -30,7 +30,7 @@ def prefix_means(states: Float32) -> Float32:
         states: (batch, K, dim) float32, h_1..h_K.
 
     Returns:
-        (batch, K, dim) float32, row k-1 is mean(h_1..h_k), not normalised.
+        (batch, K, dim) float32, row k-1 is mean(h_1..h_k), not normalized.
     """
     counts = np.arange(1, states.shape[1] + 1, dtype=np.float32)[:, None]
     means: Float32 = np.divide(np.cumsum(states, axis=1, dtype=np.float32), counts, dtype=np.float32)

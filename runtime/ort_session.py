@@ -33,7 +33,7 @@ class StepOutputs(NamedTuple):
     """What one run yields.
 
     Attributes:
-        prompt_embedding: (batch, hidden) float32, h_0 normalised.
+        prompt_embedding: (batch, hidden) float32, h_0 normalized.
         step_embeddings: (batch, steps, hidden) float32, z_1..z_steps.
     """
 
@@ -134,7 +134,7 @@ class StepwiseSession:
 
 
 def step_outputs(states: Float32, pooling: Pooling) -> StepOutputs:
-    """Pool and normalise the states h_0..h_steps, (batch, steps + 1, hidden) float32."""
+    """Pool and normalize the states h_0..h_steps, (batch, steps + 1, hidden) float32."""
     pooled = states[:, 1:] if pooling is Pooling.LAST else prefix_means(states[:, 1:])
     return StepOutputs(l2_normalize(states[:, 0]), l2_normalize(pooled))
 

@@ -16,7 +16,7 @@ from gircse.runtime.bundle import Bundle, Layout, Precision
 from gircse.runtime.errors import BundleError, EngineMismatchError, ProviderError
 from gircse.runtime.ort_session import Session, open_session
 from gircse.runtime.provider import Provider
-from gircse.runtime.trt.engine_manifest import Flavour, select_plan
+from gircse.runtime.trt.engine_manifest import Flavour, select_engine
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +33,7 @@ MODULES = {Flavour.TENSORRT: "tensorrt", Flavour.TENSORRT_RTX: "tensorrt_rtx"}
 
 
 @dataclass(frozen=True)
-class OpenedSession:
+class SessionHandle:
     """A session and what it runs.
 
     Attributes:
@@ -64,7 +64,7 @@ class SessionOptions:
     verify: bool = True
 
 
-def open_provider(bundle: Bundle, provider: Provider, options: SessionOptions) -> OpenedSession:
+def open_provider(bundle: Bundle, provider: Provider, options: SessionOptions) -> SessionHandle:
     """Load a variant of a bundle on a provider.
 
     Raises:
@@ -96,16 +96,16 @@ def _log_skipped(skipped: Sequence[ProviderError], level: int) -> None:
         logger.log(severity, "provider auto: passed over: %s", err)
 
 
-def _open(bundle: Bundle, provider: Provider, options: SessionOptions) -> OpenedSession:
+def _open(bundle: Bundle, provider: Provider, options: SessionOptions) -> SessionHandle:
     if provider in (Provider.TENSORRT, Provider.TENSORRT_RTX):
         return _open_engine(bundle, Flavour(provider), options)
     preferred = CPU_PRECISIONS if provider is Provider.CPU else GPU_PRECISIONS
-    precision = options.precision or bundle.default_variant(preferred)
+    precision = options.precision or bundle.default_precision(preferred)
     open_it = functools.partial(
         open_session, bundle, precision, layout=options.layout, provider=provider, threads=options.threads
     )
     session = _while_verifying(bundle, precision, open_it) if options.verify else open_it()
-    return OpenedSession(session, provider, precision)
+    return SessionHandle(session, provider, precision)
 
 
 def _while_verifying(bundle: Bundle, precision: str, open_it: Callable[[], Session]) -> Session:
@@ -121,13 +121,13 @@ def _while_verifying(bundle: Bundle, precision: str, open_it: Callable[[], Sessi
     return session
 
 
-def _open_engine(bundle: Bundle, flavour: Flavour, options: SessionOptions) -> OpenedSession:
+def _open_engine(bundle: Bundle, flavour: Flavour, options: SessionOptions) -> SessionHandle:
     from gircse.runtime.trt.cuda import open_cuda
     from gircse.runtime.trt.session import open_tensorrt_session
 
     module = import_tensorrt(flavour)
     cuda = open_cuda()
-    plan, path = select_plan(
+    plan, path = select_engine(
         bundle,
         flavour=flavour,
         version=module.__version__,
@@ -139,7 +139,7 @@ def _open_engine(bundle: Bundle, flavour: Flavour, options: SessionOptions) -> O
     if options.verify:
         bundle.verify(None)  # tokenizer and golden vectors; the engine holds weights of its own
     session = open_tensorrt_session(bundle, plan, path, module=module, cuda=cuda)
-    return OpenedSession(session, Provider(flavour), plan.precision)
+    return SessionHandle(session, Provider(flavour), plan.precision)
 
 
 def import_tensorrt(flavour: Flavour) -> Any:

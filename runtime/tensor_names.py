@@ -5,7 +5,7 @@
     attention_mask    (batch, tokens) int64, 1 for a real token; left or right padding
     embedding         (batch, hidden) float32, z_K
     step_embeddings   (batch, K, hidden) float32, z_1..z_K (absent when K = 0)
-    prompt_embedding  (batch, hidden) float32, h_0 normalised: the classic encoder-only embedding
+    prompt_embedding  (batch, hidden) float32, h_0 normalized: the classic encoder-only embedding
 
 ``stepwise`` graph, run once for the prompt and once a step; what does not apply is empty:
     input_ids       (batch, tokens) int64, the prompt; (batch, 0) in a step

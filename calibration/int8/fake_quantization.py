@@ -1,6 +1,6 @@
-"""The ``int8`` variant computed by the PyTorch reference: every quantised value rounded to its integers and back.
+"""The ``int8`` variant computed by the PyTorch reference: every quantized value rounded to its integers and back.
 
-It is what the sensitivity is measured with, because one input or layer can be quantised at a time without an export.
+It is what the sensitivity is measured with, because one input or layer can be quantized at a time without an export.
 Integer products are exact, so it differs from the exported graph by the order of float sums only (a test compares).
 """
 
@@ -11,26 +11,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gircse.calibration.calibration_file import MixtureCalibration, SiteCalibration
+from gircse.calibration.calibration_file import InputCalibration, SoftTokenCalibration
 from gircse.calibration.int8.gptq import Moments, RoundedWeight, round_smoothed
-from gircse.calibration.int8.scheme import DIGITS, Site
+from gircse.calibration.int8.scheme import LIMBS, QuantizedInput
 from gircse.calibration.int8.smoothing import quantize_rows
 from gircse.calibration.observe import FLAT_MASS
 from gircse.checkpoint.reference import Mixture
 
 
 @contextmanager
-def quantized_sites(
+def quantized_inputs(
     model: Any,
-    sites: Collection[Site],
-    calibrations: Mapping[str, SiteCalibration],
+    sites: Collection[QuantizedInput],
+    calibrations: Mapping[str, InputCalibration],
     weights: Mapping[str, RoundedWeight],
 ) -> Iterator[None]:
-    """Quantise some inputs and the weights that read them while the block runs; the model is restored afterwards.
+    """Quantize some inputs and the weights that read them while the block runs; the model is restored afterwards.
 
     Args:
         model: a ``transformers`` causal LM in FP32.
-        sites: what to quantise.
+        sites: what to quantize.
         calibrations: of at least these sites.
         weights: of ``round_weights``, by projection.
     """
@@ -43,12 +43,12 @@ def quantized_sites(
                 module = modules[name]
                 undo.callback(setattr, module.weight, "data", module.weight.data)
                 undo.callback(module.register_forward_pre_hook(hook).remove)
-                wide = _dequantized(weights[name], calibration.float_channels)
+                wide = _dequantized(weights[name], calibration.outlier_channels)
                 module.weight.data = wide.to(module.weight.device)
         yield
 
 
-def mixture_of(calibration: MixtureCalibration | None) -> Mixture:
+def mixture_of(calibration: SoftTokenCalibration | None) -> Mixture:
     """Return the mixture of an INT8 variant: the likeliest tokens, and the calibrated tail for what they leave.
 
     Where they leave more than ``FLAT_MASS``, all tokens.
@@ -58,7 +58,7 @@ def mixture_of(calibration: MixtureCalibration | None) -> Mixture:
     tail = torch.tensor(calibration.tail)
 
     def mix(probabilities: Tensor, table: Tensor) -> Tensor:
-        top = probabilities.topk(min(calibration.tokens, probabilities.shape[1]))
+        top = probabilities.topk(min(calibration.top_k, probabilities.shape[1]))
         likeliest = (top.values[:, None] @ table[top.indices])[:, 0]
         left = 1 - top.values.sum(1, keepdim=True)
         return torch.where(left > FLAT_MASS, probabilities @ table, likeliest + left * tail.to(table))
@@ -67,14 +67,14 @@ def mixture_of(calibration: MixtureCalibration | None) -> Mixture:
 
 
 def _activation_hook(
-    site: Site, calibration: SiteCalibration
+    site: QuantizedInput, calibration: InputCalibration
 ) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor]]:
     scales = torch.tensor(calibration.smoothing) if calibration.smoothing else torch.ones(1)
-    channels = list(calibration.float_channels)
+    channels = list(calibration.outlier_channels)
 
     def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor]:
         smoothed = inputs[0] / scales.to(inputs[0].device)
-        rounded = quantize_rows(smoothed, threshold=calibration.threshold, digits=DIGITS[site.kind])
+        rounded = quantize_rows(smoothed, threshold=calibration.threshold, limbs=LIMBS[site.kind])
         rounded[..., channels] = smoothed[..., channels]
         return (rounded,)
 
@@ -82,7 +82,7 @@ def _activation_hook(
 
 
 def round_weights(
-    model: Any, site: Site, calibration: SiteCalibration, moments: Moments | None
+    model: Any, site: QuantizedInput, calibration: InputCalibration, moments: Moments | None
 ) -> dict[str, RoundedWeight]:
     """Round the weights that read an input, by projection.
 
@@ -96,12 +96,12 @@ def round_weights(
     for name in site.projections:
         weight = model.get_submodule(name).weight.detach().cpu()
         scales = torch.tensor(calibration.smoothing) if calibration.smoothing else None
-        rounded[name] = round_smoothed(weight, scales, calibration.float_channels, moments)
+        rounded[name] = round_smoothed(weight, scales, calibration.outlier_channels, moments)
     return rounded
 
 
-def _dequantized(weight: RoundedWeight, float_channels: Sequence[int]) -> Tensor:
+def _dequantized(weight: RoundedWeight, outlier_channels: Sequence[int]) -> Tensor:
     """Return W' (out, in) as the variant multiplies with it."""
-    wide = weight.integers * weight.steps[:, None]
-    wide[:, list(float_channels)] = weight.columns
+    wide = weight.integers * weight.scales[:, None]
+    wide[:, list(outlier_channels)] = weight.columns
     return wide

@@ -1,11 +1,11 @@
 """Rounding of weights that sees the inputs: GPTQ (E. Frantar et al., arXiv 2210.17323).
 
-Rounding every weight to the nearest step minimises the error of the weights, not of the products. With H = sum x x^T
+Rounding every weight to the nearest step minimizes the error of the weights, not of the products. With H = sum x x^T
 over the calibration's inputs, the error of x W^T is (W - Q) H (W - Q)^T: the columns are rounded one after the other,
 and what each one loses is made up for by those that follow, as far as inputs go together. Columns that stay in float
 come last and take what is left.
 
-H is kept in blocks of neighbouring inputs, because whole it would be as large as the weights of an MLP squared. Every x
+H is kept in blocks of neighboring inputs, because whole it would be as large as the weights of an MLP squared. Every x
 is divided by its norm first: the relative error of a token counts, and massive first tokens do not outweigh the rest.
 """
 
@@ -36,12 +36,12 @@ class RoundedWeight:
 
     Attributes:
         integers: (out, in) int8 in -127..127; 0 in the columns that stay in float.
-        steps: (out,) float32, scale of each output channel.
+        scales: (out,) float32, scale of each output channel.
         columns: (out, n) float32, the columns that stay in float.
     """
 
     integers: Tensor
-    steps: Tensor
+    scales: Tensor
     columns: Tensor
 
 
@@ -64,18 +64,18 @@ def add_moments(moments: Moments, rows: Tensor) -> None:
 
 
 def round_smoothed(
-    weight: Tensor, scales: Tensor | None, float_channels: Sequence[int], moments: Moments | None
+    weight: Tensor, scales: Tensor | None, outlier_channels: Sequence[int], moments: Moments | None
 ) -> RoundedWeight:
     """Smooth a weight and round it with one step for each output channel.
 
     Args:
         weight: (out, in) float32.
         scales: (in,) float32, s of SmoothQuant; None for 1.
-        float_channels: columns that stay in float.
+        outlier_channels: columns that stay in float.
         moments: H of the inputs before smoothing; None rounds to nearest.
     """
     scales = torch.ones(weight.shape[1]) if scales is None else scales
-    channels = list(float_channels)
+    channels = list(outlier_channels)
     smoothed, columns = split_weight(weight, scales, tuple(channels))
     nearest, steps = quantize_weight(smoothed)
     if moments is None:
@@ -94,7 +94,7 @@ def round_columns(
 
     Args:
         weight: (out, in) float32.
-        steps: (out, groups) float32; ``in / groups`` neighbouring columns share a step.
+        steps: (out, groups) float32; ``in / groups`` neighboring columns share a step.
         moments: H of what the weight is multiplied with.
         kept: columns that are not rounded.
 

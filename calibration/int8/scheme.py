@@ -1,4 +1,4 @@
-"""Where a decoder quantises: every input of matrix products that INT8 variants turn into integers, and how.
+"""Where a decoder quantizes: every input of matrix products that INT8 variants turn into integers, and how.
 
 A layer has four such inputs, each read by one to three projections, which share its integers. The vocabulary projection,
 which reads the state of one position, is the fifth kind.
@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 
-class SiteKind(StrEnum):
-    """What is quantised."""
+class InputKind(StrEnum):
+    """What is quantized."""
 
     ATTENTION_INPUT = "attention_input"
     ATTENTION_OUTPUT = "attention_output"
@@ -20,8 +20,8 @@ class SiteKind(StrEnum):
 
 
 @dataclass(frozen=True)
-class Site:
-    """One quantised input.
+class QuantizedInput:
+    """One quantized input.
 
     Attributes:
         name: such as ``model.layers.3.mlp_output``.
@@ -30,59 +30,59 @@ class Site:
     """
 
     name: str
-    kind: SiteKind
+    kind: InputKind
     projections: tuple[str, ...]
 
 
-DIGITS: Mapping[SiteKind, int] = {
-    SiteKind.ATTENTION_INPUT: 1,
-    SiteKind.ATTENTION_OUTPUT: 2,
-    SiteKind.MLP_INPUT: 1,
-    SiteKind.MLP_OUTPUT: 2,
-    SiteKind.VOCABULARY: 2,
+LIMBS: Mapping[InputKind, int] = {
+    InputKind.ATTENTION_INPUT: 1,
+    InputKind.ATTENTION_OUTPUT: 2,
+    InputKind.MLP_INPUT: 1,
+    InputKind.MLP_OUTPUT: 2,
+    InputKind.VOCABULARY: 2,
 }
 """Digits of each kind in ``int8``: 1 for 8 bits; 2 for 16 bits, two rows of 8 bits that one integer product reads,
 x / scale = hi + lo / 254. Scales are static. What RMSNorm made differs little from token to token once it is smoothed;
 SwiGLU's product differs a thousandfold, attention's output cannot be smoothed, and the vocabulary decides the soft token."""
 
-FLOAT_CHANNELS: Mapping[SiteKind, int] = {
-    SiteKind.ATTENTION_INPUT: 8,
-    SiteKind.ATTENTION_OUTPUT: 0,
-    SiteKind.MLP_INPUT: 0,
-    SiteKind.MLP_OUTPUT: 8,
-    SiteKind.VOCABULARY: 0,
+OUTLIER_CHANNELS: Mapping[InputKind, int] = {
+    InputKind.ATTENTION_INPUT: 8,
+    InputKind.ATTENTION_OUTPUT: 0,
+    InputKind.MLP_INPUT: 0,
+    InputKind.MLP_OUTPUT: 8,
+    InputKind.VOCABULARY: 0,
 }
 """Channels of each input that may stay in float: those with the largest values. Two narrow products beside the integer one
 (T. Dettmers et al., LLM.int8(), arXiv 2208.07339, with channels fixed by calibration). The MLP's input has none,
 because its product is the widest and the extra sum costs most there; attention's output has a second digit instead."""
 
 _PROJECTIONS = {
-    SiteKind.ATTENTION_INPUT: ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    SiteKind.ATTENTION_OUTPUT: ("self_attn.o_proj",),
-    SiteKind.MLP_INPUT: ("mlp.gate_proj", "mlp.up_proj"),
-    SiteKind.MLP_OUTPUT: ("mlp.down_proj",),
+    InputKind.ATTENTION_INPUT: ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    InputKind.ATTENTION_OUTPUT: ("self_attn.o_proj",),
+    InputKind.MLP_INPUT: ("mlp.gate_proj", "mlp.up_proj"),
+    InputKind.MLP_OUTPUT: ("mlp.down_proj",),
 }
 
-SMOOTHED = frozenset(kind for kind, digits in DIGITS.items() if digits == 1)
-"""Kinds that are smoothed; their scales fold into the weight of RMSNorm. With two digits the activation is no longer what
+SMOOTHED = frozenset(kind for kind, limbs in LIMBS.items() if limbs == 1)
+"""Kinds that are smoothed; their scales fold into the weight of RMSNorm. With two limbs the activation is no longer what
 errs, and smoothing only moves outliers into the weight (demo: 0.964 overlap without, 0.950 with)."""
 
-JOINED = frozenset({SiteKind.ATTENTION_INPUT})
+JOINED = frozenset({InputKind.ATTENTION_INPUT})
 """Kinds whose projections lie side by side in one integer product: those of queries, keys and values are so narrow that a
 product less saves more than taking them apart again costs. Gate and up are wide."""
 
-VOCABULARY_SITE = Site("lm_head", SiteKind.VOCABULARY, ("lm_head",))
+VOCABULARY_INPUT = QuantizedInput("lm_head", InputKind.VOCABULARY, ("lm_head",))
 
 
-def layer_sites(layer: int) -> tuple[Site, ...]:
+def layer_inputs(layer: int) -> tuple[QuantizedInput, ...]:
     """Return the four sites of a decoder layer, in the order of the computation."""
     block = f"model.layers.{layer}"
     return tuple(
-        Site(f"{block}.{kind}", kind, tuple(f"{block}.{name}" for name in names))
+        QuantizedInput(f"{block}.{kind}", kind, tuple(f"{block}.{name}" for name in names))
         for kind, names in _PROJECTIONS.items()
     )
 
 
-def decoder_sites(num_layers: int) -> tuple[Site, ...]:
+def decoder_inputs(num_layers: int) -> tuple[QuantizedInput, ...]:
     """Return every site of a decoder, the vocabulary projection last."""
-    return (*(site for layer in range(num_layers) for site in layer_sites(layer)), VOCABULARY_SITE)
+    return (*(site for layer in range(num_layers) for site in layer_inputs(layer)), VOCABULARY_INPUT)

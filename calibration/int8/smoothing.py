@@ -4,7 +4,7 @@ For an input X (tokens, in) of products with weights W (out, in), per channel j:
 
     s_j = max|X_j|^a / max|W_j|^(1 - a),   X' = X / s,   W' = W * s
 
-so X' W'^T = X W^T, and the outliers of X move into W. The strength a that leaves the smallest error of the quantised
+so X' W'^T = X W^T, and the outliers of X move into W. The strength a that leaves the smallest error of the quantized
 product on sampled rows wins, "not at all" among them. The channels that are still the largest may stay in float: their
 columns of W' are zero in the integer product, where they are clipped.
 """
@@ -17,7 +17,7 @@ from torch import Tensor
 Migrations = tuple[float | None, ...]
 MIGRATIONS: Migrations = (None, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 INT8_MAX = 127.0
-LO_DIGIT = 254.0
+LO_LIMB = 254.0
 """Steps of the second digit in one of the first: a remainder of at most a half becomes at most 127."""
 WORTHWHILE = 0.1
 """Share of the product's squared error that float channels have to save."""
@@ -32,18 +32,18 @@ class Smoothing:
     Attributes:
         migration: a, or None for no smoothing.
         scales: (in,) float32, s; activations are divided by it.
-        float_channels: channels that stay in float, sorted.
+        outlier_channels: channels that stay in float, sorted.
         error: mean over tokens of the squared relative error of the product.
     """
 
     migration: float | None
     scales: Tensor
-    float_channels: tuple[int, ...]
+    outlier_channels: tuple[int, ...]
     error: float
 
 
 def smoothing_scales(channel_maxima: Tensor, weight_maxima: Tensor, migration: float) -> Tensor:
-    """Return s (in,) float32, normalised to a geometric mean of 1 so that magnitudes stay where they were.
+    """Return s (in,) float32, normalized to a geometric mean of 1 so that magnitudes stay where they were.
 
     Args:
         channel_maxima: (in,) float32, largest magnitude of each channel of X.
@@ -71,20 +71,20 @@ def range_without(channel_maxima: Tensor, channels: tuple[int, ...]) -> float:
     return float(rest.max())
 
 
-def quantize_rows(values: Tensor, *, threshold: float, digits: int) -> Tensor:
+def quantize_rows(values: Tensor, *, threshold: float, limbs: int) -> Tensor:
     """Round activations (..., in) to symmetric int8 and back.
 
     Args:
         values: float32.
         threshold: largest magnitude that is not clipped; 0 for an input that is always 0.
-        digits: 1, or 2 for a second digit that holds the remainder.
+        limbs: 1, or 2 for a second digit that holds the remainder.
     """
     step = (threshold or INT8_MAX) / INT8_MAX
     hi = (values / step).round().clamp(-INT8_MAX, INT8_MAX)
-    if digits == 1:
+    if limbs == 1:
         return hi * step
-    lo = ((values / step - hi) * LO_DIGIT).round().clamp(-INT8_MAX, INT8_MAX)
-    return (hi + lo / LO_DIGIT) * step
+    lo = ((values / step - hi) * LO_LIMB).round().clamp(-INT8_MAX, INT8_MAX)
+    return (hi + lo / LO_LIMB) * step
 
 
 def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -98,26 +98,26 @@ def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
     return (weight / scales[:, None]).round().clamp(-INT8_MAX, INT8_MAX).to(torch.int8), scales
 
 
-def split_weight(weight: Tensor, scales: Tensor, float_channels: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+def split_weight(weight: Tensor, scales: Tensor, outlier_channels: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     """Return the weight that the integer product reads and the columns of the float channels.
 
     Args:
         weight: (out, in) float32.
         scales: (in,) float32, s.
-        float_channels: columns that stay in float.
+        outlier_channels: columns that stay in float.
 
     Returns:
         W' (out, in) with those columns zero, and the columns (out, n) float32.
     """
     smoothed = weight * scales
-    channels = list(float_channels)
+    channels = list(outlier_channels)
     columns = smoothed[:, channels].clone()
     smoothed[:, channels] = 0
     return smoothed, columns
 
 
 def product_error(
-    rows: Tensor, weight: Tensor, scales: Tensor, float_channels: tuple[int, ...], *, threshold: float, digits: int
+    rows: Tensor, weight: Tensor, scales: Tensor, outlier_channels: tuple[int, ...], *, threshold: float, limbs: int
 ) -> float:
     """Mean over rows of the squared relative error that int8 leaves in rows @ weight^T.
 
@@ -125,15 +125,15 @@ def product_error(
         rows: (n, in) float32.
         weight: (out, in) float32.
         scales: (in,) float32, s.
-        float_channels: see ``split_weight``.
+        outlier_channels: see ``split_weight``.
         threshold: of the activations.
-        digits: of the activations.
+        limbs: of the activations.
     """
     smoothed = rows / scales
-    integer_weight, columns = split_weight(weight, scales, float_channels)
+    integer_weight, columns = split_weight(weight, scales, outlier_channels)
     integers, weight_scales = quantize_weight(integer_weight)
-    quantized = quantize_rows(smoothed, threshold=threshold, digits=digits)
-    product = quantized @ (integers * weight_scales[:, None]).T + smoothed[:, list(float_channels)] @ columns.T
+    quantized = quantize_rows(smoothed, threshold=threshold, limbs=limbs)
+    product = quantized @ (integers * weight_scales[:, None]).T + smoothed[:, list(outlier_channels)] @ columns.T
     exact = rows @ weight.T
     norms = exact.square().sum(1)
     seen = norms > 0
@@ -141,9 +141,9 @@ def product_error(
 
 
 def search_smoothing(
-    rows: Tensor, weight: Tensor, channel_maxima: Tensor, *, digits: int, float_channels: int, migrations: Migrations
+    rows: Tensor, weight: Tensor, channel_maxima: Tensor, *, limbs: int, outlier_channels: int, migrations: Migrations
 ) -> Smoothing:
-    """Try migration strengths and keep the one with the smallest error of the quantised product.
+    """Try migration strengths and keep the one with the smallest error of the quantized product.
 
     Channels stay in float only where that makes the error smaller by ``WORTHWHILE``, because the narrow products beside
     the integer one cost time.
@@ -152,8 +152,8 @@ def search_smoothing(
         rows: (n, in) float32, sampled inputs.
         weight: (out, in) float32, all projections of the input.
         channel_maxima: (in,) float32, over all calibration texts.
-        digits: of the activations.
-        float_channels: how many channels may stay in float.
+        limbs: of the activations.
+        outlier_channels: how many channels may stay in float.
         migrations: strengths to try; None is no smoothing. Empty where no scales can be folded.
     """
     weight_maxima = weight.abs().amax(0)
@@ -166,10 +166,10 @@ def search_smoothing(
                 scales = smoothing_scales(channel_maxima, weight_maxima, migration)
             channels = largest_channels(channel_maxima / scales, count)
             threshold = range_without(channel_maxima / scales, channels)
-            error = product_error(rows, weight, scales, channels, threshold=threshold, digits=digits)
+            error = product_error(rows, weight, scales, channels, threshold=threshold, limbs=limbs)
             found.append(Smoothing(migration, scales, channels, error))
         return min(found, key=lambda smoothing: smoothing.error)
 
     without = best(0)
-    beside = best(float_channels) if float_channels else without
+    beside = best(outlier_channels) if outlier_channels else without
     return beside if beside.error < (1 - WORTHWHILE) * without.error else without

@@ -35,7 +35,7 @@ MSE_STEPS_PER_OCTAVE = 32
 """Candidates of the MSE method between a threshold and its double, 2.2 % apart: around the best of them it looks again."""
 
 MSE_FINE_STEPS = 16
-"""Candidates of the second look on either side of the best, up to its neighbours: 0.14 % apart."""
+"""Candidates of the second look on either side of the best, up to its neighbors: 0.14 % apart."""
 
 MSE_OCTAVES = 10
 """How far the MSE method looks below the maximum: down to maximum / 1024, about one bin."""
@@ -167,7 +167,7 @@ def squared_errors(counts: Counts, thresholds: Float64, *, width: float) -> Floa
 
         F(x) = integral from 0 to x of (u - s k(u))^2 du = k s^3 / 12 + (x - s k)^3 / 3,
 
-    as each cell of width s contributes s^3 / 12. NVIDIA's pytorch-quantization takes the error at the centre of a bin,
+    as each cell of width s contributes s^3 / 12. NVIDIA's pytorch-quantization takes the error at the center of a bin,
     which is good only where bins are much narrower than s: where s is one bin wide, all centres lie halfway between two
     levels and the error comes out three times too large; where it is two, a quarter too small.
 

@@ -158,7 +158,7 @@ def _named_tensors(model: Any) -> Iterator[tuple[str, Float32]]:
 
 
 def _interleave_rotary_rows(rows: Float32, head_dim: int) -> Float32:
-    """Reorder a query or key projection: llama.cpp rotates neighbours, Hugging Face the halves of a head.
+    """Reorder a query or key projection: llama.cpp rotates neighbors, Hugging Face the halves of a head.
 
     Args:
         rows: (heads * head_dim, ...) float32, weight or bias.

@@ -5,7 +5,7 @@ llama.cpp has no soft tokens, so it computes the states and numpy mixes the next
     llama_decode(prompt)                     -> logits of the last token of each text
     K times: softmax(logits / T) @ E         in numpy, FP32
              llama_decode(embeddings = that) -> h_k and the logits of the next step
-    z_K = normalised mean of h_1..h_K, or normalised h_K
+    z_K = normalized mean of h_1..h_K, or normalized h_K
 
 One call runs all texts of a batch as sequences of their own. The prompt asks for logits only: a llama.cpp context that
 returns states returns them, and logits, for every token. It offers no states without logits, so the last step projects
@@ -28,7 +28,7 @@ from gircse.runtime.numerics import Float32, l2_normalize
 
 Int64 = NDArray[np.int64]
 
-PEER_ENVIRONMENT = {"OPENBLAS_THREAD_TIMEOUT": "4", "GOMP_SPINCOUNT": "10000"}
+BASELINE_ENVIRONMENT = {"OPENBLAS_THREAD_TIMEOUT": "4", "GOMP_SPINCOUNT": "10000"}
 """For the process that runs the peer, from its start on. Idle threads of numpy's OpenBLAS and of llama.cpp's OpenMP
 spin by default, each on the cores that the other needs: 447 ms instead of 183 for one text of 24 tokens, K = 8, with the
 demo on two cores of a Xeon without use of AMX."""
@@ -44,7 +44,7 @@ _errors: list[str] = []
 """What llama.cpp reported since the call in progress began, its cause first."""
 
 
-class LlamaCppPeer:
+class LlamaCppBaseline:
     """A GGUF model held open on the CPU; a context manager. Not for several threads at a time."""
 
     def __init__(

@@ -27,7 +27,7 @@ class Spread(_Record, frozen=True):
     repeats: int
 
 
-class SideCost(_Record, frozen=True):
+class BackendCost(_Record, frozen=True):
     """What a side costs before and besides its runs.
 
     Attributes:
@@ -95,7 +95,7 @@ class BenchReport(_Record, frozen=True):
     threads: int
     warm_up: int
     bandwidth: float
-    sides: tuple[SideCost, ...]
+    sides: tuple[BackendCost, ...]
     latencies: tuple[Latency, ...]
     quality: tuple[Quality, ...]
     environment: dict[str, str]

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from rich import box
 from rich.table import Table
 
-from gircse.evaluation.bench.report_schema import BenchReport, Latency, Quality, SideCost
+from gircse.evaluation.bench.report_schema import BackendCost, BenchReport, Latency, Quality
 from gircse.reporting.files import markdown_table
 
 COST_COLUMNS = ("side", "load", "peak memory", "model files", "cosine to the first")
@@ -62,7 +62,7 @@ def markdown(report: BenchReport) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _cost_cells(cost: SideCost) -> tuple[str, ...]:
+def _cost_cells(cost: BackendCost) -> tuple[str, ...]:
     load = cost.load_s
     return (
         cost.side,

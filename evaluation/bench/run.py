@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 import psutil
 
-from gircse.evaluation.bench.report_schema import SCHEMA_VERSION, BenchReport, Latency, Quality, SideCost, Spread
+from gircse.evaluation.bench.report_schema import SCHEMA_VERSION, BackendCost, BenchReport, Latency, Quality, Spread
 from gircse.evaluation.bench.roofline import memory_bandwidth, weight_bytes_read
-from gircse.evaluation.bench.worker import Int64, Kind, SideSpec, Worker
+from gircse.evaluation.bench.worker import BackendSpec, Int64, Kind, Worker
 from gircse.evaluation.environment import describe_environment
-from gircse.evaluation.parity.backends import BundleSide, source_checkpoint
+from gircse.evaluation.parity.backends import BundleBackend, source_checkpoint
 from gircse.evaluation.tasks.files import TaskOptions, read_tasks
 from gircse.evaluation.tasks.prompts import tokenize_prompts
 from gircse.evaluation.tasks.scoring import Task, score_steps
@@ -107,9 +107,12 @@ def run_bench(options: BenchOptions, *, progress: StageProgress | None = None) -
     threads = options.threads or psutil.cpu_count(logical=False) or 1
     with progress.stage("measure the memory bandwidth"):
         bandwidth = memory_bandwidth(threads)
-    specs = [*_bundle_specs(options, bundles, settings, threads), *_peer_specs(options, bundles[0], settings, threads)]
+    specs = [
+        *_bundle_specs(options, bundles, settings, threads),
+        *_baseline_specs(options, bundles[0], settings, threads),
+    ]
     _check_names(specs)
-    costs, latencies = _run_sides(specs, settings, options, bandwidth, progress)
+    costs, latencies = _run_backends(specs, settings, options, bandwidth, progress)
     quality = [
         result
         for spec in specs
@@ -157,20 +160,20 @@ def _check(options: BenchOptions, bundles: Sequence[Bundle], settings: Sequence[
             )
 
 
-def _check_names(specs: Sequence[SideSpec]) -> None:
+def _check_names(specs: Sequence[BackendSpec]) -> None:
     names = [spec.name for spec in specs]
     for name in names:
         if names.count(name) > 1:
             raise ValueError(f"sides: two called {name} | a name for each | rename one of the bundle directories")
 
 
-def _run_sides(
-    specs: Sequence[SideSpec],
+def _run_backends(
+    specs: Sequence[BackendSpec],
     settings: Sequence[_Setting],
     options: BenchOptions,
     bandwidth: float,
     progress: StageProgress,
-) -> tuple[list[SideCost], list[Latency]]:
+) -> tuple[list[BackendCost], list[Latency]]:
     """Load every side, run all of them at every setting, and see what each has cost."""
     latencies: list[Latency] = []
     cosines = {spec.name: 1.0 for spec in specs}
@@ -187,7 +190,7 @@ def _run_sides(
                 latencies += [_latency(setting, spec, seconds, bandwidth) for spec, seconds in runs]
                 advance(1)
         costs = [
-            SideCost(spec.name, load, worker.peak_bytes(), _model_bytes(spec), cosines[spec.name])
+            BackendCost(spec.name, load, worker.peak_bytes(), _model_bytes(spec), cosines[spec.name])
             for spec, load, worker in zip(specs, loads, workers, strict=True)
         ]
     return costs, latencies
@@ -195,7 +198,7 @@ def _run_sides(
 
 def _bundle_specs(
     options: BenchOptions, bundles: Sequence[Bundle], settings: Sequence[_Setting], threads: int
-) -> list[SideSpec]:
+) -> list[BackendSpec]:
     specs = []
     for path, bundle in zip(options.bundles, bundles, strict=True):
         on_cpu = options.provider is Provider.CPU
@@ -212,7 +215,9 @@ def _bundle_specs(
     return specs
 
 
-def _peer_specs(options: BenchOptions, bundle: Bundle, settings: Sequence[_Setting], threads: int) -> list[SideSpec]:
+def _baseline_specs(
+    options: BenchOptions, bundle: Bundle, settings: Sequence[_Setting], threads: int
+) -> list[BackendSpec]:
     specs = []
     for peer in dict.fromkeys(Kind(name) for name in options.against):
         precision = "Q8_0" if peer is Kind.LLAMA_CPP else options.dtype
@@ -228,8 +233,10 @@ def _peer_specs(options: BenchOptions, bundle: Bundle, settings: Sequence[_Setti
     return specs
 
 
-def _spec(name: str, kind: Kind, bundle: Path, precision: str, settings: Sequence[_Setting], threads: int) -> SideSpec:
-    return SideSpec(
+def _spec(
+    name: str, kind: Kind, bundle: Path, precision: str, settings: Sequence[_Setting], threads: int
+) -> BackendSpec:
+    return BackendSpec(
         name=name,
         kind=kind,
         bundle=bundle,
@@ -241,7 +248,7 @@ def _spec(name: str, kind: Kind, bundle: Path, precision: str, settings: Sequenc
     )
 
 
-def _load(spec: SideSpec) -> tuple[Worker, list[float]]:
+def _load(spec: BackendSpec) -> tuple[Worker, list[float]]:
     """Load a side several times, each in a fresh process, and keep the last."""
     seconds = []
     for _ in range(LOADS - 1):
@@ -257,7 +264,7 @@ def _run_setting(
     options: BenchOptions,
     *,
     cosines: dict[str, float],
-) -> list[tuple[SideSpec, list[float]]]:
+) -> list[tuple[BackendSpec, list[float]]]:
     """Run every side that can in turn; ``cosines`` keeps the worst agreement of each with the first."""
     able = [worker for worker in workers if _runs(worker.spec, setting.steps)]
     seconds: list[list[float]] = [[] for _ in able]
@@ -277,7 +284,7 @@ def _run_setting(
     return [(worker.spec, runs[WARM_UP:]) for worker, runs in zip(able, seconds, strict=True)]
 
 
-def _runs(spec: SideSpec, steps: int) -> bool:
+def _runs(spec: BackendSpec, steps: int) -> bool:
     """Whether a side can stop after so many steps: an unrolled graph always runs K, llama.cpp at least one."""
     if spec.kind is not Kind.BUNDLE:
         return steps > 0 or spec.kind is Kind.TORCH
@@ -299,7 +306,7 @@ def _input_ids(setting: _Setting, bundle: Bundle) -> Int64:
     return picked
 
 
-def _latency(setting: _Setting, spec: SideSpec, seconds: Sequence[float], bandwidth: float) -> Latency:
+def _latency(setting: _Setting, spec: BackendSpec, seconds: Sequence[float], bandwidth: float) -> Latency:
     spread = _spread(seconds)
     roofline = None
     if spec.kind is Kind.BUNDLE and spec.provider is Provider.CPU:
@@ -326,7 +333,7 @@ def _spread(seconds: Sequence[float]) -> Spread:
     )
 
 
-def _model_bytes(spec: SideSpec) -> int:
+def _model_bytes(spec: BackendSpec) -> int:
     """Return the size of the files that a side loads."""
     bundle = Bundle.open(spec.bundle)
     if spec.gguf is not None:
@@ -342,10 +349,10 @@ def _model_bytes(spec: SideSpec) -> int:
     return sum(path.stat().st_size for path in paths)
 
 
-def _measure_quality(spec: SideSpec, tasks: Sequence[Task], progress: StageProgress) -> Iterator[Quality]:
+def _measure_quality(spec: BackendSpec, tasks: Sequence[Task], progress: StageProgress) -> Iterator[Quality]:
     bundle = Bundle.open(spec.bundle)
     for task in tasks:
-        side = BundleSide(bundle, spec.precision, layout=spec.layout, provider=spec.provider, threads=spec.threads)
+        side = BundleBackend(bundle, spec.precision, layout=spec.layout, provider=spec.provider, threads=spec.threads)
         token_ids = tokenize_prompts(open_tokenizer(bundle), task.prompts)
         with progress.stage(
             f"embed {len(token_ids)} texts of {task.name}: {spec.name}", total=len(token_ids)

@@ -23,7 +23,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from gircse.evaluation.bench.llama_cpp import CRASH_HINT, PEER_ENVIRONMENT
+from gircse.evaluation.bench.llama_cpp import BASELINE_ENVIRONMENT, CRASH_HINT
 from gircse.runtime.bundle import Bundle, Layout
 from gircse.runtime.errors import GircseError, MeasurementError
 from gircse.runtime.numerics import Float32, l2_normalize
@@ -43,7 +43,7 @@ class Kind(StrEnum):
 
 
 @dataclass(frozen=True)
-class SideSpec:
+class BackendSpec:
     """What a worker loads.
 
     Attributes:
@@ -75,7 +75,7 @@ class SideSpec:
 class Worker:
     """A side that is loaded and waits for its turn; a context manager."""
 
-    def __init__(self, spec: SideSpec) -> None:
+    def __init__(self, spec: BackendSpec) -> None:
         """Start the process and load the side.
 
         Raises:
@@ -86,7 +86,7 @@ class Worker:
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(theirs, spec), daemon=True)
-        with _environment(PEER_ENVIRONMENT if spec.kind is Kind.LLAMA_CPP else {}):
+        with _environment(BASELINE_ENVIRONMENT if spec.kind is Kind.LLAMA_CPP else {}):
             self._process.start()
         theirs.close()
         try:
@@ -146,7 +146,7 @@ class Worker:
         return answer
 
 
-def _serve(connection: Connection, spec: SideSpec) -> None:
+def _serve(connection: Connection, spec: BackendSpec) -> None:
     """Load the side, then answer until the parent hangs up: ids and steps by a timed run, None by the peak memory."""
     try:
         _import(spec.kind)
@@ -181,12 +181,12 @@ def _import(kind: Kind) -> None:
             importlib.import_module(name)
 
 
-def _open(spec: SideSpec) -> Run:
+def _open(spec: BackendSpec) -> Run:
     openers = {Kind.BUNDLE: _open_bundle, Kind.TORCH: _open_torch, Kind.LLAMA_CPP: _open_llama_cpp}
     return openers[spec.kind](spec)
 
 
-def _open_bundle(spec: SideSpec) -> Run:
+def _open_bundle(spec: BackendSpec) -> Run:
     from gircse.runtime import Embedder
 
     embedder = Embedder(
@@ -201,7 +201,7 @@ def _open_bundle(spec: SideSpec) -> Run:
     return run
 
 
-def _open_torch(spec: SideSpec) -> Run:
+def _open_torch(spec: BackendSpec) -> Run:
     import torch
 
     from gircse.checkpoint.reference import Dtype, load_reference, step_states
@@ -221,15 +221,15 @@ def _open_torch(spec: SideSpec) -> Run:
     return run
 
 
-def _open_llama_cpp(spec: SideSpec) -> Run:
+def _open_llama_cpp(spec: BackendSpec) -> Run:
     from gircse.evaluation.bench.gguf import embedding_table
-    from gircse.evaluation.bench.llama_cpp import LlamaCppPeer
+    from gircse.evaluation.bench.llama_cpp import LlamaCppBaseline
     from gircse.evaluation.parity.backends import source_checkpoint
 
     if spec.gguf is None:
         raise ValueError(f"{spec.name}: no GGUF file | the model of llama.cpp | pass --gguf FILE")
     manifest = Bundle.open(spec.bundle).manifest
-    peer = LlamaCppPeer(
+    peer = LlamaCppBaseline(
         spec.gguf,
         embedding_table=embedding_table(source_checkpoint(manifest)),
         batch=spec.batch,

@@ -40,7 +40,7 @@ TORCH_BYTES = 5 << 28
 """Memory of torch, transformers and one batch besides the weights."""
 
 
-class Side(Protocol):
+class Backend(Protocol):
     """Computes embeddings of token ids."""
 
     @property
@@ -48,13 +48,13 @@ class Side(Protocol):
         """What it is, for reports."""
 
     def embed(self, token_ids: TokenIds, advance: Advance) -> Float32:
-        """Return z_0..z_K (n, K + 1, hidden) float32, where z_0 is the normalised prompt state."""
+        """Return z_0..z_K (n, K + 1, hidden) float32, where z_0 is the normalized prompt state."""
 
     def embed_and_trace(self, token_ids: TokenIds, advance: Advance) -> tuple[Float32, StepTrace]:
         """Return the same, and what is computed on the way."""
 
 
-class TorchSide:
+class TorchBackend:
     """The reference loop in PyTorch, on the checkpoint that a bundle was exported from."""
 
     def __init__(self, bundle: Bundle, checkpoint: Checkpoint, *, device: str, dtype: str, threads: int | None) -> None:
@@ -120,7 +120,7 @@ class TorchSide:
             yield StepValues(_numpy(state.hidden), _numpy(state.soft_token), _numpy(state.probabilities))
 
 
-class BundleSide:
+class BundleBackend:
     """One precision of a bundle: embeddings from the runtime itself, the rest from a probe of the same graphs."""
 
     def __init__(

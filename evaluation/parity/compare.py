@@ -14,12 +14,12 @@ from gircse.evaluation.parity.report_schema import (
     TaskParity,
     TextParity,
 )
-from gircse.evaluation.parity.soft_token_stats import SoftTokenHealth
+from gircse.evaluation.parity.soft_token_stats import SoftTokenStats
 from gircse.evaluation.parity.step_trace import StepTrace, pooled
 from gircse.evaluation.tasks.scoring import RetrievalTask, Task, score_steps
 from gircse.reporting.similarity import (
     cross_rank_correlation,
-    neighbour_overlap,
+    neighbor_overlap,
     pairwise_rank_correlation,
 )
 from gircse.runtime.bundle import Pooling
@@ -99,10 +99,10 @@ def compare_steps(
                 norm_ratio_max=max(ratios),
                 max_difference=max(text.max_difference[step] for text in texts),
                 rank_correlation=correlation,
-                neighbour_overlap=neighbour_overlap(ours, theirs),
+                neighbor_overlap=neighbor_overlap(ours, theirs),
                 state_cosine_min=float(free_cosines[:, step].min()),
                 forced_state_cosine_min=float(forced_cosines[:, step].min()),
-                soft_tokens=summarise_soft_tokens(trace.health, step) if step else None,
+                soft_tokens=summarize_soft_tokens(trace.stats, step) if step else None,
             )
         )
     return steps
@@ -161,18 +161,18 @@ def compare_cross_steps(
     return CrossSteps("rank correlation", None, matrix)
 
 
-def summarise_soft_tokens(health: SoftTokenHealth, step: int) -> SoftTokens:
-    """Summarise the soft tokens of step k = 1..K over all texts."""
+def summarize_soft_tokens(stats: SoftTokenStats, step: int) -> SoftTokens:
+    """Summarize the soft tokens of step k = 1..K over all texts."""
     at = step - 1
     return SoftTokens(
-        entropy=float(health.entropy[:, at].mean()),
-        top1_mass=float(health.top1_mass[:, at].mean()),
-        padded_mass=float(health.padded_mass[:, at].max()),
-        norm=float(health.norm[:, at].mean()),
+        entropy=float(stats.entropy[:, at].mean()),
+        top1_mass=float(stats.top1_mass[:, at].mean()),
+        padded_mass=float(stats.padded_mass[:, at].max()),
+        norm=float(stats.norm[:, at].mean()),
     )
 
 
-def judge(
+def evaluate_gates(
     limits: GateLimits,
     steps: Sequence[StepParity],
     variance: BatchVariance,
@@ -184,7 +184,7 @@ def judge(
     gates = [
         at_least("cosine", min(step.cosine_min for step in refined), limits.min_cosine),
         at_least("rank correlation", min(step.rank_correlation for step in refined), limits.min_rank_correlation),
-        at_least("neighbour overlap", min(step.neighbour_overlap for step in refined), limits.min_overlap),
+        at_least("neighbor overlap", min(step.neighbor_overlap for step in refined), limits.min_overlap),
         at_most("batch difference", variance.max_difference, limits.max_batch_difference),
     ]
     gates += [

@@ -13,7 +13,7 @@ class GateLimits:
     Attributes:
         min_cosine: smallest cosine of a text's vector to the reference's, over every text and step.
         min_rank_correlation: smallest Spearman correlation of pairwise similarities, over every step.
-        min_overlap: smallest mean share of common ten nearest neighbours, over every step.
+        min_overlap: smallest mean share of common ten nearest neighbors, over every step.
         max_task_drop: largest loss of score on a task, with all K steps.
         max_batch_difference: largest difference of an element between a text alone and in a batch.
     """

@@ -1,6 +1,6 @@
 """The result of a parity run as data: the content of ``parity.json``, whose JSON schema stands in docs/.
 
-All numbers are finite. Step 0 is the prompt (z_0: the normalised h_0), steps 1..K are the refinement.
+All numbers are finite. Step 0 is the prompt (z_0: the normalized h_0), steps 1..K are the refinement.
 """
 
 import msgspec
@@ -37,11 +37,11 @@ class StepParity(_Record, frozen=True):
         step: k; 0 is the prompt.
         cosine_min: smallest cosine of z_k to the reference's, over the texts.
         cosine_mean: their mean.
-        norm_ratio_min: smallest length of the pooled vector before normalisation, over the reference's.
+        norm_ratio_min: smallest length of the pooled vector before normalization, over the reference's.
         norm_ratio_max: largest.
         max_difference: largest difference of an element of z_k.
         rank_correlation: Spearman correlation of the similarities of all pairs of texts.
-        neighbour_overlap: mean share of common ten nearest neighbours.
+        neighbor_overlap: mean share of common ten nearest neighbors.
         state_cosine_min: smallest cosine of the state h_k, running freely: this step's error and the drift before it.
         forced_state_cosine_min: the same when every step is fed the reference's soft token: the local error.
         soft_tokens: the candidate's; None for the prompt.
@@ -54,7 +54,7 @@ class StepParity(_Record, frozen=True):
     norm_ratio_max: float
     max_difference: float
     rank_correlation: float
-    neighbour_overlap: float
+    neighbor_overlap: float
     state_cosine_min: float
     forced_state_cosine_min: float
     soft_tokens: SoftTokens | None
@@ -65,7 +65,7 @@ class TextParity(_Record, frozen=True):
 
     Attributes:
         cosine: of z_k.
-        norm_ratio: of the pooled vector before normalisation.
+        norm_ratio: of the pooled vector before normalization.
         max_difference: of an element of z_k.
     """
 
@@ -131,7 +131,7 @@ class CandidateReport(_Record, frozen=True):
         gates: the verdicts.
         steps: steps 0..K.
         texts: each text, in the order of the input.
-        batch_variance: influence of the neighbours in a batch.
+        batch_variance: influence of the neighbors in a batch.
         tasks: scores, where tasks were given.
         cross_steps: where it was asked for.
     """

@@ -13,8 +13,8 @@ from gircse.reporting.files import markdown_table
 
 STEP_COLUMNS = ("k", "1-cos max", "mean", "norm ratio", "max diff", "rank corr", "top-10", "h_k free", "h_k forced")
 STEP_LEGEND = (
-    "1-cos (1 - cosine), norm ratio (before normalisation, the one farthest from 1) and largest difference: z_k of "
-    "each text against the reference; rank corr: Spearman of the similarities of all pairs of texts; top-10: common nearest neighbours; h_k: "
+    "1-cos (1 - cosine), norm ratio (before normalization, the one farthest from 1) and largest difference: z_k of "
+    "each text against the reference; rank corr: Spearman of the similarities of all pairs of texts; top-10: common nearest neighbors; h_k: "
     "largest 1 - cosine of the state, running freely and fed the reference's soft tokens (teacher-forced); k = 0 is "
     "the prompt"
 )
@@ -173,7 +173,7 @@ def _step_cells(step: StepParity) -> tuple[str, ...]:
         f"{max(step.norm_ratio_min, step.norm_ratio_max, key=lambda ratio: abs(ratio - 1)):.4f}",
         f"{step.max_difference:.1e}",
         f"{step.rank_correlation:.5f}",
-        f"{step.neighbour_overlap:.3f}",
+        f"{step.neighbor_overlap:.3f}",
         _error(step.state_cosine_min),
         _error(step.forced_state_cosine_min),
     )

@@ -8,10 +8,10 @@ import numpy as np
 
 from gircse.evaluation.environment import describe_environment
 from gircse.evaluation.parity.backends import (
-    BundleSide,
-    Side,
+    Backend,
+    BundleBackend,
     TokenIds,
-    TorchSide,
+    TorchBackend,
     check_same_task,
     checkpoint_token_ids,
     parse_bundle_reference,
@@ -24,8 +24,8 @@ from gircse.evaluation.parity.compare import (
     compare_steps,
     compare_tasks,
     compare_texts,
-    judge,
-    summarise_soft_tokens,
+    evaluate_gates,
+    summarize_soft_tokens,
 )
 from gircse.evaluation.parity.gates import all_passed, limits_of
 from gircse.evaluation.parity.report_schema import SCHEMA_VERSION, CandidateReport, ParityReport
@@ -52,7 +52,7 @@ class ParityOptions:
 
     Attributes:
         bundle: bundle directory.
-        precisions: variants to judge; empty means every one that has the layout, but not the reference.
+        precisions: variants to evaluate_gates; empty means every one that has the layout, but not the reference.
         reference: ``torch``, or ``BUNDLE[:PRECISION]``.
         model: where the checkpoint lies now, if not where the manifest says.
         adapter: where the adapter lies now.
@@ -63,7 +63,7 @@ class ParityOptions:
         tasks: tasks that both sides are scored on.
         cross_steps: compute the matrix of query steps against document steps.
         limits: limits that replace the defaults, by the name of the field of ``GateLimits``.
-        layout: graph to judge; None is the default of each variant.
+        layout: graph to evaluate_gates; None is the default of each variant.
         provider: where the judged variants run; a bundle as reference runs on the CPU.
         threads: threads of both sides; None leaves it to each.
     """
@@ -145,7 +145,7 @@ def measure_parity(options: ParityOptions, *, progress: StageProgress | None = N
         texts=len(inputs.prompts),
         texts_source=str(options.texts or "built-in"),
         reference_soft_tokens=tuple(
-            summarise_soft_tokens(reference.trace.health, step) for step in range(1, bundle.manifest.graph.steps + 1)
+            summarize_soft_tokens(reference.trace.stats, step) for step in range(1, bundle.manifest.graph.steps + 1)
         ),
         candidates=tuple(judged),
         environment=describe_environment(),
@@ -159,7 +159,7 @@ def _open_reference_bundle(options: ParityOptions, bundle: Bundle) -> tuple[Bund
     path, precision = parse_bundle_reference(options.reference)
     reference = Bundle.open(path)
     check_same_task(bundle, reference)
-    precision = precision or reference.default_variant(CPU_PRECISIONS)
+    precision = precision or reference.default_precision(CPU_PRECISIONS)
     reference.variant(precision)
     return reference, precision
 
@@ -202,13 +202,13 @@ def _run_reference(
     progress: StageProgress,
 ) -> ReferenceRun:
     mismatches: int | None = None
-    side: Side
+    side: Backend
     if reference_bundle is not None:
-        side = BundleSide(*reference_bundle, threads=options.threads)
+        side = BundleBackend(*reference_bundle, threads=options.threads)
     else:
         with progress.stage(f"load the PyTorch model {bundle.manifest.model.name}"):
             checkpoint = source_checkpoint(bundle.manifest, model=options.model, adapter=options.adapter)
-            side = TorchSide(bundle, checkpoint, device=options.device, dtype=options.dtype, threads=options.threads)
+            side = TorchBackend(bundle, checkpoint, device=options.device, dtype=options.dtype, threads=options.threads)
             theirs = checkpoint_token_ids(checkpoint, bundle, inputs.prompts)
             mismatches = sum(a != b for a, b in zip(inputs.text_ids, theirs, strict=True))
     total = len(inputs.text_ids) + len(inputs.task_ids)
@@ -226,7 +226,7 @@ def _run_candidate(
     reference: ReferenceRun,
     progress: StageProgress,
 ) -> tuple[Float32, CandidateReport]:
-    side = BundleSide(bundle, precision, layout=options.layout, provider=options.provider, threads=options.threads)
+    side = BundleBackend(bundle, precision, layout=options.layout, provider=options.provider, threads=options.threads)
     alone_rows = _spread_by_length(inputs.text_ids)
     total = len(inputs.text_ids) + len(inputs.task_ids)
     title = f"embed {total} texts, {len(alone_rows)} of them also alone: {side.name}"
@@ -245,7 +245,7 @@ def _run_candidate(
         variance = compare_batches(alone, vectors[alone_rows])
         tasks = compare_tasks(inputs.tasks, by_task, reference.task_vectors)
         cross = compare_cross_steps(inputs.tasks, by_task, vectors, reference) if options.cross_steps else None
-    gates = judge(limits_of(precision, options.limits), steps, variance, tasks, reference.token_mismatches)
+    gates = evaluate_gates(limits_of(precision, options.limits), steps, variance, tasks, reference.token_mismatches)
     return vectors, CandidateReport(
         precision=precision,
         passed=all_passed(gates),

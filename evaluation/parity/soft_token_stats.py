@@ -8,7 +8,7 @@ from gircse.runtime.numerics import Float32
 
 
 @dataclass(frozen=True)
-class SoftTokenHealth:
+class SoftTokenStats:
     """What the softmax over the vocabulary looks like, text by text and step by step; (n, K) float32 each.
 
     Attributes:
@@ -24,7 +24,7 @@ class SoftTokenHealth:
     norm: Float32
 
 
-def soft_token_health(probabilities: Float32, soft_tokens: Float32, *, tokens: int) -> SoftTokenHealth:
+def soft_token_stats(probabilities: Float32, soft_tokens: Float32, *, tokens: int) -> SoftTokenStats:
     """Describe the soft tokens of one step.
 
     Args:
@@ -36,7 +36,7 @@ def soft_token_health(probabilities: Float32, soft_tokens: Float32, *, tokens: i
         Arrays of shape (n,).
     """
     logs = np.log(np.where(probabilities > 0, probabilities, 1))
-    return SoftTokenHealth(
+    return SoftTokenStats(
         entropy=-(probabilities * logs).sum(1, dtype=np.float64).astype(np.float32),
         top1_mass=probabilities.max(1),
         padded_mass=probabilities[:, tokens:].sum(1),

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from gircse.evaluation.parity.soft_token_stats import SoftTokenHealth, soft_token_health
+from gircse.evaluation.parity.soft_token_stats import SoftTokenStats, soft_token_stats
 from gircse.runtime.bundle import GraphFacts, Pooling
 from gircse.runtime.errors import MeasurementError
 from gircse.runtime.numerics import Float32, prefix_means
@@ -37,14 +37,14 @@ class StepTrace:
     """The refinement of n texts.
 
     Attributes:
-        states: (n, K + 1, hidden) float32, h_0..h_K, not normalised.
+        states: (n, K + 1, hidden) float32, h_0..h_K, not normalized.
         soft_tokens: (n, K, hidden) float32, s_1..s_K.
-        health: of the soft tokens, (n, K) each.
+        stats: of the soft tokens, (n, K) each.
     """
 
     states: Float32
     soft_tokens: Float32
-    health: SoftTokenHealth
+    stats: SoftTokenStats
 
 
 def collect_trace(
@@ -65,25 +65,25 @@ def collect_trace(
     """
     states = np.empty((texts, facts.steps + 1, facts.hidden_size), np.float32)
     soft_tokens = np.empty((texts, facts.steps, facts.hidden_size), np.float32)
-    health = SoftTokenHealth(*(np.empty((texts, facts.steps), np.float32) for _ in fields(SoftTokenHealth)))
+    stats = SoftTokenStats(*(np.empty((texts, facts.steps), np.float32) for _ in fields(SoftTokenStats)))
     for rows, steps in batches:
         for step, values in enumerate(steps):
             states[rows, step] = values.state
             if values.soft_token is None or values.probabilities is None:
                 continue
             soft_tokens[rows, step - 1] = values.soft_token
-            of_step = soft_token_health(values.probabilities, values.soft_token, tokens=tokens)
-            for field in fields(SoftTokenHealth):
-                getattr(health, field.name)[rows, step - 1] = getattr(of_step, field.name)
+            of_step = soft_token_stats(values.probabilities, values.soft_token, tokens=tokens)
+            for field in fields(SoftTokenStats):
+                getattr(stats, field.name)[rows, step - 1] = getattr(of_step, field.name)
         advance(len(rows))
     # In the order of the computation: the first value that is not finite is where it went wrong.
     check_finite(side, "state h", states[:, :1], first_step=0)
     for step in range(1, facts.steps + 1):
         one = slice(step - 1, step)
-        check_finite(side, "entropy of soft token s", health.entropy[:, one, None], first_step=step)
+        check_finite(side, "entropy of soft token s", stats.entropy[:, one, None], first_step=step)
         check_finite(side, "soft token s", soft_tokens[:, one], first_step=step)
         check_finite(side, "state h", states[:, step : step + 1], first_step=step)
-    return StepTrace(states, soft_tokens, health)
+    return StepTrace(states, soft_tokens, stats)
 
 
 def collect_states(side: str, batches: Batches, facts: GraphFacts, *, texts: int, advance: Advance) -> Float32:
@@ -102,14 +102,14 @@ def collect_states(side: str, batches: Batches, facts: GraphFacts, *, texts: int
 
 
 def pooled(states: Float32, pooling: Pooling) -> Float32:
-    """Pool h_0..h_K for every number of steps, without normalising.
+    """Pool h_0..h_K for every number of steps, without normalizing.
 
     Args:
         states: (n, K + 1, hidden) float32.
         pooling: of the bundle.
 
     Returns:
-        (n, K + 1, hidden) float32; row 0 is h_0, row k what z_k is before its normalisation.
+        (n, K + 1, hidden) float32; row 0 is h_0, row k what z_k is before its normalization.
     """
     if pooling is Pooling.LAST:
         return states

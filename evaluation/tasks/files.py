@@ -1,4 +1,4 @@
-"""Read tasks from files: scored pairs and labelled texts from TSV, retrieval from BEIR layout. Any may end in ``.gz``."""
+"""Read tasks from files: scored pairs and labeled texts from TSV, retrieval from BEIR layout. Any may end in ``.gz``."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ class TaskOptions:
     Attributes:
         sts: TSV of scored pairs.
         retrieval: folder in BEIR layout.
-        classification: TSV of labelled texts.
+        classification: TSV of labeled texts.
         sts_instruction: for ``sts``.
         retrieval_instruction: for the queries of ``retrieval``.
         classification_instruction: for ``classification``.
@@ -110,7 +110,7 @@ def read_retrieval(directory: Path, *, instruction: str) -> RetrievalTask:
 
 
 def read_classification(path: Path, *, instruction: str) -> ClassificationTask:
-    """Read labelled texts from a TSV with the columns ``label`` and ``text``.
+    """Read labeled texts from a TSV with the columns ``label`` and ``text``.
 
     Raises:
         TextFileError: the file cannot be read or is not UTF-8.

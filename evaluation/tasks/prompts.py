@@ -11,7 +11,7 @@ from gircse.runtime.tokenization import PromptTokenizer
 
 BUILTIN = Path(__file__).parent / "texts.txt"
 MIN_TEXTS = 20
-"""Fewer texts make ten nearest neighbours, and the ranks of pairs, meaningless."""
+"""Fewer texts make ten nearest neighbors, and the ranks of pairs, meaningless."""
 
 
 class Prompt(NamedTuple):
@@ -44,7 +44,7 @@ def read_prompts(path: Path | None, *, instruction: str = "") -> list[Prompt]:
     prompts = list(dict.fromkeys(rows))
     if len(prompts) < MIN_TEXTS:
         raise MeasurementError(
-            f"--texts {source}: {len(prompts)} different texts | at least {MIN_TEXTS}, or ranks and neighbours mean "
+            f"--texts {source}: {len(prompts)} different texts | at least {MIN_TEXTS}, or ranks and neighbors mean "
             "nothing | add texts, or leave --texts out for the built-in ones"
         )
     return prompts

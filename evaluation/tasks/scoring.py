@@ -1,4 +1,4 @@
-"""Tasks with a known answer: scored pairs (STS), retrieval, labelled texts.
+"""Tasks with a known answer: scored pairs (STS), retrieval, labeled texts.
 
 Each task says which prompts it needs and scores one vector for each of them.
 """
@@ -80,9 +80,9 @@ class StsTask:
 
         def difference(gold: Float64, a: Float64, b: Float64, axis: int) -> Float64:
             ranks = [rankdata(series, axis=axis) for series in (gold, a, b)]
-            centred = [rank - rank.mean(axis=axis, keepdims=True) for rank in ranks]
+            centered = [rank - rank.mean(axis=axis, keepdims=True) for rank in ranks]
             # A resample may draw equal scores only: it says nothing, so it counts as no difference.
-            unit = [rank / np.maximum(np.linalg.norm(rank, axis=axis, keepdims=True), 1e-12) for rank in centred]
+            unit = [rank / np.maximum(np.linalg.norm(rank, axis=axis, keepdims=True), 1e-12) for rank in centered]
             result: Float64 = (unit[0] * (unit[1] - unit[2])).sum(axis=axis)
             return result
 
@@ -140,7 +140,7 @@ class RetrievalTask:
 
 @dataclass(frozen=True)
 class ClassificationTask:
-    """Labelled texts: accuracy of the label of each text's nearest other text (1-NN, leave one out).
+    """Labeled texts: accuracy of the label of each text's nearest other text (1-NN, leave one out).
 
     Attributes:
         name: of the file.

@@ -26,11 +26,17 @@ from gircse.export.engine.profiles import (
 )
 from gircse.export.engine.tensorrt_builder import TensorRtBuilder
 from gircse.reporting.progress import StageProgress
-from gircse.runtime.atomic_file import whole_file
+from gircse.runtime.atomic_file import atomic_write
 from gircse.runtime.bundle import MANIFEST_NAME, Bundle, Layout, Precision, file_sha256
 from gircse.runtime.errors import ExportError, ProviderError
 from gircse.runtime.provider_selection import GPU_PRECISIONS, MODULES, import_tensorrt
-from gircse.runtime.trt.engine_manifest import ENGINES_FOLDER, PLAN_SCHEMA_VERSION, EnginePlan, EngineProfile, Flavour
+from gircse.runtime.trt.engine_manifest import (
+    ENGINE_SCHEMA_VERSION,
+    ENGINES_FOLDER,
+    EngineManifest,
+    EngineProfile,
+    Flavour,
+)
 
 LAYER_PAIR_SECONDS = 1.1e-6
 """Build time of TensorRT for RTX divided by profiles and the square of the layers (measured at 2,400 to 6,100 layers;
@@ -103,7 +109,7 @@ def build_engine(options: BuildOptions, *, progress: StageProgress | None = None
     bundle = Bundle.open(options.bundle)
     flavour = options.flavour or _installed_flavour()
     module = import_tensorrt(flavour)
-    precision = options.precision or bundle.default_variant(GPU_PRECISIONS)
+    precision = options.precision or bundle.default_precision(GPU_PRECISIONS)
     bundle.variant(precision)
     if precision == Precision.INT8_WEIGHTS:
         raise ExportError(
@@ -128,8 +134,8 @@ def build_engine(options: BuildOptions, *, progress: StageProgress | None = None
         title = f"build for {flavour} {module.__version__}, compute capability {', '.join(capabilities)}"
         with progress.stage(title, total=1.0) as advance:
             serialized = builder.build(advance)
-        plan = EnginePlan(
-            schema_version=PLAN_SCHEMA_VERSION,
+        plan = EngineManifest(
+            schema_version=ENGINE_SCHEMA_VERSION,
             bundle_sha256=file_sha256(bundle.directory / MANIFEST_NAME),
             precision=precision,
             layout=options.layout,
@@ -269,10 +275,10 @@ def _command(options: BuildOptions, precision: str, flavour: Flavour, capabiliti
     return shlex.join([*words, "--sm", ",".join(capabilities)])
 
 
-def _write(folder: Path, plan: EnginePlan, serialized: memoryview) -> Path:
+def _write(folder: Path, plan: EngineManifest, serialized: memoryview) -> Path:
     """Write plan and JSON, both or none; the JSON appears last, for it says that the plan is there."""
     path = folder / f"{plan.name}.plan"
-    with whole_file(path.with_suffix(".json")) as beside, whole_file(path) as file:
+    with atomic_write(path.with_suffix(".json")) as beside, atomic_write(path) as file:
         beside.write(plan.to_json())
         beside.flush()  # a full disk shows before the plan appears
         file.write(serialized)

@@ -48,7 +48,7 @@ def to_engine_form(model: ir.Model) -> dict[str, int]:
 
 
 def _use_dequantized_table(graph: ir.Graph) -> tuple[int, int]:
-    """Read rows and mixtures from the dequantised table; returns how many lookups and mixtures there were."""
+    """Read rows and mixtures from the dequantized table; returns how many lookups and mixtures there were."""
     lookups = [node for node in graph if node.op_type == "Gather" and _dtype(node.inputs[0]) is ir.DataType.INT8]
     branches = [node for node in graph if node.op_type == "If"]
     if not lookups:  # the calibration kept the vocabulary in float

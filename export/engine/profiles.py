@@ -1,4 +1,4 @@
-"""Optimisation profiles: from ranges of batch and tokens to the shape range of every engine input.
+"""Optimization profiles: from ranges of batch and tokens to the shape range of every engine input.
 
 An unrolled engine has one profile for each name. A stepwise engine of TensorRT has two, one that expects a prompt and
 one that expects a step; their ranges overlap, because fixed sizes would be folded into kernels with weights of their

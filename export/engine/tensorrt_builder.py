@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from gircse.export.engine.progress import progress_monitor
-from gircse.runtime.atomic_file import whole_file
+from gircse.runtime.atomic_file import atomic_write
 from gircse.runtime.errors import ExportError, ProviderError
 from gircse.runtime.trt.engine import tensorrt_logger
 from gircse.runtime.trt.engine_manifest import EngineProfile, Flavour
@@ -137,7 +137,7 @@ class TensorRtBuilder:
                 "an engine | --workspace-gib, --batch and --tokens change what it needs"
             )
         if self._timing_path is not None:
-            with whole_file(self._timing_path) as file:
+            with atomic_write(self._timing_path) as file:
                 file.write(memoryview(self._config.get_timing_cache().serialize()))
         return memoryview(serialized)
 

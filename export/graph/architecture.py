@@ -44,7 +44,7 @@ def decoder_shape(config: Any) -> DecoderShape:
     """Read the sizes from a ``transformers`` config.
 
     Raises:
-        ExportError: the architecture is not supported, or the weights are quantised.
+        ExportError: the architecture is not supported, or the weights are quantized.
     """
     if config.model_type not in SUPPORTED:
         raise ExportError(
@@ -53,8 +53,8 @@ def decoder_shape(config: Any) -> DecoderShape:
         )
     if getattr(config, "quantization_config", None):
         raise ExportError(
-            "config.json: quantised weights (quantization_config) | weights in FP32, FP16 or BF16 | "
-            "use the checkpoint from before quantisation"
+            "config.json: quantized weights (quantization_config) | weights in FP32, FP16 or BF16 | "
+            "use the checkpoint from before quantization"
         )
     return DecoderShape(
         architecture=config.model_type,

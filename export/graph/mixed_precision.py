@@ -38,7 +38,7 @@ _ISLANDS = (
     "softmax over the vocabulary",
     "attention bias",
     "pooling",
-    "L2 normalisation",
+    "L2 normalization",
 )
 FLOAT32_ISLANDS: Mapping[Precision, tuple[str, ...]] = {
     Precision.FP32: (),
@@ -147,7 +147,7 @@ def find_low_nodes(graph: ir.Graph, kept: set[ir.Value], *, following: set[str])
 
 
 def is_operand(node: ir.Node) -> bool:
-    """Whether a node dequantises an operand of integer products, or a table that rows are looked up in."""
+    """Whether a node dequantizes an operand of integer products, or a table that rows are looked up in."""
     users = [user.op_type for output in node.outputs for user in output.consumers()]
     return node.op_type == "DequantizeLinear" and bool(users) and _OPERAND_OF.issuperset(users)
 

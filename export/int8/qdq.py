@@ -5,7 +5,7 @@ x86 CPUs have instructions::
 
     y = DQ(Q(x, t/127)) @ DQ(W, scale per column)
 
-Two digits add 8 bits to the activation by a second row that the same product reads; the weights are read once::
+Two limbs add 8 bits to the activation by a second row that the same product reads; the weights are read once::
 
     hi = Q(x, t/127),  lo = Q(x - DQ(hi), t/127/254),  [a; b] = DQ([hi; lo], t/127) @ DQ(W),  y = a + b / 254
 """
@@ -16,7 +16,7 @@ from typing import Protocol
 import numpy as np
 import onnx_ir as ir
 
-from gircse.calibration.int8.smoothing import INT8_MAX, LO_DIGIT
+from gircse.calibration.int8.smoothing import INT8_MAX, LO_LIMB
 
 _ZERO_POINT = 128
 
@@ -36,7 +36,7 @@ class NodeMaker(Protocol):
         """Return the initializer of a name, made at its first use."""
 
 
-class IntegerOperators:
+class QdqBuilder:
     """Adds the operators of one graph."""
 
     def __init__(self, graph: NodeMaker) -> None:
@@ -48,7 +48,7 @@ class IntegerOperators:
         x: ir.Value,
         weights: Sequence[tuple[ir.Value, ir.Value]],
         *,
-        digits: int,
+        limbs: int,
         threshold: float,
     ) -> list[ir.Value]:
         """Multiply an activation with integer weights.
@@ -56,7 +56,7 @@ class IntegerOperators:
         Args:
             x: (..., in) float32.
             weights: (in, out) int8 initializers, each with its scales (out,) float32.
-            digits: of x, 1 or 2.
+            limbs: of x, 1 or 2.
             threshold: magnitude that becomes 127; 0 for an input that is always 0.
 
         Returns:
@@ -66,16 +66,16 @@ class IntegerOperators:
         integers = self._quantized(x, step)
         first = self._dequantized(integers, step)
         wide = [self.op("DequantizeLinear", weight, scale, axis=1) for weight, scale in weights]
-        if digits == 1:
+        if limbs == 1:
             return [self.op("MatMul", first, weight) for weight in wide]
         # The remainder is read as steps of the first digit, because one product has one scale.
-        remainder = self._quantized(self.op("Sub", x, first), step / LO_DIGIT)
+        remainder = self._quantized(self.op("Sub", x, first), step / LO_LIMB)
         rows = self._dequantized(self.op("Concat", integers, remainder, axis=0), step)
         return [self._added(self.op("MatMul", rows, weight)) for weight in wide]
 
     def _added(self, product: ir.Value) -> ir.Value:
         hi, lo = self.op_multi("Split", product, outputs=2, axis=0, num_outputs=2)
-        return self.op("Add", hi, self.op("Mul", lo, self.number(1 / LO_DIGIT)))
+        return self.op("Add", hi, self.op("Mul", lo, self.number(1 / LO_LIMB)))
 
     def _quantized(self, x: ir.Value, step: float) -> ir.Value:
         return self.op("QuantizeLinear", x, self.number(step), self._zero_point())
@@ -86,7 +86,7 @@ class IntegerOperators:
     def _zero_point(self) -> ir.Value:
         return self.constant("uint8_128", np.array(_ZERO_POINT, np.uint8))
 
-    def float_channels(self, x: ir.Value, channels: tuple[int, ...], weight: ir.Value) -> ir.Value:
+    def outlier_channels(self, x: ir.Value, channels: tuple[int, ...], weight: ir.Value) -> ir.Value:
         """Multiply some channels of x (..., in) with their rows (n, out) in float."""
         name = "channels_" + "_".join(map(str, channels))
         chosen = self.op("Gather", x, self.constant(name, np.array(channels, np.int64)), axis=-1)

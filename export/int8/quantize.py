@@ -16,20 +16,20 @@ import onnx_ir as ir
 import torch
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from gircse.calibration.calibration_file import Calibration, SiteCalibration
-from gircse.calibration.int8.scheme import DIGITS, JOINED, VOCABULARY_SITE, Site, SiteKind, decoder_sites
+from gircse.calibration.calibration_file import Calibration, InputCalibration
+from gircse.calibration.int8.scheme import JOINED, LIMBS, VOCABULARY_INPUT, InputKind, QuantizedInput, decoder_inputs
 from gircse.calibration.moments_file import MomentsFile
 from gircse.export.graph.architecture import DecoderShape
 from gircse.export.graph.compose import FloatVocabulary, Vocabulary
 from gircse.export.graph.simplify import TRANSPOSED_SUFFIX
-from gircse.export.int8.qdq import Attribute, IntegerOperators
+from gircse.export.int8.qdq import Attribute, QdqBuilder
 from gircse.export.int8.vocabulary import IntegerVocabulary
 from gircse.export.int8.weights import (
     BlockwiseProduct,
     IntegerProduct,
     ReadMoments,
-    Recipe,
-    Scaled,
+    SmoothedNorm,
+    WeightSource,
     block_size,
 )
 from gircse.runtime.bundle import Precision
@@ -46,26 +46,26 @@ class Quantized:
     """
 
     counts: Mapping[str, int]
-    recipes: tuple[Recipe, ...]
+    recipes: tuple[WeightSource, ...]
 
 
 def int8_vocabulary(
     precision: Precision, calibration: Calibration, shape: DecoderShape, kept: Collection[str]
 ) -> Vocabulary:
     """Return how a variant's graph reads the vocabulary, which is as in FP32 if its projection is kept."""
-    if VOCABULARY_SITE.name in kept:
+    if VOCABULARY_INPUT.name in kept:
         return FloatVocabulary()
-    site = calibration.sites.get(VOCABULARY_SITE.name)
+    site = calibration.inputs.get(VOCABULARY_INPUT.name)
     return IntegerVocabulary(
         (shape.vocab_size, shape.hidden_size),
         shape.tied,
-        calibration.mixture,
-        DIGITS[SiteKind.VOCABULARY] if precision is Precision.INT8 else None,
+        calibration.soft_token,
+        LIMBS[InputKind.VOCABULARY] if precision is Precision.INT8 else None,
         site.threshold if site else 0.0,
     )
 
 
-def kept_sites(
+def excluded_inputs(
     precision: Precision, calibration: Calibration, shape: DecoderShape, *, keep_float32: Sequence[str] = ()
 ) -> tuple[str, ...]:
     """Return the inputs whose products stay in float.
@@ -79,8 +79,8 @@ def kept_sites(
     Raises:
         ExportError: an entry of ``keep_float32`` fits no weight.
     """
-    sites = decoder_sites(shape.num_layers)
-    kept = set(calibration.sensitivity.kept) if precision is Precision.INT8 else set()
+    sites = decoder_inputs(shape.num_layers)
+    kept = set(calibration.sensitivity.excluded) if precision is Precision.INT8 else set()
     for part in keep_float32:
         found = {site.name for site in sites if any(part in f"{name}.weight" for name in site.projections)}
         if not found:
@@ -116,13 +116,13 @@ def quantize(
         ExportError: a product was not found, or the calibration has no entry for it.
     """
     rewriter = _Rewriter(model.graph, precision, calibration, moments, kept)
-    for site in decoder_sites(shape.num_layers):
-        if site.kind is not SiteKind.VOCABULARY:
+    for site in decoder_inputs(shape.num_layers):
+        if site.kind is not InputKind.VOCABULARY:
             rewriter.rewrite(site)
     RemoveUnusedNodesPass()(model)
     recipes = [*rewriter.recipes, *(vocabulary.recipes if isinstance(vocabulary, IntegerVocabulary) else ())]
     if isinstance(vocabulary, IntegerVocabulary):
-        rewriter.counts[SiteKind.VOCABULARY] += 1
+        rewriter.counts[InputKind.VOCABULARY] += 1
     if not rewriter.counts:
         raise ExportError(
             f"--precision {precision}: the calibration keeps every input in float | at least one integer product | "
@@ -146,9 +146,9 @@ class _Rewriter:
         self._moments = moments
         self._products = _products_by_weight(graph)
         self.counts: Counter[str] = Counter()
-        self.recipes: list[Recipe] = []
+        self.recipes: list[WeightSource] = []
 
-    def rewrite(self, site: Site) -> None:
+    def rewrite(self, site: QuantizedInput) -> None:
         """Turn the products of one input into one integer product, unless it is kept."""
         nodes = [self._product(name) for name in site.projections]
         if site.name in self._kept:
@@ -169,17 +169,17 @@ class _Rewriter:
             )
         return self._products[name]
 
-    def _store_blockwise(self, site: Site, node: ir.Node, projection: str) -> None:
+    def _store_blockwise(self, site: QuantizedInput, node: ir.Node, projection: str) -> None:
         source = f"{projection}.weight"
         shape = tuple(reversed(_dims(node.inputs[1])))
         recipe = BlockwiseProduct(projection, source, shape, block_size(shape[1]), self._reader(site))
         weight, scale = (self._initializer(recipe, name) for name in (recipe.weight_name, recipe.scale_name))
         nodes = _Inserted(self._graph, node)
-        product = IntegerOperators(nodes).blockwise_product(_first(node), weight, scale, block=recipe.block)
+        product = QdqBuilder(nodes).blockwise_product(_first(node), weight, scale, block=recipe.block)
         node.outputs[0].replace_all_uses_with(product)
         self.recipes.append(recipe)
 
-    def _make_integer(self, site: Site, nodes: Sequence[ir.Node]) -> None:
+    def _make_integer(self, site: QuantizedInput, nodes: Sequence[ir.Node]) -> None:
         calibration = self._site(site)
         smoothing = torch.tensor(calibration.smoothing) if calibration.smoothing else None
         if smoothing is not None:
@@ -190,19 +190,19 @@ class _Rewriter:
         for group in groups:
             sources = {f"{name}.weight": tuple(reversed(_dims(node.inputs[1]))) for name, node in group.items()}
             name = site.name if len(groups) == 1 else next(iter(group))
-            recipes.append(IntegerProduct(name, sources, smoothing, calibration.float_channels, self._reader(site)))
+            recipes.append(IntegerProduct(name, sources, smoothing, calibration.outlier_channels, self._reader(site)))
         inserted = _Inserted(self._graph, nodes[0])
-        operators = IntegerOperators(inserted)
+        operators = QdqBuilder(inserted)
         products = operators.products(
             _first(nodes[0]),
             [(self._initializer(r, r.weight_name), self._initializer(r, r.scale_name)) for r in recipes],
-            digits=DIGITS[site.kind],
+            limbs=LIMBS[site.kind],
             threshold=calibration.threshold,
         )
         for recipe, product, group in zip(recipes, products, groups, strict=True):
-            if calibration.float_channels:
-                floats = self._initializer(recipe, recipe.float_name)
-                beside = operators.float_channels(_first(nodes[0]), calibration.float_channels, floats)
+            if calibration.outlier_channels:
+                floats = self._initializer(recipe, recipe.outlier_name)
+                beside = operators.outlier_channels(_first(nodes[0]), calibration.outlier_channels, floats)
                 product = inserted.op("Add", product, beside)
             self._hand_on(inserted, product, list(group.values()))
         self.recipes += recipes
@@ -217,29 +217,29 @@ class _Rewriter:
         for node, part in zip(nodes, parts, strict=True):
             node.outputs[0].replace_all_uses_with(part)
 
-    def _fold_smoothing(self, site: Site, node: ir.Node, smoothing: torch.Tensor) -> None:
+    def _fold_smoothing(self, site: QuantizedInput, node: ir.Node, smoothing: torch.Tensor) -> None:
         """Divide the input by its smoothing where it is made: RMSNorm's weight."""
         norm = _first(node).producer()
         if norm is None or norm.op_type != "RMSNormalization" or norm.inputs[1] is None:
             raise ExportError(
-                f"--precision {self._precision}: {site.name} does not come from RMSNorm | a decoder that normalises it | "
+                f"--precision {self._precision}: {site.name} does not come from RMSNorm | a decoder that normalizes it | "
                 "report this model: its graph has another form"
             )
         name = str(norm.inputs[1].name)
-        self.recipes.append(Scaled(name, smoothing))
+        self.recipes.append(SmoothedNorm(name, smoothing))
         self.counts["fold_smoothing"] += 1
 
-    def _reader(self, site: Site) -> ReadMoments:
+    def _reader(self, site: QuantizedInput) -> ReadMoments:
         return functools.partial(self._moments.read, site.name)
 
-    def _site(self, site: Site) -> SiteCalibration:
-        if site.name not in self._calibration.sites:
+    def _site(self, site: QuantizedInput) -> InputCalibration:
+        if site.name not in self._calibration.inputs:
             raise ExportError(
                 f"--calibration: no entry for {site.name} | one for every input of the model | calibrate again"
             )
-        return self._calibration.sites[site.name]
+        return self._calibration.inputs[site.name]
 
-    def _initializer(self, recipe: Recipe, name: str) -> ir.Value:
+    def _initializer(self, recipe: WeightSource, name: str) -> ir.Value:
         dtype = ir.DataType.INT8 if name.endswith(".int8") else ir.DataType.FLOAT
         value = ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(recipe.shapes[name]))
         self._graph.initializers.add(value)

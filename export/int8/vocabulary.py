@@ -14,12 +14,19 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from gircse.calibration.calibration_file import MixtureCalibration
+from gircse.calibration.calibration_file import SoftTokenCalibration
 from gircse.calibration.int8.smoothing import INT8_MAX
 from gircse.calibration.observe import FLAT_MASS
 from gircse.export.graph.compose import EMBEDDING_TABLE, LM_HEAD, GraphBuilder
-from gircse.export.int8.qdq import Attribute, IntegerOperators
-from gircse.export.int8.weights import BlockwiseProduct, IntegerProduct, IntegerRows, Recipe, Shape, block_size
+from gircse.export.int8.qdq import Attribute, QdqBuilder
+from gircse.export.int8.weights import (
+    BlockwiseProduct,
+    IntegerProduct,
+    QuantizedEmbedding,
+    Shape,
+    WeightSource,
+    block_size,
+)
 from gircse.runtime import tensor_names
 
 MAX_SUM = (1 << 31) - 1
@@ -33,30 +40,30 @@ class IntegerVocabulary:
     Attributes:
         shape: (vocab, hidden).
         tied: whether lm_head is the embedding table.
-        mixture_calibration: the number of tokens and the tail; None where there are no steps.
-        digits: of the state that lm_head reads; None leaves it in float, with block-wise weights.
+        soft_token_calibration: the number of tokens and the tail; None where there are no steps.
+        limbs: of the state that lm_head reads; None leaves it in float, with block-wise weights.
         threshold: its magnitude that becomes 127.
     """
 
     shape: Shape
     tied: bool
-    mixture_calibration: MixtureCalibration | None
-    digits: int | None
+    soft_token_calibration: SoftTokenCalibration | None
+    limbs: int | None
     threshold: float
 
     @property
-    def recipes(self) -> tuple[Recipe, ...]:
+    def recipes(self) -> tuple[WeightSource, ...]:
         """What fills the initializers."""
-        return (self._table,) if self.mixture_calibration is None else (self._table, self._head)
+        return (self._table,) if self.soft_token_calibration is None else (self._table, self._head)
 
     @property
-    def _table(self) -> IntegerRows:
-        return IntegerRows(EMBEDDING_TABLE.removesuffix(".weight"), EMBEDDING_TABLE, self.shape)
+    def _table(self) -> QuantizedEmbedding:
+        return QuantizedEmbedding(EMBEDDING_TABLE.removesuffix(".weight"), EMBEDDING_TABLE, self.shape)
 
     @property
     def _head(self) -> IntegerProduct | BlockwiseProduct:
         source = EMBEDDING_TABLE if self.tied else LM_HEAD
-        if self.digits is None:
+        if self.limbs is None:
             return BlockwiseProduct("lm_head", source, self.shape, block_size(self.shape[1]))
         return IntegerProduct("lm_head", {source: self.shape})
 
@@ -64,24 +71,24 @@ class IntegerVocabulary:
         """(batch, tokens) int64 -> rows of E (batch, tokens, hidden) float32."""
         table, scale = self._table_values(g)
         scales = g.op("Unsqueeze", g.op("Gather", scale, input_ids), g.indices([-1]))
-        return g.op("Mul", IntegerOperators(g).integer_rows(table, input_ids), scales)
+        return g.op("Mul", QdqBuilder(g).integer_rows(table, input_ids), scales)
 
     def mixture(self, g: GraphBuilder, prefix: str, hidden: ir.Value) -> ir.Value:
         """(rows, hidden) -> the soft token (rows, hidden) float32; ``prefix`` names the step."""
-        if self.mixture_calibration is None:
+        if self.soft_token_calibration is None:
             raise ValueError("a vocabulary without steps makes no soft tokens")
         axis = g.indices([-1])
         logits = g.temper(self._logits(g, hidden))
         logits.name = prefix + tensor_names.LOGITS
         probabilities = g.op("Softmax", logits, axis=-1)  # (rows, vocab)
-        tokens = g.indices([self.mixture_calibration.tokens])
+        tokens = g.indices([self.soft_token_calibration.top_k])
         likeliest, ids = g.op_multi("TopK", probabilities, tokens, outputs=2, sorted=0)  # (rows, n)
         table, scale = self._table_values(g)
-        rows = IntegerOperators(g).integer_rows(table, ids)  # not scaled: the weights are smaller
+        rows = QdqBuilder(g).integer_rows(table, ids)  # not scaled: the weights are smaller
         weights = g.op("Unsqueeze", g.op("Mul", likeliest, g.op("Gather", scale, ids)), g.indices([1]))
         mixed = g.op("Squeeze", g.op("MatMul", weights, rows), g.indices([1]))
         left = g.op("Sub", g.number(1.0), g.op("ReduceSum", likeliest, axis, keepdims=1))
-        tail = g.constant("mixture_tail", np.array(self.mixture_calibration.tail, np.float32))
+        tail = g.constant("mixture_tail", np.array(self.soft_token_calibration.tail, np.float32))
         near = g.op("Add", mixed, g.op("Mul", left, tail))
         flat = g.op("Greater", left, g.number(FLAT_MASS))
         # A sum, because the prompt pass has no rows, over which a maximum has no value.
@@ -96,7 +103,7 @@ class IntegerVocabulary:
     def _whole_sum(self, g: GraphBuilder, probabilities: ir.Value, flat: ir.Value, near: ir.Value) -> ir.Graph:
         """Mix all tokens in the rows that are flat, in integers, so that the table is never wide in memory.
 
-        ``w_i = p_i scale_i``, each row's largest made 127, in two digits as everywhere: ``hi + lo / 254``; less where
+        ``w_i = p_i scale_i``, each row's largest made 127, in two limbs as everywhere: ``hi + lo / 254``; less where
         a vocabulary is so large that the int32 sums could overflow.
         """
         largest = min(INT8_MAX, float(MAX_SUM // (INT8_MAX * self.shape[0])))
@@ -114,10 +121,10 @@ class IntegerVocabulary:
         scaled = op("Div", weights, step)
         high = op("Round", scaled)
         low = op("Round", op("Mul", op("Sub", scaled, high), g.number(2 * largest)))
-        digits = op("Cast", op("Concat", high, low, axis=0), to=ir.DataType.INT8)
-        sums = op("Cast", op("MatMulInteger", digits, table), to=ir.DataType.FLOAT)
-        halves = op("Reshape", sums, g.constant("two_digits", np.array([2, -1, self.shape[1]], np.int64)))
-        weighted = op("Mul", halves, g.constant("digit_values", np.array([[[1]], [[0.5 / largest]]], np.float32)))
+        limbs = op("Cast", op("Concat", high, low, axis=0), to=ir.DataType.INT8)
+        sums = op("Cast", op("MatMulInteger", limbs, table), to=ir.DataType.FLOAT)
+        halves = op("Reshape", sums, g.constant("two_limbs", np.array([2, -1, self.shape[1]], np.int64)))
+        weighted = op("Mul", halves, g.constant("limb_values", np.array([[[1]], [[0.5 / largest]]], np.float32)))
         mixed = op("Mul", op("ReduceSum", weighted, first, keepdims=0), step)
         op("ScatterND", near, rows, mixed)
         return _branch("whole_sum", *nodes)
@@ -126,12 +133,12 @@ class IntegerVocabulary:
         head = self._head
         weight = g.initializer(head.weight_name, ir.DataType.INT8, head.shapes[head.weight_name])
         scale = g.initializer(head.scale_name, ir.DataType.FLOAT, head.shapes[head.scale_name])
-        operators = IntegerOperators(g)
+        operators = QdqBuilder(g)
         if isinstance(head, BlockwiseProduct):
             return operators.blockwise_product(hidden, weight, scale, block=head.block)
-        if self.digits is None:
-            raise ValueError("an integer product without digits of its input")
-        (logits,) = operators.products(hidden, [(weight, scale)], digits=self.digits, threshold=self.threshold)
+        if self.limbs is None:
+            raise ValueError("an integer product without limbs of its input")
+        (logits,) = operators.products(hidden, [(weight, scale)], limbs=self.limbs, threshold=self.threshold)
         return logits
 
     def _table_values(self, g: GraphBuilder) -> tuple[ir.Value, ir.Value]:

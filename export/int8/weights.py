@@ -23,7 +23,7 @@ ReadMoments = Callable[[], Moments]
 """Reads the second moments of what a weight is multiplied with."""
 
 
-class Recipe(Protocol):
+class WeightSource(Protocol):
     """How some initializers are made."""
 
     @property
@@ -39,7 +39,7 @@ class Recipe(Protocol):
 
 
 @dataclass(frozen=True)
-class Scaled:
+class SmoothedNorm:
     """RMSNorm's weight divided by the smoothing of what reads its output.
 
     Attributes:
@@ -70,17 +70,17 @@ class IntegerProduct:
     """The weights of one integer product (in, out), the projections of one input side by side.
 
     Attributes:
-        name: of the product; the initializers are ``weight_name``, ``scale_name`` and ``float_name``.
+        name: of the product; the initializers are ``weight_name``, ``scale_name`` and ``outlier_name``.
         sources: projections (out, in), in order.
         smoothing: (in,) float32, s, which the columns are multiplied with; None for none.
-        float_channels: columns that stay in float.
+        outlier_channels: columns that stay in float.
         moments: reads the blocks of H that the rounding sees; None rounds to nearest.
     """
 
     name: str
     sources: Mapping[str, Shape]
     smoothing: Tensor | None = None
-    float_channels: tuple[int, ...] = ()
+    outlier_channels: tuple[int, ...] = ()
     moments: ReadMoments | None = None
 
     @property
@@ -94,7 +94,7 @@ class IntegerProduct:
         return f"{self.name}.scale"
 
     @property
-    def float_name(self) -> str:
+    def outlier_name(self) -> str:
         """(n, out) float32, rows of the float channels."""
         return f"{self.name}.float"
 
@@ -107,7 +107,7 @@ class IntegerProduct:
     def shapes(self) -> Mapping[str, Shape]:
         """Weight, scale, and where channels stay in float, their rows."""
         inputs = next(iter(self.sources.values()))[1]
-        floats = {self.float_name: (len(self.float_channels), self.outputs)} if self.float_channels else {}
+        floats = {self.outlier_name: (len(self.outlier_channels), self.outputs)} if self.outlier_channels else {}
         return {self.weight_name: (inputs, self.outputs), self.scale_name: (self.outputs,), **floats}
 
     def tensors(self, read: ReadBlocks) -> Mapping[str, Tensor]:
@@ -116,13 +116,13 @@ class IntegerProduct:
         parts = []
         for source in self.sources:
             for block in read(source) if moments is None else [torch.cat(list(read(source)))]:
-                parts.append(round_smoothed(block, self.smoothing, self.float_channels, moments))
+                parts.append(round_smoothed(block, self.smoothing, self.outlier_channels, moments))
         made = {
             self.weight_name: torch.cat([part.integers for part in parts]).T.contiguous(),
-            self.scale_name: torch.cat([part.steps for part in parts]),
+            self.scale_name: torch.cat([part.scales for part in parts]),
         }
-        if self.float_channels:
-            made[self.float_name] = torch.cat([part.columns for part in parts]).T.contiguous()
+        if self.outlier_channels:
+            made[self.outlier_name] = torch.cat([part.columns for part in parts]).T.contiguous()
         return made
 
 
@@ -190,7 +190,7 @@ class BlockwiseProduct(_OneWeight):
 
 
 @dataclass(frozen=True)
-class IntegerRows(_OneWeight):
+class QuantizedEmbedding(_OneWeight):
     """The embedding table as int8 rows that are looked up, each with its scale."""
 
     @property

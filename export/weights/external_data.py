@@ -21,7 +21,7 @@ from gircse.checkpoint.lora import LoraAdapter, LoraPair
 from gircse.checkpoint.safetensors_index import SafetensorsIndex
 from gircse.export.graph.compose import EMBEDDING_TABLE, LM_HEAD
 from gircse.export.graph.simplify import TRANSPOSED_SUFFIX
-from gircse.export.int8.weights import Recipe
+from gircse.export.int8.weights import WeightSource
 from gircse.runtime.bundle import FileEntry
 from gircse.runtime.errors import CheckpointError, ExportError
 
@@ -41,7 +41,7 @@ _TORCH_TYPES = {
 
 
 @dataclass(frozen=True)
-class PlannedWeight:
+class PlacedWeight:
     """One graph weight: which checkpoint tensor fills it and how.
 
     Attributes:
@@ -60,7 +60,7 @@ class PlannedWeight:
     transposed: bool
     offset: int
     dtype: ir.DataType
-    recipe: Recipe | None = None
+    recipe: WeightSource | None = None
 
     @property
     def bytes(self) -> int:
@@ -69,10 +69,10 @@ class PlannedWeight:
 
 
 @dataclass(frozen=True)
-class WeightPlan:
+class WeightLayout:
     """Every weight of the graphs with its place in the data file; exists only if checkpoint and adapter fit them."""
 
-    weights: tuple[PlannedWeight, ...]
+    weights: tuple[PlacedWeight, ...]
     base: SafetensorsIndex
     adapter: LoraAdapter | None
 
@@ -89,7 +89,7 @@ class WeightPlan:
         adapter_directory: Path | None,
         *,
         tied: bool,
-        recipes: Sequence[Recipe] = (),
+        recipes: Sequence[WeightSource] = (),
     ) -> Self:
         """Match graph weights, checkpoint tensors and adapter tensors one to one.
 
@@ -106,17 +106,17 @@ class WeightPlan:
         adapter = LoraAdapter(adapter_directory) if adapter_directory is not None else None
         made = {name: recipe for recipe in recipes for name in recipe.shapes}
         sources: dict[str, tuple[int, ...]] = {}
-        weights: list[PlannedWeight] = []
+        weights: list[PlacedWeight] = []
         offset = 0
         for name, value in initializers.items():
             dtype = value.dtype or ir.DataType.FLOAT
             if name in made:
-                weight = PlannedWeight(name, "", made[name].shapes[name], False, offset, dtype, made[name])
+                weight = PlacedWeight(name, "", made[name].shapes[name], False, offset, dtype, made[name])
                 sources.update(made[name].sources)
             else:
                 tensor = name.removesuffix(TRANSPOSED_SUFFIX)
                 transposed = tensor != name
-                weight = PlannedWeight(
+                weight = PlacedWeight(
                     name, tensor, _checkpoint_shape(value, transposed=transposed), transposed, offset, dtype
                 )
                 sources[tensor] = weight.shape
@@ -150,7 +150,7 @@ class WeightPlan:
                 f"{source} {list(shape)} | the adapter belongs to another model: check --adapter"
             )
 
-    def blocks(self, weight: PlannedWeight) -> Iterator[Tensor]:
+    def blocks(self, weight: PlacedWeight) -> Iterator[Tensor]:
         """Yield a weight that is copied as it is stored, (rows, ...) in its type, block by block.
 
         Raises:
@@ -216,7 +216,7 @@ def estimate_bytes(base: SafetensorsIndex) -> tuple[int, int]:
     return 4 * sum(elements.values()), 4 * max(pieces, default=0)
 
 
-def write_weights(plan: WeightPlan, path: Path, *, on_bytes: Callable[[int], None]) -> FileEntry:
+def write_weights(plan: WeightLayout, path: Path, *, on_bytes: Callable[[int], None]) -> FileEntry:
     """Write the data file.
 
     Args:
@@ -228,7 +228,7 @@ def write_weights(plan: WeightPlan, path: Path, *, on_bytes: Callable[[int], Non
         Size and SHA-256, taken while writing.
     """
     digest = hashlib.sha256()
-    recipe: Recipe | None = None
+    recipe: WeightSource | None = None
     made: Mapping[str, Tensor] = {}
     with path.open("wb") as file:
         for weight in plan.weights:
@@ -246,7 +246,7 @@ def write_weights(plan: WeightPlan, path: Path, *, on_bytes: Callable[[int], Non
         return FileEntry(file.tell(), digest.hexdigest())
 
 
-def external_tensors(plan: WeightPlan, location: str) -> dict[str, ir.ExternalTensor]:
+def external_tensors(plan: WeightLayout, location: str) -> dict[str, ir.ExternalTensor]:
     """Return the weights as ONNX external data, by initializer name.
 
     Args:
@@ -267,7 +267,7 @@ def external_tensors(plan: WeightPlan, location: str) -> dict[str, ir.ExternalTe
     }
 
 
-def _rows_at_once(weight: PlannedWeight) -> int:
+def _rows_at_once(weight: PlacedWeight) -> int:
     """Transposing needs the whole tensor; any other weight can pass through in blocks of rows."""
     if weight.transposed:
         return weight.shape[0]

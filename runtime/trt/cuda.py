@@ -29,7 +29,7 @@ class Cuda(Protocol):
     """One CUDA device. Every method raises :class:`ProviderError` when its call fails.
 
     Copies and launches are asynchronous: they run in the order of their stream, and host memory must stay untouched
-    until that stream has been synchronised.
+    until that stream has been synchronized.
     """
 
     def make_current(self) -> None:

@@ -13,8 +13,8 @@ from typing import Any
 from gircse.runtime.bundle import MANIFEST_NAME, GraphFacts, Layout
 from gircse.runtime.errors import BundleError, ProviderError
 from gircse.runtime.tensor_names import ATTENTION_MASK, INPUT_IDS
-from gircse.runtime.trt.engine_manifest import EnginePlan, Flavour
-from gircse.runtime.trt.memory_layout import PassPlanner
+from gircse.runtime.trt.engine_manifest import EngineManifest, Flavour
+from gircse.runtime.trt.memory_layout import BufferPlanner
 
 logger = logging.getLogger(__name__)
 
@@ -23,13 +23,15 @@ _LEVELS = {"INTERNAL_ERROR": logging.ERROR, "ERROR": logging.ERROR, "WARNING": l
 
 
 class LoadedEngine:
-    """A deserialised engine; makes execution contexts for several threads.
+    """A deserialized engine; makes execution contexts for several threads.
 
     Attributes:
         planner: plans its passes.
     """
 
-    def __init__(self, engine: Any, *, module: Any, messages: Any, plan: EnginePlan, planner: PassPlanner) -> None:
+    def __init__(
+        self, engine: Any, *, module: Any, messages: Any, plan: EngineManifest, planner: BufferPlanner
+    ) -> None:
         """Take an ``ICudaEngine`` and what :func:`load_engine` found out about it."""
         self.planner = planner
         self._engine, self._module, self._messages = engine, module, messages
@@ -81,8 +83,8 @@ class LoadedEngine:
         return config
 
 
-def load_engine(plan_path: Path, plan: EnginePlan, facts: GraphFacts, *, module: Any) -> LoadedEngine:
-    """Deserialise a plan.
+def load_engine(plan_path: Path, plan: EngineManifest, facts: GraphFacts, *, module: Any) -> LoadedEngine:
+    """Deserialize a plan.
 
     Args:
         plan_path: the plan; :mod:`gircse.runtime.trt.engine_manifest` has checked its hash.
@@ -110,7 +112,7 @@ def load_engine(plan_path: Path, plan: EnginePlan, facts: GraphFacts, *, module:
                 f"{plan.command}"
             )
 
-    planner = PassPlanner(facts, plan.layout, _check_tensors(engine, facts, plan.layout, module, refuse))
+    planner = BufferPlanner(facts, plan.layout, _check_tensors(engine, facts, plan.layout, module, refuse))
     _check_profiles(engine, plan, planner, refuse)
     return LoadedEngine(engine, module=module, messages=messages, plan=plan, planner=planner)
 
@@ -152,7 +154,7 @@ def _check_tensors(
     """Compare names, types, shapes and locations with the layout; return the item size of the KV cache."""
     names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
     found = {name: engine.get_tensor_mode(name) for name in names}
-    planner = PassPlanner(facts, layout, CACHE_ITEM_BYTES["FLOAT"])
+    planner = BufferPlanner(facts, layout, CACHE_ITEM_BYTES["FLOAT"])
     # Where the shapes of two batches that differ in every size differ, the dimension must be dynamic.
     small, large = planner.plan(2, 3, 0), planner.plan(5, 7, planner.last_pass)
     inputs, outputs = module.TensorIOMode.INPUT, module.TensorIOMode.OUTPUT
@@ -178,10 +180,10 @@ def _check_tensors(
 
 
 def _check_profiles(
-    engine: Any, plan: EnginePlan, planner: PassPlanner, refuse: Callable[[str, object, object], None]
+    engine: Any, plan: EngineManifest, planner: BufferPlanner, refuse: Callable[[str, object, object], None]
 ) -> None:
     names = sorted(planner.input_shapes(1, 1, 0))
-    refuse("has optimisation profiles:", engine.num_optimization_profiles, len(plan.profiles))
+    refuse("has optimization profiles:", engine.num_optimization_profiles, len(plan.profiles))
     for index, profile in enumerate(plan.profiles):
         refuse(f"profile {profile.name} has ranges of", sorted(profile.shapes), names)
         for name in names:

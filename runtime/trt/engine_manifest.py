@@ -1,7 +1,7 @@
 """TensorRT engines of a bundle: ``engines/NAME.plan`` with a JSON beside each, checked before the plan is trusted.
 
 ``gircse-build`` writes both; a plan runs only with the TensorRT that built it, on the compute capabilities it was built
-for, and belongs to exactly one bundle. The JSON holds the fields of :class:`EnginePlan`.
+for, and belongs to exactly one bundle. The JSON holds the fields of :class:`EngineManifest`.
 """
 
 import shlex
@@ -15,13 +15,13 @@ from gircse.runtime.bundle import MANIFEST_NAME, Bundle, Layout, SchemaVersion, 
 from gircse.runtime.errors import BundleError, EngineMismatchError, ProviderError
 
 ENGINES_FOLDER = "engines"
-PLAN_SCHEMA_VERSION = 1
+ENGINE_SCHEMA_VERSION = 1
 
 Shape = tuple[int, ...]
 
 
 class Flavour(StrEnum):
-    """Which TensorRT: the data-centre library, or TensorRT for RTX, which compiles its kernels on the user's machine."""
+    """Which TensorRT: the data-center library, or TensorRT for RTX, which compiles its kernels on the user's machine."""
 
     TENSORRT = "tensorrt"
     TENSORRT_RTX = "tensorrt-rtx"
@@ -50,7 +50,7 @@ class ShapeRange(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class EngineProfile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One optimisation profile; its place in ``EnginePlan.profiles`` is its index in the engine.
+    """One optimization profile; its place in ``EngineManifest.profiles`` is its index in the engine.
 
     Attributes:
         name: such as ``latency`` or ``throughput``.
@@ -63,7 +63,7 @@ class EngineProfile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     shapes: Mapping[str, ShapeRange]
 
 
-class EnginePlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class EngineManifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What must be known of a plan before it is loaded.
 
     Attributes:
@@ -74,7 +74,7 @@ class EnginePlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         flavour: which TensorRT built it.
         version: version of that TensorRT.
         compute_capabilities: GPUs that it runs on, such as ``8.9``.
-        profiles: optimisation profiles, in the engine's order.
+        profiles: optimization profiles, in the engine's order.
         settings: builder settings, as they were given.
         command: the command that builds it again.
         build_seconds: how long the build took.
@@ -113,7 +113,7 @@ class EnginePlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return msgspec.json.format(msgspec.json.encode(self), indent=2) + b"\n"
 
 
-def read_plans(bundle: Bundle) -> list[tuple[EnginePlan, Path]]:
+def read_engines(bundle: Bundle) -> list[tuple[EngineManifest, Path]]:
     """Return the plans of a bundle with their paths, sorted by name.
 
     Raises:
@@ -124,12 +124,12 @@ def read_plans(bundle: Bundle) -> list[tuple[EnginePlan, Path]]:
         try:
             content = path.read_bytes()
             version = msgspec.json.decode(content, type=SchemaVersion).schema_version
-            if version > PLAN_SCHEMA_VERSION:  # its fields may be others
+            if version > ENGINE_SCHEMA_VERSION:  # its fields may be others
                 raise BundleError(
-                    f"{path}: schema version {version} | this gircse-deploy reads up to {PLAN_SCHEMA_VERSION} | upgrade: "
+                    f"{path}: schema version {version} | this gircse-deploy reads up to {ENGINE_SCHEMA_VERSION} | upgrade: "
                     "pip install -U gircse-deploy, or build the engine again"
                 )
-            plan = msgspec.json.decode(content, type=EnginePlan)
+            plan = msgspec.json.decode(content, type=EngineManifest)
         except (OSError, msgspec.DecodeError) as err:
             raise BundleError(
                 f"{path}: {err} | what gircse-build wrote beside its plan | build the engine again"
@@ -138,7 +138,7 @@ def read_plans(bundle: Bundle) -> list[tuple[EnginePlan, Path]]:
     return found
 
 
-def select_plan(
+def select_engine(
     bundle: Bundle,
     *,
     flavour: Flavour,
@@ -147,7 +147,7 @@ def select_plan(
     precisions: Sequence[str],
     layout: Layout | None,
     verify: bool,
-) -> tuple[EnginePlan, Path]:
+) -> tuple[EngineManifest, Path]:
     """Choose the engine that this machine can run.
 
     Args:
@@ -164,7 +164,7 @@ def select_plan(
         EngineMismatchError: none fits; the message says what differs and how to build one that does.
         BundleError: a plan or its JSON is damaged.
     """
-    plans = [(plan, path) for plan, path in read_plans(bundle) if plan.flavour is flavour]
+    plans = [(plan, path) for plan, path in read_engines(bundle) if plan.flavour is flavour]
     wanted = [
         (plan, path)
         for precision in precisions
@@ -193,7 +193,7 @@ def select_plan(
     )
 
 
-def rebuild_command(plan: EnginePlan, bundle: Path, capability: str) -> str:
+def rebuild_command(plan: EngineManifest, bundle: Path, capability: str) -> str:
     """Return the command that builds a plan again, for a bundle that may have moved and a GPU that may be another."""
     command, _, *flags = shlex.split(plan.command)
     if "--sm" in flags:
@@ -202,10 +202,10 @@ def rebuild_command(plan: EnginePlan, bundle: Path, capability: str) -> str:
     return shlex.join([command, str(bundle), *flags])
 
 
-def _differences(plan: EnginePlan, bundle: Bundle, version: str, capability: str) -> list[str]:
+def _differences(plan: EngineManifest, bundle: Bundle, version: str, capability: str) -> list[str]:
     found = []
-    if plan.schema_version != PLAN_SCHEMA_VERSION:
-        found.append(f"schema version {plan.schema_version}, this gircse-deploy reads {PLAN_SCHEMA_VERSION}")
+    if plan.schema_version != ENGINE_SCHEMA_VERSION:
+        found.append(f"schema version {plan.schema_version}, this gircse-deploy reads {ENGINE_SCHEMA_VERSION}")
     if plan.bundle_sha256 != file_sha256(bundle.directory / MANIFEST_NAME):
         found.append("built from another export of the bundle")
     if plan.version != version:
@@ -215,7 +215,7 @@ def _differences(plan: EnginePlan, bundle: Bundle, version: str, capability: str
     return found
 
 
-def _check_plan_file(plan: EnginePlan, path: Path, command: str, *, verify: bool) -> None:
+def _check_plan_file(plan: EngineManifest, path: Path, command: str, *, verify: bool) -> None:
     size = path.stat().st_size if path.is_file() else None
     if size != plan.plan_bytes or (verify and file_sha256(path) != plan.plan_sha256):
         came = "missing" if size is None else f"{size} bytes" if size != plan.plan_bytes else "another SHA-256"

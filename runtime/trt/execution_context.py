@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from gircse.runtime.errors import ProviderError
 from gircse.runtime.trt.cuda import Cuda
 from gircse.runtime.trt.engine import LoadedEngine
-from gircse.runtime.trt.memory_layout import Buffer, Pass, Shape
+from gircse.runtime.trt.memory_layout import Buffer, Shape, StepBindings
 
 REBUILD = "build the engine again with gircse-build"
 
@@ -20,7 +20,7 @@ class BoundContext:
 
         Args:
             engine: the engine.
-            profile: index of its optimisation profile.
+            profile: index of its optimization profile.
             stream: the only stream that the context will run in.
             scratch: device memory for activations; contexts of one stream may share it, as they run one by one.
             scratch_bytes: its size.
@@ -34,10 +34,10 @@ class BoundContext:
         self._shapes: dict[str, Shape] = {}
         self._addresses: dict[str, int] = {}
         switched = self._context.set_optimization_profile_async(profile, stream)
-        engine.checked(switched, f"optimisation profile {profile}", "a profile of the engine", REBUILD)
+        engine.checked(switched, f"optimization profile {profile}", "a profile of the engine", REBUILD)
         self._context.set_device_memory(scratch, scratch_bytes)
 
-    def bind(self, planned: Pass, addresses: Mapping[Buffer, int]) -> None:
+    def bind(self, planned: StepBindings, addresses: Mapping[Buffer, int]) -> None:
         """Set what differs from the last pass.
 
         Args:
@@ -69,7 +69,7 @@ class BoundContext:
         queued = self._context.execute_async_v3(self._stream)
         self._engine.checked(queued, "execute_async_v3", f"a pass with {self._shapes}", "see TensorRT's log")
 
-    def _check_outputs(self, planned: Pass) -> None:
+    def _check_outputs(self, planned: StepBindings) -> None:
         try:
             missing = self._context.infer_shapes()
         except RuntimeError as err:
@@ -83,7 +83,7 @@ class BoundContext:
                 raise ProviderError(f"{name}: shape {came} | {expected} | {REBUILD}")
 
 
-class RepeatedPass:
+class CapturedStep:
     """A pass that comes again with the same shapes: it has a context of its own and, once captured, a CUDA graph.
 
     A captured graph stays valid only while nothing is changed in the context that it was captured from. Therefore that

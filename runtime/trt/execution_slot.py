@@ -1,9 +1,9 @@
 """A lane: one stream and all that one caller at a time needs to run batches in it.
 
-    host inputs --copy--> pass 0, pass 1, ... pass steps --copy--> host outputs, then one synchronisation
+    host inputs --copy--> pass 0, pass 1, ... pass steps --copy--> host outputs, then one synchronization
 
 The KV cache and the states stay on the device between the passes. A shape that comes back soon gets captured: its
-second run captures every pass (see :class:`RepeatedPass`), from the third on a pass is one launch.
+second run captures every pass (see :class:`CapturedStep`), from the third on a pass is one launch.
 """
 
 import contextlib
@@ -15,8 +15,8 @@ from gircse.runtime.errors import ProviderError
 from gircse.runtime.ort_session import StepOutputs
 from gircse.runtime.trt.cuda import Cuda
 from gircse.runtime.trt.engine import LoadedEngine
-from gircse.runtime.trt.execution_context import BoundContext, RepeatedPass
-from gircse.runtime.trt.memory_layout import Buffer, Int64, Pass, aligned
+from gircse.runtime.trt.execution_context import BoundContext, CapturedStep
+from gircse.runtime.trt.memory_layout import Buffer, Int64, StepBindings, aligned
 from gircse.runtime.trt.profile_selection import ProfileChoice
 
 logger = logging.getLogger(__name__)
@@ -71,7 +71,7 @@ class BatchRunner:
         self._profiles = (choice.prompt, choice.step)
         self._contexts: dict[int, BoundContext] = {}
         self._seen: OrderedDict[BatchShape, None] = OrderedDict()
-        self._repeated: OrderedDict[BatchShape, dict[int, RepeatedPass]] = OrderedDict()
+        self._captured: OrderedDict[BatchShape, dict[int, CapturedStep]] = OrderedDict()
         sizes = engine.planner.buffer_bytes(*limits)
         with contextlib.ExitStack() as resources:
             self._addresses = {buffer: _device_memory(cuda, size, resources) for buffer, size in sizes.items()}
@@ -88,11 +88,11 @@ class BatchRunner:
         """Run one batch, (batch, tokens) int64 each, within the limits; the arrays returned are the caller's."""
         cuda, planner = self._cuda, self._engine.planner
         batch, tokens = input_ids.shape
-        repeated = self._repeated_passes((batch, tokens))
+        repeated = self._captured_steps((batch, tokens))
         size = planner.write_inputs(self._host_inputs, input_ids, attention_mask, steps=steps)
         cuda.copy_to_device(self._addresses[Buffer.INPUTS], self._host_inputs[:size], self._stream)
         for number in range(planner.pass_count(steps)):
-            again = None if repeated is None else self._repeated_pass(repeated, batch, tokens, number)
+            again = None if repeated is None else self._run_or_capture(repeated, batch, tokens, number)
             if again is None:
                 self._enqueue(planner.plan(batch, tokens, number), self._profiles[number > 0])
         results = self._host_outputs[: planner.output_bytes(batch, steps)]
@@ -103,10 +103,10 @@ class BatchRunner:
     def close(self) -> None:
         """Free everything; the stream must be idle."""
         with self._resources as resources:
-            for passes in _shrink(self._repeated, 0):
+            for passes in _shrink(self._captured, 0):
                 _close_passes(passes, resources)
 
-    def _enqueue(self, planned: Pass, profile: int) -> None:
+    def _enqueue(self, planned: StepBindings, profile: int) -> None:
         if profile not in self._contexts:
             self._contexts[profile] = self._context(profile, for_graph=False)
         context = self._contexts[profile]
@@ -123,7 +123,7 @@ class BatchRunner:
             for_graph=for_graph,
         )
 
-    def _repeated_passes(self, shape: BatchShape) -> dict[int, RepeatedPass] | None:
+    def _captured_steps(self, shape: BatchShape) -> dict[int, CapturedStep] | None:
         """Return the captured passes of a shape, none yet when it comes for the second time; None: do not capture.
 
         Captured shapes and candidates are both bounded by what is kept: of a stream of texts of ever new lengths only
@@ -131,9 +131,9 @@ class BatchRunner:
         that the graphs of the shape that was not used for longest can be destroyed.
         """
         limit = self._policy.shapes  # read once: another lane may give up meanwhile
-        if shape in self._repeated:
-            self._repeated.move_to_end(shape)
-            return self._repeated[shape]
+        if shape in self._captured:
+            self._captured.move_to_end(shape)
+            return self._captured[shape]
         if shape not in self._seen:
             self._seen[shape] = None
             _shrink(self._seen, limit)
@@ -141,15 +141,15 @@ class BatchRunner:
         if not limit:
             return None
         del self._seen[shape]
-        self._repeated[shape] = {}
+        self._captured[shape] = {}
         with contextlib.ExitStack() as resources:
-            for passes in _shrink(self._repeated, limit):
+            for passes in _shrink(self._captured, limit):
                 _close_passes(passes, resources)
-        return self._repeated[shape]
+        return self._captured[shape]
 
-    def _repeated_pass(
-        self, repeated: dict[int, RepeatedPass], batch: int, tokens: int, number: int
-    ) -> RepeatedPass | None:
+    def _run_or_capture(
+        self, repeated: dict[int, CapturedStep], batch: int, tokens: int, number: int
+    ) -> CapturedStep | None:
         """Enqueue a pass by its graph, or capture it; None when it must be enqueued plainly."""
         if number in repeated:
             repeated[number].enqueue()
@@ -164,7 +164,7 @@ class BatchRunner:
             # The error holds the context until here; what its profile may have queued must not outlive it.
             self._cuda.synchronize(self._stream)
             return None
-        repeated[number] = RepeatedPass(self._cuda, context, stream=self._stream)
+        repeated[number] = CapturedStep(self._cuda, context, stream=self._stream)
         if not self._engine.captures_itself:
             try:
                 repeated[number].capture()
@@ -173,7 +173,7 @@ class BatchRunner:
         return repeated[number]
 
 
-class Lane:
+class ExecutionSlot:
     """A stream with a :class:`BatchRunner` for every choice of profiles that came up. One caller at a time."""
 
     def __init__(self, cuda: Cuda, engine: LoadedEngine, policy: CapturePolicy) -> None:
@@ -221,7 +221,7 @@ def _device_memory(cuda: Cuda, size: int, resources: contextlib.ExitStack) -> in
     return address
 
 
-def _close_passes(passes: dict[int, RepeatedPass], resources: contextlib.ExitStack) -> None:
+def _close_passes(passes: dict[int, CapturedStep], resources: contextlib.ExitStack) -> None:
     for again in passes.values():
         resources.callback(again.close)
 

@@ -43,7 +43,7 @@ class Buffer(Enum):
 
 
 @dataclass(frozen=True)
-class Place:
+class TensorPlacement:
     """Where a tensor lies: bytes from the start of a buffer."""
 
     buffer: Buffer
@@ -51,7 +51,7 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Pass:
+class StepBindings:
     """One pass of an engine.
 
     Attributes:
@@ -62,11 +62,11 @@ class Pass:
 
     inputs: Mapping[str, Shape]
     outputs: Mapping[str, Shape]
-    places: Mapping[str, Place]
+    places: Mapping[str, TensorPlacement]
 
 
 @dataclass(frozen=True)
-class PassPlanner:
+class BufferPlanner:
     """Plans the passes of one engine.
 
     Attributes:
@@ -115,17 +115,17 @@ class PassPlanner:
             steps if facts.steps else {}
         )
 
-    def plan(self, batch: int, tokens: int, number: int) -> Pass:
+    def plan(self, batch: int, tokens: int, number: int) -> StepBindings:
         """Plan pass ``number`` of a batch."""
         places = {
-            tensor_names.INPUT_IDS: Place(Buffer.INPUTS, 0),
-            tensor_names.ATTENTION_MASK: Place(Buffer.INPUTS, self.mask_offset(batch, tokens, number)),
+            tensor_names.INPUT_IDS: TensorPlacement(Buffer.INPUTS, 0),
+            tensor_names.ATTENTION_MASK: TensorPlacement(Buffer.INPUTS, self.mask_offset(batch, tokens, number)),
         }
         if self.layout is Layout.UNROLLED:
             places |= self._unrolled_outputs(batch)
         else:
             places |= self._states(batch, number) | self._cache(batch, tokens, number)
-        return Pass(self.input_shapes(batch, tokens, number), self.output_shapes(batch, tokens, number), places)
+        return StepBindings(self.input_shapes(batch, tokens, number), self.output_shapes(batch, tokens, number), places)
 
     def mask_offset(self, batch: int, tokens: int, number: int) -> int:
         """Return where the mask of pass ``number`` starts in the input buffer; that of pass K + 1 is the end."""
@@ -182,31 +182,31 @@ class PassPlanner:
     def _cache_bytes(self, batch: int, total: int) -> int:
         return aligned(batch * total * self.facts.kv_size * self.cache_item_bytes)
 
-    def _unrolled_outputs(self, batch: int) -> dict[str, Place]:
+    def _unrolled_outputs(self, batch: int) -> dict[str, TensorPlacement]:
         slot = self._slot_bytes(batch)
         names = [tensor_names.PROMPT_EMBEDDING, tensor_names.STEP_EMBEDDINGS, tensor_names.EMBEDDING]
         offsets = [0, slot, (self.facts.steps + 1) * slot]
-        places = {name: Place(Buffer.OUTPUTS, offset) for name, offset in zip(names, offsets, strict=True)}
+        places = {name: TensorPlacement(Buffer.OUTPUTS, offset) for name, offset in zip(names, offsets, strict=True)}
         if not self.facts.steps:
             del places[tensor_names.STEP_EMBEDDINGS]
         return places
 
-    def _states(self, batch: int, number: int) -> dict[str, Place]:
+    def _states(self, batch: int, number: int) -> dict[str, TensorPlacement]:
         slot = self._slot_bytes(batch)
-        places = {tensor_names.NEXT_HIDDEN: Place(Buffer.OUTPUTS, number * slot)}
+        places = {tensor_names.NEXT_HIDDEN: TensorPlacement(Buffer.OUTPUTS, number * slot)}
         if self.facts.steps:
             # The prompt has no soft token to read: its empty tensor lies in the slot that the first step will write.
-            places[tensor_names.HIDDEN] = Place(Buffer.OUTPUTS, (number - 1 if number else 1) * slot)
+            places[tensor_names.HIDDEN] = TensorPlacement(Buffer.OUTPUTS, (number - 1 if number else 1) * slot)
         return places
 
-    def _cache(self, batch: int, tokens: int, number: int) -> dict[str, Place]:
+    def _cache(self, batch: int, tokens: int, number: int) -> dict[str, TensorPlacement]:
         # As wide as the last step needs, so that one run's layout is the same in every pass.
         stride = self._cache_bytes(batch, tokens + self.facts.steps)
         write, read = (Buffer.CACHE_0, Buffer.CACHE_1) if number % 2 == 0 else (Buffer.CACHE_1, Buffer.CACHE_0)
         places = {}
         for prefix, buffer in (("past", read), ("present", write)):
             for index, name in enumerate(tensor_names.cache_names(prefix, self.facts.num_layers)):
-                places[name] = Place(buffer, index * stride)
+                places[name] = TensorPlacement(buffer, index * stride)
         return places
 
 

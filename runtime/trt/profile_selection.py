@@ -1,4 +1,4 @@
-"""Which optimisation profiles of an engine run a batch. Pure: shapes in, indices out.
+"""Which optimization profiles of an engine run a batch. Pure: shapes in, indices out.
 
 A profile runs a pass when its ranges hold the pass's shapes. Of those that do, one made for the stage comes first, then
 one for any stage; among equals the one with the smallest maximum batch, whose kernels were chosen for such sizes.
@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from gircse.runtime import tensor_names
-from gircse.runtime.trt.engine_manifest import EnginePlan, EngineProfile, Stage
-from gircse.runtime.trt.memory_layout import PassPlanner
+from gircse.runtime.trt.engine_manifest import EngineManifest, EngineProfile, Stage
+from gircse.runtime.trt.memory_layout import BufferPlanner
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,8 @@ class ProfileChoice:
 class ProfileChooser:
     """Chooses among the profiles of one engine."""
 
-    plan: EnginePlan
-    planner: PassPlanner
+    plan: EngineManifest
+    planner: BufferPlanner
 
     def choose(self, batch: int, tokens: int) -> ProfileChoice:
         """Return how to run a batch; the choice serves every number of steps.

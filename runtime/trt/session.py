@@ -21,8 +21,8 @@ from gircse.runtime.ort_session import StepOutputs
 from gircse.runtime.tensor_names import ATTENTION_MASK, INPUT_IDS
 from gircse.runtime.trt.cuda import Cuda
 from gircse.runtime.trt.engine import LoadedEngine, load_engine
-from gircse.runtime.trt.engine_manifest import EnginePlan
-from gircse.runtime.trt.execution_slot import CapturePolicy, Lane
+from gircse.runtime.trt.engine_manifest import EngineManifest
+from gircse.runtime.trt.execution_slot import CapturePolicy, ExecutionSlot
 from gircse.runtime.trt.memory_layout import Int64
 from gircse.runtime.trt.profile_selection import ProfileChooser
 
@@ -35,13 +35,13 @@ GRAPH_SHAPES = 8
 class TensorRtSession:
     """Runs batches through one engine; a context manager that frees the GPU's memory at its end."""
 
-    def __init__(self, engine: LoadedEngine, plan: EnginePlan, *, cuda: Cuda, graph_shapes: int) -> None:
+    def __init__(self, engine: LoadedEngine, plan: EngineManifest, *, cuda: Cuda, graph_shapes: int) -> None:
         """Take a loaded engine; :func:`open_tensorrt_session` makes it."""
         self._steps = engine.planner.facts.steps
         self._cuda = cuda
         self._chooser = ProfileChooser(plan, engine.planner)
         self._choose = functools.lru_cache(maxsize=1024)(self._chooser.choose)  # hundreds of inputs to compare
-        self._lanes = _LanePool(functools.partial(Lane, cuda, engine, CapturePolicy(graph_shapes)))
+        self._lanes = _SlotPool(functools.partial(ExecutionSlot, cuda, engine, CapturePolicy(graph_shapes)))
         # The pool knows nothing of the session, so a session that is dropped without close() frees the device too.
         self._finalizer = weakref.finalize(self, self._lanes.close)
 
@@ -98,15 +98,15 @@ class TensorRtSession:
         self.close()
 
 
-class _LanePool:
+class _SlotPool:
     """The idle lanes of a session, and how to make more; once closed, nothing here keeps the engine alive."""
 
-    def __init__(self, new_lane: Callable[[], Lane]) -> None:
-        self._new_lane: Callable[[], Lane] | None = new_lane
+    def __init__(self, new_lane: Callable[[], ExecutionSlot]) -> None:
+        self._new_lane: Callable[[], ExecutionSlot] | None = new_lane
         self._lock = threading.Lock()
-        self._idle: list[Lane] = []
+        self._idle: list[ExecutionSlot] = []
 
-    def take(self) -> Lane:
+    def take(self) -> ExecutionSlot:
         """Return an idle lane, the one used last, or a new one; it is the caller's until given back."""
         with self._lock:
             new_lane = self._new_lane
@@ -115,7 +115,7 @@ class _LanePool:
             lane = self._idle.pop() if self._idle else None
         return lane or new_lane()
 
-    def give_back(self, lane: Lane) -> None:
+    def give_back(self, lane: ExecutionSlot) -> None:
         """Take a lane whose stream is idle, for the next run; close it when the session was closed meanwhile."""
         with self._lock:
             if self._new_lane is not None:
@@ -132,7 +132,7 @@ class _LanePool:
 
 
 def open_tensorrt_session(
-    bundle: Bundle, plan: EnginePlan, plan_path: Path, *, module: Any, cuda: Cuda, graph_shapes: int = GRAPH_SHAPES
+    bundle: Bundle, plan: EngineManifest, plan_path: Path, *, module: Any, cuda: Cuda, graph_shapes: int = GRAPH_SHAPES
 ) -> TensorRtSession:
     """Load an engine of a bundle onto the GPU.
 
@@ -166,7 +166,7 @@ def _check_batch(input_ids: Int64, attention_mask: Int64) -> None:
         )
 
 
-def _close(lane: Lane) -> None:
+def _close(lane: ExecutionSlot) -> None:
     """Close a lane where nobody waits for its errors."""
     try:
         lane.close()

@@ -18,12 +18,12 @@ from gircse.calibration import resume
 from gircse.calibration.calibrate import CalibrationOptions, calibrate
 from gircse.calibration.calibrate_command import main
 from gircse.calibration.calibration_file import Calibration
-from gircse.calibration.int8.scheme import Site, SiteKind, decoder_sites
+from gircse.calibration.int8.scheme import InputKind, QuantizedInput, decoder_inputs
 from gircse.calibration.int8.thresholds import Method
 from gircse.calibration.observe import Observer
 from gircse.calibration.sensitivity import measure_sensitivity
 from gircse.reporting.progress import StageProgress
-from gircse.runtime.atomic_file import whole_file
+from gircse.runtime.atomic_file import atomic_write
 from gircse.runtime.errors import CheckpointError, GircseError
 
 STEPS = 2
@@ -51,17 +51,17 @@ def run(small_models: SmallModels, tmp_path: Path, **options: Any) -> Calibratio
 def test_the_file_holds_every_input_and_step(small_models: SmallModels, tmp_path: Path) -> None:
     found = run(small_models, tmp_path)
     assert Calibration.read(tmp_path / "calibration.json") == found
-    assert len(found.sites) == 2 * 4 + 1
-    for name, site in found.sites.items():
+    assert len(found.inputs) == 2 * 4 + 1
+    for name, site in found.inputs.items():
         steps = site.ranges[1:] if name == "lm_head" else site.ranges
         assert len(site.ranges) == STEPS + 1
         assert min(steps) > 0
         assert site.thresholds == site.ranges  # max
-    assert found.sites["lm_head"].ranges[0] == 0, "the prompt has no vocabulary projection"
-    smoothed = found.sites["model.layers.0.attention_input"]
+    assert found.inputs["lm_head"].ranges[0] == 0, "the prompt has no vocabulary projection"
+    smoothed = found.inputs["model.layers.0.attention_input"]
     assert len(smoothed.smoothing) == 48
-    assert len(smoothed.float_channels) == 8
-    assert {kind.name for kind in found.sensitivity.kinds} == {*map(str, SiteKind), "soft-token mixing"}
+    assert len(smoothed.outlier_channels) == 8
+    assert {kind.name for kind in found.sensitivity.kinds} == {*map(str, InputKind), "soft-token mixing"}
     assert found.texts.samples == 40
     assert not list(tmp_path.glob("*.partial*"))
 
@@ -69,14 +69,14 @@ def test_the_file_holds_every_input_and_step(small_models: SmallModels, tmp_path
 @pytest.mark.parametrize("method", ["percentile", "entropy", "mse"])
 def test_thresholds_of_a_method_do_not_exceed_the_range(small_models: SmallModels, tmp_path: Path, method: str) -> None:
     found = run(small_models, tmp_path, method=Method(method))
-    pairs = [(t, r) for site in found.sites.values() for t, r in zip(site.thresholds, site.ranges, strict=True)]
+    pairs = [(t, r) for site in found.inputs.values() for t, r in zip(site.thresholds, site.ranges, strict=True)]
     assert all(0 <= t <= r * (1 + 1e-5) for t, r in pairs)  # six digits are written
     assert any(t < 0.999 * r for t, r in pairs)
 
 
 def test_a_small_drop_keeps_inputs_in_float(small_models: SmallModels, tmp_path: Path) -> None:
     found = run(small_models, tmp_path, max_drop=1e-4)
-    assert found.sensitivity.kept
+    assert found.sensitivity.excluded
     assert found.sensitivity.curve[0].name == "everything"
 
 
@@ -175,10 +175,10 @@ def test_a_full_disk_leaves_nothing_half_written(
 
     @contextmanager
     def full(path: Path) -> Iterator[Any]:
-        with whole_file(path) as file:
+        with atomic_write(path) as file:
             yield SimpleNamespace(write=refuse) if path.name == f"calibration{suffix}" else file
 
-    monkeypatch.setattr(calibrate_module, "whole_file", full)
+    monkeypatch.setattr(calibrate_module, "atomic_write", full)
     with pytest.raises(CheckpointError, match=r"--output .*No space left on device"):
         run(small_models, tmp_path)
     assert {path.name for path in tmp_path.iterdir()} <= {"texts.txt", "calibration.json.partial"}
@@ -197,9 +197,9 @@ def test_padding_is_not_observed(small_models: SmallModels, tmp_path: Path) -> N
         single = run(small_models, tmp_path, texts=write_texts(tmp_path, texts))
     finally:
         calibrate_module.BATCH_SIZE = kept
-    for name, site in alone.sites.items():
+    for name, site in alone.inputs.items():
         if not site.smoothing:  # the search reads a sample, which differs
-            assert site.ranges == pytest.approx(single.sites[name].ranges, rel=1e-3)
+            assert site.ranges == pytest.approx(single.inputs[name].ranges, rel=1e-3)
 
 
 def test_command_line_refuses_a_smoothing_of_letters(capsys: pytest.CaptureFixture[str]) -> None:
@@ -210,24 +210,24 @@ def test_command_line_refuses_a_smoothing_of_letters(capsys: pytest.CaptureFixtu
 
 @dataclass(frozen=True)
 class OneBadInput:
-    """A study in which quantising one input destroys the vectors and quantising the others changes nothing."""
+    """A study in which quantizing one input destroys the vectors and quantizing the others changes nothing."""
 
-    bad: Site
-    sites: tuple[Site, ...] = decoder_sites(2)
+    bad: QuantizedInput
+    sites: tuple[QuantizedInput, ...] = decoder_inputs(2)
     mixture: None = None
 
     def embed(self) -> np.ndarray:
         return np.random.default_rng(0).normal(size=(12, 8)).astype(np.float32)
 
-    def embed_quantized(self, sites: Collection[Site], *, mixture: Any) -> np.ndarray:
+    def embed_quantized(self, sites: Collection[QuantizedInput], *, mixture: Any) -> np.ndarray:
         seed = 1 if self.bad in sites else 0
         return np.random.default_rng(seed).normal(size=(12, 8)).astype(np.float32)
 
 
 @pytest.mark.parametrize("index", [0, 5, 8])
 def test_the_most_sensitive_input_is_kept_and_no_other(index: int) -> None:
-    study: Any = OneBadInput(decoder_sites(2)[index])
+    study: Any = OneBadInput(decoder_inputs(2)[index])
     found = measure_sensitivity(study, max_drop=0.01, progress=StageProgress())
-    assert found.kept == (study.bad.name,)
+    assert found.excluded == (study.bad.name,)
     assert found.result.rank_correlation == pytest.approx(1)
     assert found.curve[0].rank_correlation < 0.9

@@ -11,21 +11,21 @@ from gircse.calibration.calibration_file import (
     SCHEMA_VERSION,
     Calibration,
     Fidelity,
-    MixtureCalibration,
+    InputCalibration,
+    ModelFingerprint,
     Sensitivity,
-    SiteCalibration,
-    Subject,
+    SoftTokenCalibration,
     TextsUsed,
 )
-from gircse.calibration.int8.scheme import SiteKind, decoder_sites
+from gircse.calibration.int8.scheme import InputKind, decoder_inputs
 from gircse.calibration.report import markdown, prepare_report, write_report
-from gircse.calibration.report_charts import calibrated_sites, kept_count, measured_parts, rank_loss
+from gircse.calibration.report_charts import calibrated_inputs, excluded_count, measured_parts, rank_loss
 from gircse.runtime.bundle import AdapterSource, ModelSource, Pooling
 from gircse.runtime.errors import CheckpointError, MeasurementError
 
 KEPT = ("model.layers.0.mlp_output", "lm_head")
 ZERO = "model.layers.1.mlp_output"
-SUBJECT = Subject(
+SUBJECT = ModelFingerprint(
     model=ModelSource("local/mod|el", "abc123", "1" * 64),
     norm_sha256="2" * 64,
     adapter=AdapterSource("demo", None, "3" * 64),
@@ -38,10 +38,10 @@ CHARTS = ["ranges-by-step", "migration", "error", "sensitivity"]
 
 def small_calibration(steps: int = 2) -> Calibration:
     """Two layers, of which the second has nothing in one input; two inputs have to be kept."""
-    sites = {site.name: _site(site.kind, steps) for site in decoder_sites(2)[: None if steps else -1]}
-    sites[KEPT[0]] = _site(SiteKind.MLP_OUTPUT, steps, prompt=800.0)
-    sites[ZERO] = SiteCalibration(None, (), (), (0.0,) * (steps + 1), (0.0,) * (steps + 1), 0.0)
-    kinds = tuple(Fidelity(kind, 0.998, 0.95) for kind in SiteKind)
+    sites = {site.name: _site(site.kind, steps) for site in decoder_inputs(2)[: None if steps else -1]}
+    sites[KEPT[0]] = _site(InputKind.MLP_OUTPUT, steps, prompt=800.0)
+    sites[ZERO] = InputCalibration(None, (), (), (0.0,) * (steps + 1), (0.0,) * (steps + 1), 0.0)
+    kinds = tuple(Fidelity(kind, 0.998, 0.95) for kind in InputKind)
     mixing = Fidelity("soft-token mixing", 1.0, 1.0)
     layers = (
         Fidelity("model.layers.0", 0.97, 0.8),
@@ -56,22 +56,22 @@ def small_calibration(steps: int = 2) -> Calibration:
     curve = (everything, one, two)
     return Calibration(
         schema_version=SCHEMA_VERSION,
-        subject=msgspec.structs.replace(SUBJECT, steps=steps),
+        fingerprint=msgspec.structs.replace(SUBJECT, steps=steps),
         texts=TextsUsed("4" * 64, samples=48, tokens=1234, seed=7),
         method="entropy",
         max_drop=0.005,
-        sites=sites,
+        inputs=sites,
         moments_sha256="5" * 64,
-        mixture=MixtureCalibration(128, (0.5, -0.25)) if steps else None,
+        soft_token=SoftTokenCalibration(128, (0.5, -0.25)) if steps else None,
         sensitivity=Sensitivity(KEPT[: 2 if steps else 1], two, (*kinds, mixing), layers, curve),
         tools={"torch": "2.11.0", "gircse-deploy": "0.1.0"},
     )
 
 
-def _site(kind: SiteKind, steps: int, *, prompt: float = 4.0) -> SiteCalibration:
-    ranges = (0.0 if kind is SiteKind.VOCABULARY else prompt, *(2.0 + step for step in range(steps)))
-    migration = 0.5 if kind is SiteKind.MLP_INPUT else None
-    return SiteCalibration(migration, (1.0, 2.0), (3,), ranges, ranges, 0.016)
+def _site(kind: InputKind, steps: int, *, prompt: float = 4.0) -> InputCalibration:
+    ranges = (0.0 if kind is InputKind.VOCABULARY else prompt, *(2.0 + step for step in range(steps)))
+    migration = 0.5 if kind is InputKind.MLP_INPUT else None
+    return InputCalibration(migration, (1.0, 2.0), (3,), ranges, ranges, 0.016)
 
 
 @pytest.fixture
@@ -97,24 +97,24 @@ def test_files_are_written(steps: int, tmp_path: Path) -> None:
 def test_trade_off_only_where_something_was_kept(tmp_path: Path) -> None:
     calibration = small_calibration()
     nothing = msgspec.structs.replace(
-        calibration.sensitivity, kept=(), curve=(), result=Fidelity("everything", 0.9985, 0.96)
+        calibration.sensitivity, excluded=(), curve=(), result=Fidelity("everything", 0.9985, 0.96)
     )
     files = write_report(msgspec.structs.replace(calibration, sensitivity=nothing), tmp_path)
     assert [path.stem for path in files] == ["calibration", *CHARTS]
     text = files[0].read_text(encoding="utf-8")
     assert "trade-off" not in text
-    assert "Nothing stays in float: all quantised, it loses 0.0015, and `--max-drop` is 0.005." in text
+    assert "Nothing stays in float: all quantized, it loses 0.0015, and `--max-drop` is 0.005." in text
 
 
 @pytest.mark.filterwarnings("error::UserWarning", "error::RuntimeWarning")
 def test_nothing_but_zeros(tmp_path: Path) -> None:
     """No logarithm of 0, neither of ranges nor of losses, nor of the limit."""
     calibration = small_calibration()
-    sites = dict.fromkeys(calibration.sites, calibration.sites[ZERO])
+    sites = dict.fromkeys(calibration.inputs, calibration.inputs[ZERO])
     exact = Fidelity("everything", 1.0, 1.0)
     layers = tuple(Fidelity(f"model.layers.{layer}", 1.0, 1.0) for layer in range(2))
     sensitivity = Sensitivity((), exact, (Fidelity("mlp_input", 1.0, 1.0),), layers, (exact,))
-    zeros = msgspec.structs.replace(calibration, sites=sites, sensitivity=sensitivity, max_drop=0.0)
+    zeros = msgspec.structs.replace(calibration, inputs=sites, sensitivity=sensitivity, max_drop=0.0)
     assert len(write_report(zeros, tmp_path)) == 6
     assert "prompt / steps" not in markdown(zeros)
 
@@ -136,8 +136,8 @@ def test_same_calibration_same_bytes(tmp_path: Path) -> None:
         "| texts | 48 with 1234 tokens, seed 7, SHA-256 `4444444444444444` |",
         "| thresholds | by `entropy` |",
         "| 0.9965 | 0.925 | 2 of 9 |",
-        "These stay in float, most sensitive first: `model.layers.0.mlp_output`, `lm_head`. All quantised, it would lose "
-        "0.062, and `--max-drop` is 0.005. So each input was quantised alone, and of those that lost most, the fewest are "
+        "These stay in float, most sensitive first: `model.layers.0.mlp_output`, `lm_head`. All quantized, it would lose "
+        "0.062, and `--max-drop` is 0.005. So each input was quantized alone, and of those that lost most, the fewest are "
         "kept that meet it: the loss is 0.0035.",
         "| mlp output | 2 | 800 | 3 | 0.008 | 0.002 |",
         "| vocabulary | 1 | - | 3 | 0.016 | 0.002 |",
@@ -165,24 +165,24 @@ def test_without_steps_there_is_no_vocabulary_and_no_mixture() -> None:
     assert "mixing" not in text
     assert "| 0.9965 | 0.925 | 1 of 8 |" in text
     assert "| mlp output | 2 | 800 | - |" in text
-    assert calibration.mixture is None
-    assert measured_parts(calibration) == list(SiteKind)[:4]
+    assert calibration.soft_token is None
+    assert measured_parts(calibration) == list(InputKind)[:4]
 
 
 def test_without_adapter() -> None:
-    subject = msgspec.structs.replace(SUBJECT, adapter=None)
-    assert "| adapter | none |" in markdown(msgspec.structs.replace(small_calibration(), subject=subject))
+    fingerprint = msgspec.structs.replace(SUBJECT, adapter=None)
+    assert "| adapter | none |" in markdown(msgspec.structs.replace(small_calibration(), fingerprint=fingerprint))
 
 
 def test_order_is_that_of_the_computation() -> None:
     calibration = small_calibration()
-    shuffled = msgspec.structs.replace(calibration, sites=dict(sorted(calibration.sites.items(), reverse=True)))
-    assert list(calibrated_sites(shuffled)) == list(decoder_sites(2))
+    shuffled = msgspec.structs.replace(calibration, inputs=dict(sorted(calibration.inputs.items(), reverse=True)))
+    assert list(calibrated_inputs(shuffled)) == list(decoder_inputs(2))
     assert markdown(shuffled) == markdown(calibration)
 
 
 def test_points_of_a_curve() -> None:
-    assert [kept_count(point) for point in small_calibration().sensitivity.curve] == [0, 1, 2]
+    assert [excluded_count(point) for point in small_calibration().sensitivity.curve] == [0, 1, 2]
     assert rank_loss(Fidelity("x", 1 + 1e-16, 1.0)) == 0
     assert rank_loss(Fidelity("x", 1 - 1e-15, 1.0)) == 0
     assert rank_loss(Fidelity("x", 0.75, 1.0)) == 0.25
@@ -213,13 +213,13 @@ def test_file_is_what_was_written(calibration_file: Path) -> None:
     calibration = Calibration.read(calibration_file)
     assert calibration == small_calibration()
     assert calibration.to_json() == calibration_file.read_bytes()
-    assert calibration.sites[KEPT[0]].threshold == 800
+    assert calibration.inputs[KEPT[0]].threshold == 800
 
 
 def _with_site(**changes: Any) -> Calibration:
     calibration = small_calibration()
-    site = msgspec.structs.replace(calibration.sites[KEPT[0]], **changes)
-    return msgspec.structs.replace(calibration, sites={**calibration.sites, KEPT[0]: site})
+    site = msgspec.structs.replace(calibration.inputs[KEPT[0]], **changes)
+    return msgspec.structs.replace(calibration, inputs={**calibration.inputs, KEPT[0]: site})
 
 
 def _with_sensitivity(**changes: Any) -> Calibration:
@@ -229,7 +229,7 @@ def _with_sensitivity(**changes: Any) -> Calibration:
 
 NAN, INFINITY = float("nan"), float("inf")
 SITE_MESSAGE = (
-    r"^calibration: site model\.layers\.0\.mlp_output holds NaN or infinity \| finite numbers \| calibrate again$"
+    r"^calibration: input model\.layers\.0\.mlp_output holds NaN or infinity \| finite numbers \| calibrate again$"
 )
 
 
@@ -241,7 +241,7 @@ SITE_MESSAGE = (
         (_with_site(smoothing=(1.0, -INFINITY)), SITE_MESSAGE),
         (_with_site(error=NAN), SITE_MESSAGE),
         (
-            msgspec.structs.replace(small_calibration(), mixture=MixtureCalibration(1, (NAN,))),
+            msgspec.structs.replace(small_calibration(), soft_token=SoftTokenCalibration(1, (NAN,))),
             r"calibration: mixture holds NaN or infinity",
         ),
         (_with_sensitivity(result=Fidelity("x", NAN, 1.0)), r"calibration: sensitivity holds NaN or infinity"),

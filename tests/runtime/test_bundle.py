@@ -1,6 +1,5 @@
 """What is checked before a bundle is trusted; each damage gives one clear error."""
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -8,17 +7,10 @@ from typing import Any
 
 import onnx
 import pytest
-from support.small_models import SmallModels, add_stepwise_variants
+from support.small_models import SmallModels, add_stepwise_variants, edit_manifest
 
 from gircse.runtime import BundleError, Embedder
 from gircse.runtime.bundle import INT8_PRECISIONS, Bundle, FileEntry, Layout, Manifest, Precision, file_sha256
-
-
-def edit_manifest(bundle: Path, change: Callable[[dict[str, Any]], None]) -> None:
-    path = bundle / "gircse.json"
-    manifest = json.loads(path.read_text())
-    change(manifest)
-    path.write_text(json.dumps(manifest))
 
 
 def accept_file(bundle: Path, name: str) -> None:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support.small_models import SmallModels, add_stepwise_variants
+from support.small_models import SmallModels, add_stepwise_variants, edit_manifest
 from support.tolerances import BATCH_MAX_DIFFERENCE
 
 from gircse.runtime import BundleError, Embedder, ProviderError, SelfTestReport
@@ -178,8 +178,6 @@ def test_self_test_does_not_pass_nan() -> None:
 
 
 def test_self_test_without_golden_vectors(small_bundle: Path) -> None:
-    from test_runtime_bundle import edit_manifest
-
     edit_manifest(small_bundle, lambda m: m.update(golden=False, golden_missing_reason="no memory"))
     with pytest.raises(BundleError, match=r"no golden vectors \(no memory\)"):
         Embedder(small_bundle).self_test()

@@ -22,7 +22,7 @@ from gircse.runtime import BundleError, Embedder, ProviderError
 from gircse.runtime.bundle import Bundle, Layout, file_sha256
 from gircse.runtime.provider import Provider
 from gircse.runtime.tensor_names import cache_names
-from gircse.runtime.trt.engine_manifest import EnginePlan, Flavour
+from gircse.runtime.trt.engine_manifest import EngineManifest, Flavour
 
 CPU, CUDA, TENSORRT = "CPUExecutionProvider", "CUDAExecutionProvider", "TensorrtExecutionProvider"
 MAX_BATCH, MAX_TOKENS = 3, 20
@@ -163,10 +163,10 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
     return Machine(monkeypatch)
 
 
-def make_plan(bundle: Path, flavour: Flavour, *, precision: str = "fp16") -> EnginePlan:
+def make_plan(bundle: Path, flavour: Flavour, *, precision: str = "fp16") -> EngineManifest:
     facts = Bundle.open(bundle).manifest.graph
     specs = [ProfileSpec("throughput", SizeRange(1, 2, MAX_BATCH), SizeRange(1, 8, MAX_TOKENS))]
-    return EnginePlan(
+    return EngineManifest(
         schema_version=1,
         bundle_sha256=file_sha256(bundle / "gircse.json"),
         precision=precision,

@@ -10,8 +10,8 @@ import numpy as np
 from gircse.runtime import tensor_names
 from gircse.runtime.bundle import GraphFacts, Layout, Pooling
 from gircse.runtime.ort_session import StepOutputs
-from gircse.runtime.trt.engine_manifest import EnginePlan, EngineProfile, Flavour, ShapeRange, Stage
-from gircse.runtime.trt.memory_layout import PassPlanner
+from gircse.runtime.trt.engine_manifest import EngineManifest, EngineProfile, Flavour, ShapeRange, Stage
+from gircse.runtime.trt.memory_layout import BufferPlanner
 from gircse.runtime.trt.session import TensorRtSession, open_tensorrt_session
 from support.fake_cuda import FakeCuda
 from support.fake_tensorrt import FakeTensorRt, tiny_run
@@ -45,7 +45,7 @@ def profile(
     tokens: tuple[int, int] = (1, MAX_TOKENS),
 ) -> EngineProfile:
     """Ranges that hold the prompt and every step."""
-    planner = PassPlanner(facts, layout, 2)
+    planner = BufferPlanner(facts, layout, 2)
     low, high, last = (
         planner.input_shapes(1, tokens[0], 0),
         planner.input_shapes(batch, tokens[1], 0),
@@ -59,8 +59,8 @@ def profile(
 
 def make_plan(
     facts: GraphFacts, layout: Layout, profiles: list[EngineProfile] | None = None, *, rtx: bool = False
-) -> EnginePlan:
-    return EnginePlan(
+) -> EngineManifest:
+    return EngineManifest(
         schema_version=1,
         bundle_sha256="",
         precision="fp16",

@@ -1,7 +1,7 @@
 """A simulated GPU that refuses every misuse.
 
 ``FakeCuda`` keeps device memory as byte arrays at made-up addresses, and defers every copy and pass until its stream is
-synchronised. Misuse raises :class:`Misuse`, which no code under test expects.
+synchronized. Misuse raises :class:`Misuse`, which no code under test expects.
 """
 
 import contextlib
@@ -146,7 +146,7 @@ class FakeCuda:
         with self.call("copy_to_host"):
             self._require_pinned(array)
             self.view(address, array.nbytes)
-            array[:] = POISON  # whoever reads before the stream was synchronised reads this
+            array[:] = POISON  # whoever reads before the stream was synchronized reads this
 
             def copy() -> None:
                 array[:] = self.view(address, array.nbytes)

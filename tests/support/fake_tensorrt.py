@@ -1,7 +1,7 @@
 """A simulated TensorRT on the simulated GPU: its engines compute something that numpy can check.
 
 ``FakeTensorRt`` stands for the module ``tensorrt`` or ``tensorrt_rtx``; its engines run ``tiny_pass`` on whatever lies
-at the bound addresses when the stream is synchronised.
+at the bound addresses when the stream is synchronized.
 """
 
 import itertools
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from gircse.runtime import tensor_names
 from gircse.runtime.bundle import GraphFacts, Layout
 from gircse.runtime.ort_session import StepOutputs, step_outputs
-from gircse.runtime.trt.engine_manifest import EnginePlan, EngineProfile
+from gircse.runtime.trt.engine_manifest import EngineManifest, EngineProfile
 from support.fake_cuda import POISON, FakeCuda, Operation, require
 
 Array = NDArray[Any]
@@ -124,7 +124,7 @@ class FakeTensorRt:
     ExecutionContextAllocationStrategy, CudaGraphStrategy = ExecutionContextAllocationStrategy, CudaGraphStrategy
 
     def __init__(
-        self, cuda: FakeCuda, facts: GraphFacts, plan: EnginePlan, *, cache_type: str = "HALF", rtx: bool = False
+        self, cuda: FakeCuda, facts: GraphFacts, plan: EngineManifest, *, cache_type: str = "HALF", rtx: bool = False
     ) -> None:
         self.cuda, self.facts, self.plan, self.cache_type, self.rtx = cuda, facts, plan, cache_type, rtx
         self.refuse: set[str] = set()

@@ -82,7 +82,7 @@ class SmallModels:
             config = CONFIGS[name]()
             torch.manual_seed(7)
             model = AutoModelForCausalLM.from_config(config, dtype=config.dtype or torch.float32)
-            randomise_vectors(model)
+            randomize_vectors(model)
             model.save_pretrained(directory)
             shutil.copyfile(DATA / "tokenizer.json", directory / "tokenizer.json")
         return directory
@@ -116,7 +116,7 @@ class SmallModels:
 
 
 @torch.no_grad()
-def randomise_vectors(model: torch.nn.Module) -> None:
+def randomize_vectors(model: torch.nn.Module) -> None:
     """Give norms and biases values of their own: with ones and zeros a lost one would go unnoticed."""
     for name, parameter in model.named_parameters():
         if parameter.ndim == 1:
@@ -139,6 +139,13 @@ def add_stepwise_variants(bundle: Path, *precisions: str) -> None:
     alone = {**fp32, "graphs": {"stepwise": fp32["graphs"]["stepwise"]}}
     manifest["variants"].update(dict.fromkeys(precisions, alone))
     (bundle / "gircse.json").write_text(json.dumps(manifest))
+
+
+def edit_manifest(bundle: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    path = bundle / "gircse.json"
+    manifest = json.loads(path.read_text())
+    change(manifest)
+    path.write_text(json.dumps(manifest))
 
 
 def rehash(bundle: Path) -> None:

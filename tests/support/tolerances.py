@@ -39,7 +39,7 @@ LLAMA_CPP_MIN_COSINE_DEMO = 0.997
 """llama.cpp in Q8_0 against our reference in FP32, the demo, K = 8. Measured over 44 texts: 0.9988, with AMX 0.9985."""
 
 PROBE_MAX_DIFFERENCE = 2e-4
-"""States, soft tokens and entropies of the seeded small models, not normalised: probe or PyTorch against plain
+"""States, soft tokens and entropies of the seeded small models, not normalized: probe or PyTorch against plain
 torch. Measured: 3.4e-5 (states, of length 9), 1.4e-6 (entropy)."""
 
 LOW_PRECISION_MIN_COSINE = {"fp16": 0.9999, "bf16": 0.995}
@@ -51,11 +51,11 @@ GPU_BATCH_MAX_DIFFERENCE = 2e-2
 rounding of FP16 (5e-4) and what five steps of the small models make of it."""
 
 INT8_FAKE_MIN_COSINE = 0.999
-"""h_0 of a graph with one kind of input quantised against the same in PyTorch, small models. Measured worst 0.99996,
+"""h_0 of a graph with one kind of input quantized against the same in PyTorch, small models. Measured worst 0.99996,
 where a value between two integers falls the other way."""
 
 INT8_TWO_DIGITS_FAKE_MIN_COSINE = 0.99999
-"""The same for an input of two digits. Measured worst 0.9999956; without the second digit 0.9995."""
+"""The same for an input of two limbs. Measured worst 0.9999956; without the second limb 0.9995."""
 
 INT8_PROMPT_MIN_COSINE = {"int8": 0.99, "int8-weights": 0.998}
 """h_0 of the INT8 variants against FP32, small models. Measured: 0.9952 and 0.9986, both qwen3."""

@@ -25,7 +25,7 @@ def padded(prompts: list[list[int]], *, left: bool, extra: int = 2) -> tuple[np.
 
 
 def expected(model: torch.nn.Module, *, pooling: str = "mean", steps: int = STEPS) -> tuple[np.ndarray, np.ndarray]:
-    """Return normalised h_0 (n, hidden) and z_1..z_K (n, K, hidden)."""
+    """Return normalized h_0 (n, hidden) and z_1..z_K (n, K, hidden)."""
     states = [plain_states(model, prompt, steps) for prompt in PROMPTS]
     embeddings = torch.stack([plain_embeddings(rows, pooling) for rows in states])
     return l2_normalize(torch.stack(states)[:, 0].numpy()), embeddings.numpy()

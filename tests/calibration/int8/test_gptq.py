@@ -72,7 +72,7 @@ def test_products_lose_less_than_by_rounding_to_nearest() -> None:
     for name, moments in (("nearest", None), ("seen", moments_of(rows))):
         rounded = round_smoothed(weight, scales, channels, moments)
         assert not rounded.integers[:, list(channels)].any()
-        wide = rounded.integers * rounded.steps[:, None]
+        wide = rounded.integers * rounded.scales[:, None]
         wide[:, list(channels)] = rounded.columns
         errors[name] = product_error(rows, weight, wide / scales)
     assert errors["seen"] < 0.4 * errors["nearest"]

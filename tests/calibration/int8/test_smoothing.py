@@ -1,4 +1,4 @@
-"""Smoothing and float channels: chosen where the quantised product gains by them, and not elsewhere."""
+"""Smoothing and float channels: chosen where the quantized product gains by them, and not elsewhere."""
 
 import pytest
 import torch
@@ -23,38 +23,38 @@ def example(*, spikes: int, size: float = 1e4) -> tuple[torch.Tensor, torch.Tens
     return rows, torch.randn(OUTPUTS, INPUTS, generator=generator)
 
 
-def search(rows: torch.Tensor, weight: torch.Tensor, *, digits: int, migrations: tuple[float | None, ...]) -> Smoothing:
-    return search_smoothing(rows, weight, rows.abs().amax(0), digits=digits, float_channels=8, migrations=migrations)
+def search(rows: torch.Tensor, weight: torch.Tensor, *, limbs: int, migrations: tuple[float | None, ...]) -> Smoothing:
+    return search_smoothing(rows, weight, rows.abs().amax(0), limbs=limbs, outlier_channels=8, migrations=migrations)
 
 
-@pytest.mark.parametrize("digits", [1, 2])
-def test_channels_stay_in_float_where_they_are_huge(digits: int) -> None:
+@pytest.mark.parametrize("limbs", [1, 2])
+def test_channels_stay_in_float_where_they_are_huge(limbs: int) -> None:
     rows, weight = example(spikes=3)
-    found = search(rows, weight, digits=digits, migrations=())
-    assert {0, 1, 2} <= set(found.float_channels)
-    assert len(found.float_channels) == 8
+    found = search(rows, weight, limbs=limbs, migrations=())
+    assert {0, 1, 2} <= set(found.outlier_channels)
+    assert len(found.outlier_channels) == 8
     channels = largest_channels(rows.abs().amax(0), 2)
-    fewer = product_error(rows, weight, torch.ones(INPUTS), channels, threshold=1e4, digits=digits)
+    fewer = product_error(rows, weight, torch.ones(INPUTS), channels, threshold=1e4, limbs=limbs)
     assert found.error < fewer / 100
 
 
 def test_no_channel_stays_in_float_for_nothing() -> None:
     rows, weight = example(spikes=0)
-    assert search(rows, weight, digits=2, migrations=()).float_channels == ()
+    assert search(rows, weight, limbs=2, migrations=()).outlier_channels == ()
 
 
 def test_smoothing_moves_outliers_into_the_weight() -> None:
     rows, weight = example(spikes=0)
     rows[:, ::16] *= 50  # more channels than may stay in float
-    found = search(rows, weight, digits=1, migrations=MIGRATIONS)
+    found = search(rows, weight, limbs=1, migrations=MIGRATIONS)
     assert found.migration is not None
-    unsmoothed = search(rows, weight, digits=1, migrations=())
+    unsmoothed = search(rows, weight, limbs=1, migrations=())
     assert found.error < unsmoothed.error / 4
 
 
 def test_a_second_digit_is_254_times_finer() -> None:
     rows, _ = example(spikes=0)
     limit = float(rows.abs().max())
-    one, two = ((quantize_rows(rows, threshold=limit, digits=digits) - rows).abs().max() for digits in (1, 2))
+    one, two = ((quantize_rows(rows, threshold=limit, limbs=limbs) - rows).abs().max() for limbs in (1, 2))
     assert one <= limit / 254 * 1.001
     assert two <= one / 254 * 1.1

@@ -13,7 +13,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
-from support.small_models import SIZES, SmallModels, randomise_vectors
+from support.small_models import SIZES, SmallModels, randomize_vectors
 from support.tolerances import (
     CONTROL_MIN_DIFFERENCE,
     LLAMA_CPP_BATCH_MAX_DIFFERENCE,
@@ -26,8 +26,8 @@ from gircse.checkpoint.reference import load_reference, step_states
 from gircse.checkpoint.source import resolve_checkpoint
 from gircse.evaluation.bench import gguf, llama_cpp
 from gircse.evaluation.bench.gguf import embedding_table, gguf_of, write_q8_0_gguf
-from gircse.evaluation.bench.llama_cpp import LlamaCppPeer
-from gircse.evaluation.bench.worker import Kind, SideSpec, Worker
+from gircse.evaluation.bench.llama_cpp import LlamaCppBaseline
+from gircse.evaluation.bench.worker import BackendSpec, Kind, Worker
 from gircse.evaluation.tasks.prompts import read_prompts
 from gircse.export.exporter import export_bundle
 from gircse.export.options import ExportOptions
@@ -54,10 +54,10 @@ class Case:
     gguf: Path
     reference: Any
 
-    def open(self, **options: Any) -> LlamaCppPeer:
+    def open(self, **options: Any) -> LlamaCppBaseline:
         table = self.reference.get_input_embeddings().weight.numpy(force=True)
         size = {"batch": 3, "tokens": TOKENS, "steps": STEPS, "threads": 2, "repack": False}
-        return LlamaCppPeer(self.gguf, **{"embedding_table": table, **size, **options})
+        return LlamaCppBaseline(self.gguf, **{"embedding_table": table, **size, **options})
 
     def expected(
         self, ids: NDArray[np.int64], *, steps: int, temperature: float = 1.0, pooling: Pooling = Pooling.MEAN
@@ -78,7 +78,7 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Case]:
         directory = tmp_path_factory.mktemp(name)
         torch.manual_seed(7)
         model = AutoModelForCausalLM.from_config(LlamaConfig(**{**SIZES, **MODELS[name]}), dtype=torch.float32)
-        randomise_vectors(model)
+        randomize_vectors(model)
         model.save_pretrained(directory)
         checkpoint = resolve_checkpoint(str(directory))
         write_q8_0_gguf(checkpoint, directory / "model.gguf")
@@ -93,7 +93,7 @@ def tied(cases: Callable[[str], Case]) -> Case:
 
 
 @pytest.fixture(scope="module")
-def peer(tied: Case) -> Iterator[LlamaCppPeer]:
+def peer(tied: Case) -> Iterator[LlamaCppBaseline]:
     with tied.open() as peer:
         yield peer
 
@@ -131,19 +131,19 @@ def test_the_last_state_can_stand_for_all(tied: Case, ids: NDArray[np.int64]) ->
     assert (np.abs(vectors - tied.expected(ids, steps=2)).max(axis=1) > CONTROL_MIN_DIFFERENCE).all()
 
 
-def test_one_step_fewer_differs(tied: Case, peer: LlamaCppPeer, ids: NDArray[np.int64]) -> None:
+def test_one_step_fewer_differs(tied: Case, peer: LlamaCppBaseline, ids: NDArray[np.int64]) -> None:
     expected = tied.expected(ids, steps=STEPS)
     assert (np.abs(peer.run(ids, steps=STEPS - 1) - expected).max(axis=1) > CONTROL_MIN_DIFFERENCE).all()
 
 
-def test_a_batch_is_its_texts_one_by_one(peer: LlamaCppPeer, ids: NDArray[np.int64]) -> None:
+def test_a_batch_is_its_texts_one_by_one(peer: LlamaCppBaseline, ids: NDArray[np.int64]) -> None:
     together = peer.run(ids, steps=STEPS)
     alone = np.concatenate([peer.run(row[None], steps=STEPS) for row in ids])
     assert np.abs(together - alone).max() < LLAMA_CPP_BATCH_MAX_DIFFERENCE
     assert np.abs(together - alone[::-1]).max() > CONTROL_MIN_DIFFERENCE
 
 
-def test_a_run_leaves_nothing_behind(peer: LlamaCppPeer, ids: NDArray[np.int64]) -> None:
+def test_a_run_leaves_nothing_behind(peer: LlamaCppBaseline, ids: NDArray[np.int64]) -> None:
     before = peer.run(ids[:2, :4], steps=2)
     peer.run(ids, steps=STEPS)
     np.testing.assert_array_equal(peer.run(ids[:2, :4], steps=2), before)
@@ -152,12 +152,12 @@ def test_a_run_leaves_nothing_behind(peer: LlamaCppPeer, ids: NDArray[np.int64])
 @pytest.mark.parametrize(
     ("shape", "steps"), [((4, TOKENS), 1), ((1, TOKENS + 1), 1), ((0, TOKENS), 1), ((1, 2), 0), ((1, 2), STEPS + 1)]
 )
-def test_more_than_there_is_room_for_is_refused(peer: LlamaCppPeer, shape: tuple[int, int], steps: int) -> None:
+def test_more_than_there_is_room_for_is_refused(peer: LlamaCppBaseline, shape: tuple[int, int], steps: int) -> None:
     with pytest.raises(ValueError, match="open the peer with more room"):
         peer.run(np.ones(shape, np.int64), steps=steps)
 
 
-def test_failures_of_llama_cpp_are_errors_of_ours(tied: Case, peer: LlamaCppPeer, tmp_path: Path) -> None:
+def test_failures_of_llama_cpp_are_errors_of_ours(tied: Case, peer: LlamaCppBaseline, tmp_path: Path) -> None:
     with pytest.raises(ProviderError, match=r"llama_decode gave -1 .*invalid token"):
         peer.run(np.full((1, 2), SIZES["vocab_size"]), steps=1)
     with pytest.raises(CheckpointError, match="the GGUF file of the same model"):
@@ -183,7 +183,7 @@ def test_a_missing_package_names_its_extra(monkeypatch: pytest.MonkeyPatch) -> N
     with pytest.raises(
         ProviderError, match=r"not installed \| the package \| pip install 'gircse-deploy\[llama-cpp\]'"
     ):
-        LlamaCppPeer(Path("model.gguf"), embedding_table=np.zeros((2, 2), np.float32), **size)
+        LlamaCppBaseline(Path("model.gguf"), embedding_table=np.zeros((2, 2), np.float32), **size)
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral-window", "qwen2-yarn-bf16"])
@@ -243,7 +243,7 @@ def test_the_demo_agrees_with_pytorch(tmp_path: Path) -> None:
     tokenize = open_tokenizer(Bundle.open(bundle))
     prompts = [np.array([ids]) for ids in tokenize([prompt.text for prompt in read_prompts(None)[:12]])]
     longest = max(prompt.size for prompt in prompts)
-    spec = SideSpec("llama.cpp", Kind.LLAMA_CPP, bundle, "Q8_0", 2, batch=1, tokens=longest, steps=8, gguf=demo.gguf)
+    spec = BackendSpec("llama.cpp", Kind.LLAMA_CPP, bundle, "Q8_0", 2, batch=1, tokens=longest, steps=8, gguf=demo.gguf)
     with Worker(spec) as worker:
         try:
             vectors = [worker.run(prompt, 8)[1] for prompt in prompts]

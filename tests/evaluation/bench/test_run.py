@@ -15,15 +15,15 @@ from support.tolerances import SMALL_MODEL_MAX_DIFFERENCE
 from gircse.evaluation import bench_command
 from gircse.evaluation.bench.report_schema import BenchReport
 from gircse.evaluation.bench.roofline import memory_bandwidth, weight_bytes_read
-from gircse.evaluation.bench.worker import Kind, SideSpec, Worker
+from gircse.evaluation.bench.worker import BackendSpec, Kind, Worker
 from gircse.runtime import Embedder, MeasurementError
 from gircse.runtime.bundle import Bundle, Layout
 
 SMALL = ["--batch", "1,3", "--tokens", "4,9", "--repeats", "3", "--threads", "1"]
 
 
-def spec(bundle: Path, kind: Kind, precision: str = "fp32") -> SideSpec:
-    return SideSpec(kind, kind, bundle, precision, threads=1, batch=3, tokens=9, steps=5)
+def spec(bundle: Path, kind: Kind, precision: str = "fp32") -> BackendSpec:
+    return BackendSpec(kind, kind, bundle, precision, threads=1, batch=3, tokens=9, steps=5)
 
 
 def test_report(small_models: SmallModels, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -21,8 +21,8 @@ from support.tolerances import CONTROL_MIN_DIFFERENCE, PROBE_MAX_DIFFERENCE, SMA
 
 from gircse.evaluation import parity_command
 from gircse.evaluation.parity.backends import (
-    BundleSide,
-    TorchSide,
+    BundleBackend,
+    TorchBackend,
     parse_bundle_reference,
     source_checkpoint,
     token_count,
@@ -59,7 +59,7 @@ def token_ids(small_models: SmallModels) -> list[list[int]]:
 def reference(small_models: SmallModels, token_ids: list[list[int]]) -> tuple[np.ndarray, StepTrace]:
     bundle = Bundle.open(small_models.bundle(MODEL))
     checkpoint = source_checkpoint(bundle.manifest)
-    side = TorchSide(bundle, checkpoint, device="cpu", dtype="fp32", threads=2)
+    side = TorchBackend(bundle, checkpoint, device="cpu", dtype="fp32", threads=2)
     return side.embed_and_trace(token_ids, lambda _: None)
 
 
@@ -73,13 +73,13 @@ def test_reference_side_is_the_plain_loop(
         np.testing.assert_allclose(trace.states[row], states, atol=PROBE_MAX_DIFFERENCE)
         probabilities = torch.softmax(model.lm_head(states[:-1]), dim=-1)
         entropy = torch.distributions.Categorical(probs=probabilities).entropy()
-        np.testing.assert_allclose(trace.health.entropy[row], entropy.detach(), atol=PROBE_MAX_DIFFERENCE)
+        np.testing.assert_allclose(trace.stats.entropy[row], entropy.detach(), atol=PROBE_MAX_DIFFERENCE)
         soft_tokens = (probabilities @ model.get_input_embeddings().weight).detach()
         np.testing.assert_allclose(trace.soft_tokens[row], soft_tokens, atol=PROBE_MAX_DIFFERENCE)
         # 520 rows, of which the tokenizer has 512 and something
         padded = probabilities[:, token_count(Bundle.open(small_models.bundle(MODEL))) :].sum(1).detach()
         assert padded.min() > 0.001
-        np.testing.assert_allclose(trace.health.padded_mass[row], padded, atol=PROBE_MAX_DIFFERENCE)
+        np.testing.assert_allclose(trace.stats.padded_mass[row], padded, atol=PROBE_MAX_DIFFERENCE)
     np.testing.assert_allclose(vectors, l2_normalize(pooled(trace.states, Pooling.MEAN)), atol=1e-7)
 
 
@@ -90,14 +90,14 @@ def test_probe_sees_what_the_runtime_computes(
     reference: tuple[np.ndarray, StepTrace],
     layout: str,
 ) -> None:
-    side = BundleSide(Bundle.open(small_models.bundle(MODEL, layout=layout)), "fp32", threads=2)
+    side = BundleBackend(Bundle.open(small_models.bundle(MODEL, layout=layout)), "fp32", threads=2)
     vectors, trace = side.embed_and_trace(token_ids, lambda _: None)
     np.testing.assert_allclose(l2_normalize(pooled(trace.states, Pooling.MEAN)), vectors, atol=1e-6)
     np.testing.assert_allclose(vectors, reference[0], atol=SMALL_MODEL_MAX_DIFFERENCE)
     for name in ("states", "soft_tokens"):
         np.testing.assert_allclose(getattr(trace, name), getattr(reference[1], name), atol=PROBE_MAX_DIFFERENCE)
     for name in ("entropy", "top1_mass", "padded_mass", "norm"):
-        ours, theirs = (getattr(health, name) for health in (trace.health, reference[1].health))
+        ours, theirs = (getattr(stats, name) for stats in (trace.stats, reference[1].stats))
         np.testing.assert_allclose(ours, theirs, atol=PROBE_MAX_DIFFERENCE)
 
 
@@ -161,7 +161,7 @@ def test_damage_is_measured_and_told_apart(small_models: SmallModels, bundle_cop
     result = measure_parity(ParityOptions(bundle_copy))
     (candidate,) = result.report.candidates
     failed = {gate.name for gate in candidate.gates if not gate.passed}
-    assert failed == {"cosine", "rank correlation", "neighbour overlap"}
+    assert failed == {"cosine", "rank correlation", "neighbor overlap"}
     last = candidate.steps[-1]
     assert last.cosine_min < 0.999
     assert last.norm_ratio_max > 1.02
@@ -189,9 +189,9 @@ def test_nan_names_the_step(small_models: SmallModels, tmp_path: Path, layout: s
     path.write_bytes(content.replace(needle, np.full(48, np.nan, np.float32).tobytes()))
     rehash(bundle)
     with pytest.raises(MeasurementError, match=message):
-        BundleSide(Bundle.open(bundle), "fp32", threads=1).embed_and_trace(
+        BundleBackend(Bundle.open(bundle), "fp32", threads=1).embed_and_trace(
             [[1, 2, 3]], lambda _: None
-        ) if start == 0 else BundleSide(Bundle.open(bundle), "fp32", threads=1).trace_and_force(
+        ) if start == 0 else BundleBackend(Bundle.open(bundle), "fp32", threads=1).trace_and_force(
             [[1, 2, 3]], np.zeros((1, 5, 48), np.float32), lambda _: None
         )
     assert parity_command.main([str(bundle)]) == 2

@@ -9,10 +9,10 @@ from scipy.stats import spearmanr
 from sklearn.metrics import ndcg_score
 from support.task_data import STS, beir, write
 
-from gircse.evaluation.parity.soft_token_stats import soft_token_health
+from gircse.evaluation.parity.soft_token_stats import soft_token_stats
 from gircse.evaluation.tasks.files import TaskOptions, read_tasks
 from gircse.evaluation.tasks.prompts import Prompt, read_prompts
-from gircse.reporting.similarity import cross_rank_correlation, neighbour_overlap, pairwise_rank_correlation
+from gircse.reporting.similarity import cross_rank_correlation, neighbor_overlap, pairwise_rank_correlation
 from gircse.runtime import GircseError
 from gircse.runtime.numerics import l2_normalize
 
@@ -39,7 +39,7 @@ def test_cross_rank_correlation_leaves_out_the_diagonal() -> None:
     assert cross_rank_correlation(a, a, a) == pytest.approx(1)
 
 
-def test_neighbour_overlap_by_hand() -> None:
+def test_neighbor_overlap_by_hand() -> None:
     a, b = unit_vectors(30), unit_vectors(30, seed=1)
 
     def nearest(vectors: np.ndarray, row: int) -> set[int]:
@@ -47,17 +47,17 @@ def test_neighbour_overlap_by_hand() -> None:
         return {int(index) for index in order if index != row and list(order).index(index) <= 10}
 
     wanted = np.mean([len(nearest(a, row) & nearest(b, row)) / 10 for row in range(30)])
-    assert neighbour_overlap(a, b) == pytest.approx(wanted)
-    assert neighbour_overlap(a, a) == 1
+    assert neighbor_overlap(a, b) == pytest.approx(wanted)
+    assert neighbor_overlap(a, a) == 1
 
 
 def test_soft_token_health_by_hand() -> None:
     probabilities = np.array([[0.5, 0.25, 0.25, 0], [1, 0, 0, 0], [0.1, 0.1, 0.1, 0.7]], np.float32)
-    health = soft_token_health(probabilities, np.array([[3, 4], [0, 1], [0, 0]], np.float32), tokens=3)
-    np.testing.assert_allclose(health.entropy[:2], [1.5 * np.log(2), 0], rtol=1e-6)
-    np.testing.assert_allclose(health.top1_mass, [0.5, 1, 0.7])
-    np.testing.assert_allclose(health.padded_mass, [0, 0, 0.7])
-    np.testing.assert_allclose(health.norm, [5, 1, 0])
+    stats = soft_token_stats(probabilities, np.array([[3, 4], [0, 1], [0, 0]], np.float32), tokens=3)
+    np.testing.assert_allclose(stats.entropy[:2], [1.5 * np.log(2), 0], rtol=1e-6)
+    np.testing.assert_allclose(stats.top1_mass, [0.5, 1, 0.7])
+    np.testing.assert_allclose(stats.padded_mass, [0, 0, 0.7])
+    np.testing.assert_allclose(stats.norm, [5, 1, 0])
 
 
 @pytest.mark.parametrize("name", ["pairs.tsv", "pairs.tsv.gz"])

@@ -25,10 +25,17 @@ from gircse.export.engine.builder import BuildOptions, build_engine
 from gircse.export.engine.profiles import SizeRange, default_specs, engine_profiles
 from gircse.export.engine.tensorrt_builder import TensorRtBuilder
 from gircse.reporting.progress import StageProgress
-from gircse.runtime.atomic_file import whole_file
+from gircse.runtime.atomic_file import atomic_write
 from gircse.runtime.bundle import Bundle, Layout, file_sha256
 from gircse.runtime.errors import ExportError, ProviderError
-from gircse.runtime.trt.engine_manifest import EnginePlan, Flavour, Stage, read_plans, rebuild_command, select_plan
+from gircse.runtime.trt.engine_manifest import (
+    EngineManifest,
+    Flavour,
+    Stage,
+    read_engines,
+    rebuild_command,
+    select_engine,
+)
 
 PRECISIONS = ("fp32", "fp16", "bf16")
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "mistral-window")
@@ -67,7 +74,7 @@ def gpu(no_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("gircse.runtime.trt.cuda.open_cuda", FakeCuda)
 
 
-Build = Callable[..., tuple[EnginePlan, Path]]
+Build = Callable[..., tuple[EngineManifest, Path]]
 Refuse = Callable[..., str]
 
 
@@ -75,13 +82,13 @@ Refuse = Callable[..., str]
 def build(capsys: pytest.CaptureFixture[str]) -> Build:
     """Run gircse-build, which must succeed; return what is then read of its plan."""
 
-    def run(bundle: Path, *flags: str) -> tuple[EnginePlan, Path]:
+    def run(bundle: Path, *flags: str) -> tuple[EngineManifest, Path]:
         capsys.readouterr()
         code = main([str(bundle), *flags])
         captured = capsys.readouterr()
         assert code == 0, captured.err
         path = Path(captured.out.strip())
-        (found,) = [plan for plan, plan_path in read_plans(Bundle.open(bundle)) if plan_path == path]
+        (found,) = [plan for plan, plan_path in read_engines(Bundle.open(bundle)) if plan_path == path]
         assert path.stem == found.name
         return found, path
 
@@ -152,7 +159,7 @@ def test_engines_of_small_models(
     assert list(plan.profiles) == expected
 
 
-def check_plan(plan: EnginePlan, path: Path, bundle: Path) -> None:
+def check_plan(plan: EngineManifest, path: Path, bundle: Path) -> None:
     """Compare a JSON with its plan and its bundle, and find it as the runtime does."""
     content = path.read_bytes()
     assert plan.plan_bytes == len(content) > 0
@@ -161,7 +168,7 @@ def check_plan(plan: EnginePlan, path: Path, bundle: Path) -> None:
     assert plan.build_seconds >= 0
     assert plan.settings["strongly_typed"] is True
     for capability in plan.compute_capabilities:
-        selected = select_plan(
+        selected = select_engine(
             Bundle.open(bundle),
             flavour=plan.flavour,
             version=plan.version,
@@ -251,7 +258,7 @@ def test_a_build_replaces_the_one_before(rtx: Any, bundle: Path, build: Build) -
     assert path == again
     assert second.profiles != first.profiles
     check_plan(second, path, bundle)
-    assert len(read_plans(Bundle.open(bundle))) == 1
+    assert len(read_engines(Bundle.open(bundle))) == 1
 
 
 @pytest.mark.parametrize(
@@ -669,14 +676,14 @@ def test_disk_that_is_full(
 
     @contextlib.contextmanager
     def filling(path: Path) -> Iterator[BinaryIO]:
-        with whole_file(path) as file:
+        with atomic_write(path) as file:
             if path.suffix == suffix:
                 file.write(b"the first bytes")
                 file.flush()
                 raise OSError(errno.ENOSPC, "No space left on device")
             yield file
 
-    monkeypatch.setattr(builder, "whole_file", filling)
+    monkeypatch.setattr(builder, "atomic_write", filling)
     with pytest.raises(ExportError, match=r"engines: No space left on device \| room and .* nothing was left behind"):
         build_engine(BuildOptions(bundle, batch=SizeRange(1, 1, 2)))
     after = contents(bundle / "engines")
@@ -696,12 +703,12 @@ def test_disk_that_is_full_when_the_last_bytes_are_written(
         def fail() -> None:
             raise OSError(errno.ENOSPC, "No space left on device")
 
-        with whole_file(path) as file:
+        with atomic_write(path) as file:
             yield SimpleNamespace(write=file.write, flush=fail) if path.suffix == suffix else file
             if path.suffix == suffix:
                 fail()
 
-    monkeypatch.setattr(builder, "whole_file", filling)
+    monkeypatch.setattr(builder, "atomic_write", filling)
     with pytest.raises(ExportError, match="No space left"):
         build_engine(BuildOptions(bundle))
     assert set(contents(bundle / "engines")) == {"timing.cache"}

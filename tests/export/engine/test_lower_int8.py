@@ -18,7 +18,7 @@ from support.tolerances import (
 )
 from support.vectors import PROMPTS, STEPS, padded
 
-from gircse.calibration.int8.scheme import decoder_sites
+from gircse.calibration.int8.scheme import decoder_inputs
 from gircse.evaluation.parity.emulation import emulated_graph
 from gircse.export.build_command import main
 from gircse.export.engine import builder, lower_int8
@@ -28,7 +28,7 @@ from gircse.runtime.bundle import Bundle, Layout
 from gircse.runtime.errors import ExportError
 from gircse.runtime.numerics import row_cosine
 from gircse.runtime.ort_session import StepwiseSession
-from gircse.runtime.trt.engine_manifest import read_plans
+from gircse.runtime.trt.engine_manifest import read_engines
 
 RTX = ("--flavour", "tensorrt-rtx", "--sm", "8.9")
 
@@ -80,7 +80,7 @@ def test_rewrites_change_no_number(
     monkeypatch.setattr(lower_int8, "_rounded", lambda scale: scale.const_value.numpy())
     calibration = small_models.calibration(name, steps=STEPS)
     content = json.loads(calibration.read_text())
-    content["sensitivity"]["kept"] = [site.name for site in decoder_sites(2)[:-1]]
+    content["sensitivity"]["excluded"] = [site.name for site in decoder_inputs(2)[:-1]]
     vocabulary = written(content, calibration, tmp_path)
 
     def difference(path: Path) -> np.ndarray:
@@ -163,7 +163,7 @@ def test_engines(rtx: Any, small_models: SmallModels, name: str, capsys: pytest.
     bundle = int8_bundle(small_models, name)
     assert main([str(bundle), "--precision", "int8", *RTX]) == 0
     path = Path(capsys.readouterr().out.strip())
-    (plan,) = [plan for plan, place in read_plans(Bundle.open(bundle)) if place == path]
+    (plan,) = [plan for plan, place in read_engines(Bundle.open(bundle)) if place == path]
     assert (plan.precision, plan.layout, plan.plan_bytes) == ("int8", Layout.STEPWISE, path.stat().st_size)
 
 

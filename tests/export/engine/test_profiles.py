@@ -18,7 +18,7 @@ from gircse.runtime import tensor_names
 from gircse.runtime.bundle import GraphFacts, Layout, Pooling
 from gircse.runtime.errors import ExportError
 from gircse.runtime.trt.engine_manifest import EngineProfile, Flavour, ShapeRange, Stage
-from gircse.runtime.trt.memory_layout import PassPlanner
+from gircse.runtime.trt.memory_layout import BufferPlanner
 
 STEPS = (0, 1, 2, 5, 20)
 SIZES = [
@@ -125,7 +125,7 @@ def test_default_specs() -> None:
 @pytest.mark.parametrize("steps", STEPS)
 def test_ranges_are_in_order(steps: int, layout: Layout, flavour: Flavour, sizes: tuple[SizeRange, SizeRange]) -> None:
     for profile in make_profiles(steps, layout, flavour, sizes):
-        assert set(profile.shapes) == set(PassPlanner(make_facts(steps), layout, 2).input_shapes(1, 1, 0))
+        assert set(profile.shapes) == set(BufferPlanner(make_facts(steps), layout, 2).input_shapes(1, 1, 0))
         for name, shape in profile.shapes.items():
             for low, expected, high in zip(shape.min, shape.opt, shape.max, strict=True):
                 assert 0 <= low <= expected <= high, (profile.name, profile.stage, name)
@@ -140,7 +140,7 @@ def test_every_pass_lies_in_a_profile_of_its_stage(
 ) -> None:
     """At the corners of batch and tokens; one profile holds the prompt, and one all of its steps."""
     profiles = make_profiles(steps, layout, flavour, sizes)
-    planner = PassPlanner(make_facts(steps), layout, 2)
+    planner = BufferPlanner(make_facts(steps), layout, 2)
 
     def holders(stage: Stage, batch: int, tokens: int, number: int) -> set[str]:
         shapes = planner.input_shapes(batch, tokens, number)
@@ -164,7 +164,7 @@ def test_every_pass_lies_in_a_profile_of_its_stage(
 @pytest.mark.parametrize("steps", STEPS)
 def test_what_is_out_of_range_lies_in_no_profile(steps: int, layout: Layout) -> None:
     profiles = make_profiles(steps, layout, Flavour.TENSORRT, (SizeRange(2, 3, 5), SizeRange(7, 30, 33)))
-    planner = PassPlanner(make_facts(steps), layout, 2)
+    planner = BufferPlanner(make_facts(steps), layout, 2)
     for batch, tokens in ((6, 7), (2, 6), (2, 34)):
         shapes = planner.input_shapes(batch, tokens, 0)
         prompts = [profile for profile in profiles if profile.stage is not Stage.STEP]
@@ -252,12 +252,12 @@ def test_progress_of_nested_phases() -> None:
     assert grown == pytest.approx([0.125] * 4)
     progress.step("build", 0)
     assert sum(grown) == pytest.approx(0.5)
-    progress.start("serialise", "build", 1)
-    progress.start("copy", "serialise", 2)
+    progress.start("serialize", "build", 1)
+    progress.start("copy", "serialize", 2)
     progress.step("copy", 0)
     assert sum(grown) == pytest.approx(0.75)
     progress.finish("copy")
-    progress.finish("serialise")
+    progress.finish("serialize")
     progress.finish("build")
     assert sum(grown) == pytest.approx(1.0)
 
@@ -315,7 +315,7 @@ def test_progress_grows_to_one_whatever_is_told(seed: int) -> None:
 
 
 def test_monitor_of_a_module() -> None:
-    """The base class must be initialised by name, as pybind11 wants it, and no step may cancel the build."""
+    """The base class must be initialized by name, as pybind11 wants it, and no step may cancel the build."""
 
     class Base:
         ready = False

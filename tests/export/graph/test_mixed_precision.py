@@ -14,7 +14,7 @@ from support.small_models import SmallModels
 from support.tolerances import LOW_PRECISION_MIN_COSINE
 from support.vectors import PROMPTS, expected
 
-from gircse.evaluation.parity.backends import BundleSide
+from gircse.evaluation.parity.backends import BundleBackend
 from gircse.export.exporter import export_bundle
 from gircse.export.graph.mixed_precision import MIXTURE_SCALE, set_precision
 from gircse.export.options import ExportOptions
@@ -32,7 +32,7 @@ STEPS = 5
 
 def embed(bundle: Path, precision: str, layout: Layout) -> Float32:
     """Return z_0..z_K of the prompts; FP16 and BF16 are emulated."""
-    side = BundleSide(Bundle.open(bundle), precision, layout=layout, threads=1)
+    side = BundleBackend(Bundle.open(bundle), precision, layout=layout, threads=1)
     return side.embed(PROMPTS, lambda _: None)
 
 

@@ -121,8 +121,8 @@ def test_limits(small_models: SmallModels, name: str, change: dict, limits: dict
         check_limits(config, **limits)
 
 
-def test_quantised_checkpoints_are_refused(small_models: SmallModels) -> None:
+def test_quantized_checkpoints_are_refused(small_models: SmallModels) -> None:
     config = AutoConfig.from_pretrained(small_models.checkpoint("llama"))
     config.quantization_config = {"quant_method": "gptq"}
-    with pytest.raises(ExportError, match="quantised weights"):
+    with pytest.raises(ExportError, match="quantized weights"):
         decoder_shape(config)

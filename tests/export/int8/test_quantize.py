@@ -23,9 +23,9 @@ from support.vectors import PROMPTS, STEPS, padded
 
 from gircse.calibration.calibration_file import Calibration
 from gircse.calibration.int8 import fake_quantization
-from gircse.calibration.int8.fake_quantization import quantized_sites, round_weights
+from gircse.calibration.int8.fake_quantization import quantized_inputs, round_weights
 from gircse.calibration.int8.gptq import RoundedWeight
-from gircse.calibration.int8.scheme import DIGITS, Site, SiteKind, decoder_sites
+from gircse.calibration.int8.scheme import LIMBS, InputKind, QuantizedInput, decoder_inputs
 from gircse.calibration.moments_file import MomentsFile, moments_path
 from gircse.checkpoint.reference import refine
 from gircse.evaluation.parity.run import ParityOptions, measure_parity
@@ -35,46 +35,46 @@ from gircse.runtime.bundle import Bundle
 from gircse.runtime.numerics import l2_normalize, row_cosine
 
 
-def rounded_weights(model: Any, sites: tuple[Site, ...], path: Path) -> dict[str, RoundedWeight]:
+def rounded_weights(model: Any, sites: tuple[QuantizedInput, ...], path: Path) -> dict[str, RoundedWeight]:
     """Return the rounded weights of some inputs, by projection."""
     calibration = Calibration.read(path)
     moments = MomentsFile.open(path, calibration.moments_sha256)
     weights: dict[str, RoundedWeight] = {}
     for site in sites:
-        seen = None if site.kind is SiteKind.VOCABULARY else moments.read(site.name)
-        weights |= round_weights(model, site, calibration.sites[site.name], seen)
+        seen = None if site.kind is InputKind.VOCABULARY else moments.read(site.name)
+        weights |= round_weights(model, site, calibration.inputs[site.name], seen)
     return weights
 
 
-def fake_prompt_state(small_models: SmallModels, name: str, sites: tuple[Site, ...]) -> np.ndarray:
-    """Return h_0 of the PyTorch model with some inputs quantised."""
+def fake_prompt_state(small_models: SmallModels, name: str, sites: tuple[QuantizedInput, ...]) -> np.ndarray:
+    """Return h_0 of the PyTorch model with some inputs quantized."""
     model = small_models.load(name)
     calibration = Calibration.read(small_models.calibration(name, steps=STEPS))
     ids, mask = map(torch.from_numpy, padded(PROMPTS, left=True, extra=0))
     weights = rounded_weights(model, sites, small_models.calibration(name, steps=STEPS))
-    with quantized_sites(model, sites, calibration.sites, weights):
+    with quantized_inputs(model, sites, calibration.inputs, weights):
         state = next(iter(refine(model, ids, mask, steps=0, temperature=1.0)))
     return l2_normalize(state.hidden.numpy())
 
 
-@pytest.mark.parametrize("kind", list(SiteKind)[:4])
+@pytest.mark.parametrize("kind", list(InputKind)[:4])
 @pytest.mark.parametrize("name", ["llama", "llama-biased-llama3", "qwen3"])
 def test_graph_is_what_the_sensitivity_measured(
-    small_models: SmallModels, tmp_path: Path, name: str, kind: SiteKind
+    small_models: SmallModels, tmp_path: Path, name: str, kind: InputKind
 ) -> None:
     """One kind at a time, in the prompt: these models amplify the one rounding in a thousand that falls the other way."""
-    sites = decoder_sites(2)
+    sites = decoder_inputs(2)
     original = small_models.calibration(name, steps=STEPS)
     content = json.loads(original.read_text())
-    content["sensitivity"]["kept"] = [site.name for site in sites if site.kind is not kind]
+    content["sensitivity"]["excluded"] = [site.name for site in sites if site.kind is not kind]
     calibration = written(content, original, tmp_path)
     bundle = export(small_models, tmp_path / "bundle", calibration, model=name)
     chosen = tuple(site for site in sites if site.kind is kind)
     ours, fake = run(bundle, "int8")[:, 0], fake_prompt_state(small_models, name, chosen)
-    limit = INT8_FAKE_MIN_COSINE if DIGITS[kind] == 1 else INT8_TWO_DIGITS_FAKE_MIN_COSINE
+    limit = INT8_FAKE_MIN_COSINE if LIMBS[kind] == 1 else INT8_TWO_DIGITS_FAKE_MIN_COSINE
     assert row_cosine(ours, fake).min() > limit
     exact = run(int8_bundle(small_models, name), "fp32")[:, 0]
-    assert row_cosine(ours, exact).min() < row_cosine(ours, fake).min(), "nothing was quantised"
+    assert row_cosine(ours, exact).min() < row_cosine(ours, fake).min(), "nothing was quantized"
 
 
 @pytest.mark.parametrize(("flat_mass", "max_sum"), [(0.0, vocabulary.MAX_SUM), (0.0, 10**6), (1.0, 10**6)])
@@ -87,14 +87,14 @@ def test_soft_token_is_what_the_sensitivity_measured(
     monkeypatch.setattr(fake_quantization, "FLAT_MASS", flat_mass)
     original = small_models.calibration("llama", steps=STEPS)
     content = json.loads(original.read_text())
-    content["sensitivity"]["kept"] = [site.name for site in decoder_sites(2)[:-1]]
+    content["sensitivity"]["excluded"] = [site.name for site in decoder_inputs(2)[:-1]]
     path = written(content, original, tmp_path)
     ours = run(export(small_models, tmp_path / "bundle", path), "int8")
     model, calibration = small_models.load("llama"), Calibration.read(path)
     ids, mask = map(torch.from_numpy, padded(PROMPTS, left=True, extra=0))
-    projection = decoder_sites(2)[-1:]
-    with quantized_sites(model, projection, calibration.sites, rounded_weights(model, projection, original)):
-        mixture = fake_quantization.mixture_of(calibration.mixture)
+    projection = decoder_inputs(2)[-1:]
+    with quantized_inputs(model, projection, calibration.inputs, rounded_weights(model, projection, original)):
+        mixture = fake_quantization.mixture_of(calibration.soft_token)
         *_, state = refine(model, ids, mask, steps=1, temperature=1.0, mixture=mixture)
     assert row_cosine(ours[:, 1], l2_normalize(state.hidden.numpy())).min() > INT8_FAKE_MIN_COSINE
     exact = run(int8_bundle(small_models, "llama"), "fp32")
@@ -111,7 +111,7 @@ def test_every_variant_stays_near_fp32(small_models: SmallModels, name: str, pre
 
 
 @pytest.mark.parametrize("precision", INT8)
-def test_a_text_does_not_depend_on_its_neighbours(small_models: SmallModels, precision: str) -> None:
+def test_a_text_does_not_depend_on_its_neighbors(small_models: SmallModels, precision: str) -> None:
     bundle = int8_bundle(small_models, "llama")
     together = run(bundle, precision)
     for row, prompt in enumerate(PROMPTS):
@@ -119,7 +119,7 @@ def test_a_text_does_not_depend_on_its_neighbours(small_models: SmallModels, pre
 
 
 @pytest.mark.parametrize("precision", INT8)
-def test_what_the_neighbours_say_changes_no_bit(small_models: SmallModels, precision: str) -> None:
+def test_what_the_neighbors_say_changes_no_bit(small_models: SmallModels, precision: str) -> None:
     """A scale that is taken over a batch would show here: in a batch of one shape nothing else can."""
     bundle = int8_bundle(small_models, "llama")
     loud = [PROMPTS[0], *([(token * 37 + 11) % 500 for token in prompt] for prompt in PROMPTS[1:])]
@@ -155,13 +155,13 @@ def test_variants_are_standard_onnx(small_models: SmallModels) -> None:
 def edited(path: Path, tmp_path: Path, **sites: dict[str, object]) -> Path:
     content = json.loads(path.read_text())
     for name, fields in sites.items():
-        content["sites"][name].update(fields)
+        content["inputs"][name].update(fields)
     return written(content, path, tmp_path)
 
 
 def test_a_wrong_scale_is_noticed(small_models: SmallModels, tmp_path: Path) -> None:
     path = small_models.calibration("llama", steps=STEPS)
-    thresholds = Calibration.read(path).sites["model.layers.1.mlp_input"].thresholds
+    thresholds = Calibration.read(path).inputs["model.layers.1.mlp_input"].thresholds
     wrong = edited(path, tmp_path, **{"model.layers.1.mlp_input": {"thresholds": [t / 20 for t in thresholds]}})
     ours = run(export(small_models, tmp_path / "wrong", wrong), "int8")
     assert np.abs(ours - run(int8_bundle(small_models, "llama"), "int8")).max() > CONTROL_MIN_DIFFERENCE
@@ -169,7 +169,7 @@ def test_a_wrong_scale_is_noticed(small_models: SmallModels, tmp_path: Path) -> 
 
 def test_an_input_of_zero_range_is_exported(small_models: SmallModels, tmp_path: Path) -> None:
     path = small_models.calibration("llama", steps=STEPS)
-    zero = {"thresholds": [0.0] * (STEPS + 1), "ranges": [0.0] * (STEPS + 1), "smoothing": [], "float_channels": []}
+    zero = {"thresholds": [0.0] * (STEPS + 1), "ranges": [0.0] * (STEPS + 1), "smoothing": [], "outlier_channels": []}
     ours = run(
         export(small_models, tmp_path / "zero", edited(path, tmp_path, **{"model.layers.0.attention_output": zero})),
         "int8",
@@ -180,16 +180,16 @@ def test_an_input_of_zero_range_is_exported(small_models: SmallModels, tmp_path:
 def test_kept_inputs_stay_in_float(small_models: SmallModels, tmp_path: Path) -> None:
     original = small_models.calibration("llama", steps=STEPS)
     content = json.loads(original.read_text())
-    every = [site.name for site in decoder_sites(2)]
+    every = [site.name for site in decoder_inputs(2)]
     exact = run(int8_bundle(small_models, "llama"), "fp32")
     far = np.abs(run(int8_bundle(small_models, "llama"), "int8") - exact).max()
     for kept in (every[:1], ["model.layers.0.mlp_input"], ["model.layers.0.mlp_output"], ["lm_head"], every[1:]):
-        content["sensitivity"]["kept"] = kept
+        content["sensitivity"]["excluded"] = kept
         calibration = written(content, original, tmp_path)
         bundle = export(small_models, tmp_path / "kept", calibration, force=True)
         assert set(kept) <= set(Bundle.open(bundle).manifest.variants["int8"].float32)
         assert np.abs(run(bundle, "int8") - exact).max() < max(4 * far, 0.1), kept
-    content["sensitivity"]["kept"] = every
+    content["sensitivity"]["excluded"] = every
     calibration = written(content, original, tmp_path)
     with pytest.raises(ExportError, match="keeps every input in float"):
         export(small_models, tmp_path / "none", calibration)

@@ -15,7 +15,7 @@ from support.fake_tensorrt import FakeTensorRt
 from gircse.runtime import tensor_names
 from gircse.runtime.bundle import Layout
 from gircse.runtime.errors import BundleError
-from gircse.runtime.trt.memory_layout import Buffer, PassPlanner
+from gircse.runtime.trt.memory_layout import Buffer, BufferPlanner
 from gircse.runtime.trt.session import open_tensorrt_session
 
 
@@ -49,7 +49,7 @@ def test_a_plan_that_tensorrt_refuses(tmp_path: Path) -> None:
             r"next_hidden has shape \(-1, 1, 11\) .*\(-1, 1, 10\)",
         ),
         (lambda m: m.shapes.update({"past.0.key": (-1, 6)}), r"past.0.key has shape"),
-        (lambda m: setattr(m, "extra_profiles", 1), "has optimisation profiles: 2 .* 1"),
+        (lambda m: setattr(m, "extra_profiles", 1), "has optimization profiles: 2 .* 1"),
     ],
 )
 def test_an_engine_that_is_not_the_described_one(
@@ -77,7 +77,7 @@ def test_profiles_that_differ_from_the_json(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("layout", Layout)
 def test_passes_fit_their_buffers_and_never_overlap(layout: Layout) -> None:
-    planner = PassPlanner(make_facts(layout), layout, 2)
+    planner = BufferPlanner(make_facts(layout), layout, 2)
     sizes = planner.buffer_bytes(4, 12)
     widths = {tensor_names.INPUT_IDS: 8, tensor_names.ATTENTION_MASK: 8}
     for batch, tokens in ((1, 1), (3, 7), (4, 12)):

@@ -16,14 +16,14 @@ from support.small_models import SmallModels
 from gircse.runtime.bundle import Bundle, Layout, file_sha256
 from gircse.runtime.errors import BundleError, ProviderError
 from gircse.runtime.trt.engine_manifest import (
-    EnginePlan,
+    EngineManifest,
     EngineProfile,
     Flavour,
     ShapeRange,
     Stage,
-    read_plans,
+    read_engines,
     rebuild_command,
-    select_plan,
+    select_engine,
 )
 
 VERSION = "11.1.0"
@@ -59,7 +59,7 @@ def add_plan(bundle: Bundle, *, content: bytes = b"a plan", **changes: Any) -> P
     words = ["gircse-build", "/home/builder/its bundle", "--precision", fields["precision"]]
     words += ["--flavour", fields["flavour"], "--batch", "1:2:3", "--sm", ",".join(fields["compute_capabilities"])]
     fields.setdefault("command", shlex.join(words))
-    plan = EnginePlan(**fields)
+    plan = EngineManifest(**fields)
     folder = bundle.directory / "engines"
     folder.mkdir(exist_ok=True)
     (folder / f"{plan.name}.json").write_bytes(plan.to_json())
@@ -79,7 +79,7 @@ def select(
     verify: bool = True,
 ) -> str:
     """Return the name of the chosen plan."""
-    plan, path = select_plan(
+    plan, path = select_engine(
         bundle,
         flavour=flavour,
         version=version,
@@ -99,9 +99,9 @@ def command_after(label: str, error: pytest.ExceptionInfo[Exception]) -> list[st
 
 def test_json_survives_a_round_trip(bundle: Bundle) -> None:
     path = add_plan(bundle)
-    ((plan, found),) = read_plans(bundle)
+    ((plan, found),) = read_engines(bundle)
     assert found == path
-    assert msgspec.json.decode(plan.to_json(), type=EnginePlan) == plan
+    assert msgspec.json.decode(plan.to_json(), type=EngineManifest) == plan
     assert plan.profiles[0].shapes["input_ids"].max == (64, 512)
     assert path.name == "fp16-tensorrt-11.1.0-sm89.plan"
 
@@ -117,7 +117,7 @@ def test_names_tell_plans_apart(bundle: Bundle) -> None:
     ]
     for change in changes:
         add_plan(bundle, **change)
-    found = read_plans(bundle)
+    found = read_engines(bundle)
     names = {plan.name for plan, _ in found}
     assert len(names) == 6
     assert all(path.stem == plan.name for plan, path in found)
@@ -317,7 +317,7 @@ def test_json_that_is_no_file(bundle: Bundle) -> None:
 
 def test_a_plan_without_json_is_no_engine(bundle: Bundle) -> None:
     add_plan(bundle).with_suffix(".json").unlink()
-    assert read_plans(bundle) == []
+    assert read_engines(bundle) == []
 
 
 @pytest.mark.parametrize("old", ["bundle", "/a path/with 'quotes'", "/x --sm 1.2/b", "/it's --sm 'here'"])
@@ -325,13 +325,13 @@ def test_a_plan_without_json_is_no_engine(bundle: Bundle) -> None:
 def test_rebuild_command(bundle: Bundle, old: str, new: str) -> None:
     flags = ["--precision", "fp16", "--profiles", "a=1", "b=1:8x4", "--workspace-gib", "1.5"]
     add_plan(bundle, command=shlex.join(["gircse-build", old, *flags, "--sm", "8.9,12.0"]))
-    ((plan, _),) = read_plans(bundle)
+    ((plan, _),) = read_engines(bundle)
     expected = ["gircse-build", new, *flags, "--sm", "12.0"]
     assert rebuild_command(plan, Path(new), "12.0") == shlex.join(expected)
 
 
 def test_rebuild_command_quotes_what_a_json_smuggles_in(bundle: Bundle) -> None:
     add_plan(bundle, command="gircse-build bundle; rm -rf $HOME `id` --sm")
-    ((plan, _),) = read_plans(bundle)
+    ((plan, _),) = read_engines(bundle)
     words = rebuild_command(plan, Path("/b"), "8.9")
     assert words == "gircse-build /b rm -rf '$HOME' '`id`' --sm 8.9"

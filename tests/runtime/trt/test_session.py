@@ -70,7 +70,7 @@ def test_unrolled_engine_runs_all_steps_and_gives_the_first(rig: Callable[..., R
     np.testing.assert_array_equal(made.session.run(ids, mask, steps=1).step_embeddings, full.step_embeddings[:, :1])
 
 
-def test_one_upload_one_download_and_one_synchronisation_a_run(rig: Callable[..., Rig]) -> None:
+def test_one_upload_one_download_and_one_synchronization_a_run(rig: Callable[..., Rig]) -> None:
     made = rig()
     made.run(3, 7)
     del made.cuda.calls[:]
@@ -387,7 +387,7 @@ def test_every_cuda_call_that_fails_is_told_and_leaks_nothing(tmp_path: Path, ca
     ("call", "message"),
     [
         ("create_execution_context", "create_execution_context: None"),
-        ("set_optimization_profile_async", "optimisation profile 0: False"),
+        ("set_optimization_profile_async", "optimization profile 0: False"),
         ("set_input_shape", r"input_ids: shape \(2, 6\)"),
         ("set_tensor_address", "input_ids: address 0x7f"),
         ("infer_shapes", "infer_shapes: sizes of a concatenation"),

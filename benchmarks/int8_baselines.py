@@ -7,10 +7,10 @@
 Peers, each in the ways that its documentation gives for matrix products:
     quantize_dynamic  ONNX Runtime: weights per channel, the scale of an activation from the values at hand
     quantize_static   ONNX Runtime: QDQ, weights per channel, the scale of an activation from a calibration
-    modelopt          NVIDIA Model Optimizer: SmoothQuant, W8A8 fake-quantised in PyTorch
+    modelopt          NVIDIA Model Optimizer: SmoothQuant, W8A8 fake-quantized in PyTorch
 
 Each row is measured against the bundle's FP32 vectors at K: rank correlation of the similarities of all pairs, share of
-common ten nearest neighbours, smallest cosine; with --sts also the Spearman correlation of the task. ``products`` says
+common ten nearest neighbors, smallest cosine; with --sts also the Spearman correlation of the task. ``products`` says
 how many of the graph's matrix products have two INT8 operands, those inside attention not counted. What a tool makes
 and cannot run, or refuses to make, is a row with its message. Every side gets the same batches (at most 32 texts, by
 length). The calibration texts are those of ``gircse-calibrate --samples`` with the same number, one at a time, so that no
@@ -37,7 +37,7 @@ from gircse.evaluation.parity.backends import source_checkpoint
 from gircse.evaluation.tasks.files import STS_INSTRUCTION, read_sts
 from gircse.evaluation.tasks.prompts import Prompt, read_prompts, tokenize_prompts
 from gircse.evaluation.tasks.scoring import StsTask
-from gircse.reporting.similarity import neighbour_overlap, pairwise_rank_correlation
+from gircse.reporting.similarity import neighbor_overlap, pairwise_rank_correlation
 from gircse.runtime import Embedder, tensor_names
 from gircse.runtime.bundle import INT8_PRECISIONS, Bundle, GraphFacts, Layout
 from gircse.runtime.numerics import Float32, row_cosine
@@ -56,7 +56,7 @@ Feed = dict[str, Any]
 
 @dataclass(frozen=True)
 class Setup:
-    """What a peer quantises.
+    """What a peer quantizes.
 
     Attributes:
         bundle: the bundle.
@@ -70,15 +70,15 @@ class Setup:
 
 
 @dataclass(frozen=True)
-class Side:
+class Backend:
     """Something that embeds, and how many of its matrix products are INT8."""
 
     session: Session
     products: str = ""
 
 
-Way = tuple[str, Callable[[Path], Side]]
-"""Name of a way to quantise, and what does it; it may write into the folder that it is given."""
+Way = tuple[str, Callable[[Path], Backend]]
+"""Name of a way to quantize, and what does it; it may write into the folder that it is given."""
 
 
 def main() -> None:
@@ -104,17 +104,17 @@ def main() -> None:
     sts = read_sts(args.sts, instruction=STS_INSTRUCTION) if args.sts else None
     print(f"{versions()}; K = {bundle.manifest.graph.steps}, {len(texts)} texts, {len(calibration)} calibration texts")
     with tempfile.TemporaryDirectory() as scratch:
-        judge = Judge(bundle, texts, sts)
+        evaluate_gates = Judge(bundle, texts, sts)
         for precision in own:
             session = open_session(bundle, precision, layout=Layout.STEPWISE)
-            judge.print_row(f"{bundle.directory.name}:{precision}", Side(session))
-        token_ids = tokenize_prompts(judge.embedder(Side(judge.fp32)).tokenizer, calibration)
+            evaluate_gates.print_row(f"{bundle.directory.name}:{precision}", Backend(session))
+        token_ids = tokenize_prompts(evaluate_gates.embedder(Backend(evaluate_gates.fp32)).tokenizer, calibration)
         setup = Setup(bundle, copy_graph(bundle, Path(scratch)), token_ids)
         for peer in peers:
-            print_peer(peer, setup, judge)
+            print_peer(peer, setup, evaluate_gates)
 
 
-def print_peer(peer: str, setup: Setup, judge: "Judge") -> None:
+def print_peer(peer: str, setup: Setup, evaluate_gates: "Judge") -> None:
     """Print a row for every way of a peer as it is done."""
     try:
         for name, make in WAYS[peer](setup):
@@ -122,7 +122,7 @@ def print_peer(peer: str, setup: Setup, judge: "Judge") -> None:
                 try:
                     with redirect_stdout(sys.stderr):  # the tools talk
                         side = make(Path(folder))
-                    judge.print_row(f"{peer}: {name}", side)
+                    evaluate_gates.print_row(f"{peer}: {name}", side)
                 except Exception as err:  # the failure of a tool is a result
                     lines = [line for line in str(err).splitlines() if line.strip()] or [""]
                     print(f"{peer + ': ' + name:{NAME_WIDTH}} fails: {type(err).__name__}: {lines[0]}", flush=True)
@@ -137,29 +137,29 @@ class Judge:
         """Embed the texts in FP32 and print the header and the first row."""
         self._bundle, self._texts, self._sts = bundle, texts, sts
         self.fp32 = open_session(bundle, "fp32", layout=Layout.STEPWISE)
-        self._reference = self._embed(Side(self.fp32), texts)
+        self._reference = self._embed(Backend(self.fp32), texts)
         columns = f"{'products':>11} {'rank corr.':>11} {'top-10':>7} {'min. cosine':>12}"
         print(f"{'':{NAME_WIDTH}} {columns}{'  STS' if sts else ''}")
-        self.print_row(f"{bundle.directory.name}:fp32", Side(self.fp32))
+        self.print_row(f"{bundle.directory.name}:fp32", Backend(self.fp32))
 
-    def print_row(self, name: str, side: Side) -> None:
+    def print_row(self, name: str, side: Backend) -> None:
         """Embed with a side and print how far it is from FP32."""
         vectors = self._embed(side, self._texts)
         if not np.isfinite(vectors).all():
             raise ValueError(f"{name}: NaN or infinity in the vectors")
         correlation = pairwise_rank_correlation(vectors, self._reference)
-        overlap = neighbour_overlap(vectors, self._reference)
+        overlap = neighbor_overlap(vectors, self._reference)
         cosine = row_cosine(vectors, self._reference).min()
         row = f"{name:{NAME_WIDTH}} {side.products:>11} {correlation:11.4f} {overlap:7.3f} {cosine:12.4f}"
         if self._sts:
             row += f" {self._sts.score(self._embed(side, self._sts.prompts)):.4f}"
         print(row, flush=True)
 
-    def embedder(self, side: Side) -> Embedder:
+    def embedder(self, side: Backend) -> Embedder:
         """Return the runtime around a side."""
         return Embedder(self._bundle.directory, precision="fp32", session=side.session)
 
-    def _embed(self, side: Side, prompts: Sequence[Prompt]) -> Float32:
+    def _embed(self, side: Backend, prompts: Sequence[Prompt]) -> Float32:
         embedder = self.embedder(side)
         token_ids = tokenize_prompts(embedder.tokenizer, prompts)
         result = np.empty((len(prompts), self._bundle.manifest.graph.hidden_size), np.float32)
@@ -169,12 +169,12 @@ class Judge:
 
 
 def dynamic_ways(setup: Setup) -> Iterator[Way]:
-    """Give ONNX Runtime's dynamic quantisation its default operators, then what is left of them."""
+    """Give ONNX Runtime's dynamic quantization its default operators, then what is left of them."""
     from onnxruntime.quantization import QuantType, quantize_dynamic
     from onnxruntime.quantization.registry import IntegerOpsRegistry
 
-    def way(operators: Sequence[str], *, reduce_range: bool = False) -> Callable[[Path], Side]:
-        def make(folder: Path) -> Side:
+    def way(operators: Sequence[str], *, reduce_range: bool = False) -> Callable[[Path], Backend]:
+        def make(folder: Path) -> Backend:
             quantize_dynamic(
                 setup.graph,
                 folder / "graph.onnx",
@@ -195,7 +195,7 @@ def dynamic_ways(setup: Setup) -> Iterator[Way]:
 
 
 def static_ways(setup: Setup) -> Iterator[Way]:
-    """Give ONNX Runtime's static quantisation its default operators, then fewer and fewer.
+    """Give ONNX Runtime's static quantization its default operators, then fewer and fewer.
 
     The ranges of the first way, which sees the tensors of all others, serve every way of the MinMax calibrator.
     """
@@ -210,8 +210,8 @@ def static_ways(setup: Setup) -> Iterator[Way]:
         outputs: bool = True,
         exclude: Sequence[str] = (),
         method: Any = CalibrationMethod.MinMax,
-    ) -> Callable[[Path], Side]:
-        def make(folder: Path) -> Side:
+    ) -> Callable[[Path], Backend]:
+        def make(folder: Path) -> Backend:
             min_max = method is CalibrationMethod.MinMax
             # The histogram calibrators stack all arrays of a tensor, which one pass at a time have one shape.
             options = {} if min_max else {"CalibStridedMinMax": 1}
@@ -249,7 +249,7 @@ def static_ways(setup: Setup) -> Iterator[Way]:
 
 
 def modelopt_ways(setup: Setup) -> Iterator[Way]:
-    """Smooth and fake-quantise the checkpoint that the bundle was exported from."""
+    """Smooth and fake-quantize the checkpoint that the bundle was exported from."""
     import modelopt.torch.quantization as mtq
 
     facts = setup.bundle.manifest.graph
@@ -261,15 +261,17 @@ def modelopt_ways(setup: Setup) -> Iterator[Way]:
             for _ in states:
                 pass
 
-    def way(alpha: float) -> Callable[[Path], Side]:
-        def make(_: Path) -> Side:
+    def way(alpha: float) -> Callable[[Path], Backend]:
+        def make(_: Path) -> Backend:
             model = load_reference(source_checkpoint(setup.bundle.manifest))
             config = deepcopy(mtq.INT8_SMOOTHQUANT_CFG) | {"algorithm": {"method": "smoothquant", "alpha": alpha}}
             mtq.quantize(model, config, run_calibration)
             linear = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
             done = sum(each.input_quantizer.is_enabled and each.weight_quantizer.is_enabled for each in linear)
             mtq.fold_weight(model)  # the same values, not rounded anew in every pass
-            return Side(TorchSession(model, facts), f"{done} of {len(linear) + 1}")  # and the mixture of the embeddings
+            return Backend(
+                TorchSession(model, facts), f"{done} of {len(linear) + 1}"
+            )  # and the mixture of the embeddings
 
         return make
 
@@ -357,16 +359,16 @@ class TorchSession:
         return None
 
 
-def onnx_side(path: Path, facts: GraphFacts) -> Side:
-    """Load a quantised stepwise graph, and count its matrix products of two INT8 operands."""
+def onnx_side(path: Path, facts: GraphFacts) -> Backend:
+    """Load a quantized stepwise graph, and count its matrix products of two INT8 operands."""
     nodes = onnx.load(path, load_external_data=False).graph.node
-    dequantised = {node.output[0] for node in nodes if node.op_type == "DequantizeLinear"}
+    dequantized = {node.output[0] for node in nodes if node.op_type == "DequantizeLinear"}
     done = [
-        node.op_type == "MatMulInteger" or dequantised.issuperset(node.input[:2])
+        node.op_type == "MatMulInteger" or dequantized.issuperset(node.input[:2])
         for node in nodes
         if node.op_type in ("MatMul", "Gemm", "MatMulInteger")
     ]
-    return Side(StepwiseSession(load_graph(path), facts), f"{sum(done)} of {len(done)}")
+    return Backend(StepwiseSession(load_graph(path), facts), f"{sum(done)} of {len(done)}")
 
 
 def copy_graph(bundle: Bundle, directory: Path) -> Path:
