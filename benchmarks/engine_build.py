@@ -54,7 +54,7 @@ def main() -> None:
 
 def timed_build(bundle: Path, flags: list[str], limit: float) -> str:
     """Run ``gircse-build`` and return its time, the size of the plan and that of the weights."""
-    command = ["gircse-build", str(bundle), "--flavour", "tensorrt-rtx", "--sm", "8.9", *flags]
+    command = ["gircse-build", str(bundle), "--provider", "tensorrt-rtx", "--sm", "8.9", *flags]
     try:
         done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=limit)
     except subprocess.TimeoutExpired:

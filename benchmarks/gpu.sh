@@ -44,9 +44,9 @@ record() {
         >>"$results"
 }
 
-for flavour in tensorrt tensorrt-rtx; do
+for provider in tensorrt tensorrt-rtx; do
     for precision in fp16 bf16; do
-        record "Build, $flavour $precision" gircse-build "$bundle" --flavour "$flavour" --precision "$precision"
+        record "Build, $provider $precision" gircse-build "$bundle" --provider "$provider" --precision "$precision"
     done
 done
 for provider in cuda onnxruntime-tensorrt tensorrt tensorrt-rtx; do

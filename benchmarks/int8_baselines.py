@@ -39,9 +39,12 @@ from gircse.evaluation.tasks.prompts import Prompt, read_prompts, tokenize_promp
 from gircse.evaluation.tasks.scoring import StsTask
 from gircse.reporting.similarity import neighbor_overlap, pairwise_rank_correlation
 from gircse.runtime import Embedder, tensor_names
-from gircse.runtime.bundle import INT8_PRECISIONS, Bundle, GraphFacts, Layout
+from gircse.runtime.bundle import Bundle
+from gircse.runtime.manifest import GraphFacts, Layout
 from gircse.runtime.numerics import Float32, row_cosine
-from gircse.runtime.ort_session import Session, StepOutputs, StepwiseSession, load_graph, open_session, step_outputs
+from gircse.runtime.ort_session import StepwiseSession, load_graph, open_session
+from gircse.runtime.precision import precision_spec
+from gircse.runtime.session import Session, StepOutputs, step_outputs
 
 PACKAGES = {"quantize_dynamic": "onnxruntime", "quantize_static": "onnxruntime", "modelopt": "nvidia-modelopt"}
 SMOOTHQUANT_ALPHAS = (1.0, 0.5)
@@ -99,7 +102,7 @@ def main() -> None:
     bundle = Bundle.open(args.bundle)
     own = args.precision
     if own is None:
-        own = [precision for precision in bundle.manifest.variants if precision in INT8_PRECISIONS]
+        own = [precision for precision in bundle.manifest.variants if precision_spec(precision).calibrated]
     texts, calibration = read_prompts(args.texts), draw(read_prompts(args.calibration_texts), args.samples)
     sts = read_sts(args.sts, instruction=STS_INSTRUCTION) if args.sts else None
     print(f"{versions()}; K = {bundle.manifest.graph.steps}, {len(texts)} texts, {len(calibration)} calibration texts")

@@ -16,7 +16,6 @@ from typing import Any
 import msgspec
 import numpy as np
 import torch
-from safetensors import safe_open
 from tokenizers import Tokenizer
 
 from gircse.calibration.calibration_file import (
@@ -27,6 +26,7 @@ from gircse.calibration.calibration_file import (
     SoftTokenCalibration,
     TextsUsed,
 )
+from gircse.calibration.fingerprint import fingerprint_of
 from gircse.calibration.int8.fake_quantization import round_weights
 from gircse.calibration.int8.gptq import RoundedWeight
 from gircse.calibration.int8.histogram import MagnitudeHistogram
@@ -44,11 +44,11 @@ from gircse.calibration.moments_file import moments_content, moments_path
 from gircse.calibration.observe import TOP_K, Observer, run_batch, watched
 from gircse.calibration.resume import ResumeState
 from gircse.calibration.sensitivity import SensitivityStudy, measure_sensitivity
+from gircse.checkpoint.model_settings import ModelSettings, check_range
 from gircse.checkpoint.reference import load_reference
 from gircse.checkpoint.source import Checkpoint, pad_token_id, resolve_checkpoint
 from gircse.reporting.progress import StageProgress
 from gircse.runtime.atomic_file import atomic_write
-from gircse.runtime.bundle import MAX_STEPS, Pooling
 from gircse.runtime.errors import CheckpointError
 from gircse.runtime.text_files import read_texts
 from gircse.runtime.tokenization import TokenBatch, load_tokenizer, padded_batches, tokenize
@@ -63,36 +63,22 @@ BATCH_SIZE, BATCH_TOKENS = 16, 2048
 TOOLS = ("gircse-deploy", "torch", "transformers", "peft", "safetensors", "tokenizers")
 
 
-@dataclass(frozen=True)
-class CalibrationOptions:
+@dataclass(frozen=True, kw_only=True)
+class CalibrationOptions(ModelSettings):
     """What to calibrate, and how; the fields are the flags of ``gircse-calibrate``.
 
     Attributes:
         texts: file of one text a line.
-        steps: K.
         output: the file to write.
-        model: ``demo``, a local directory or a Hugging Face id.
-        adapter: directory or Hugging Face id of a LoRA, ``none``, or None for the model's default.
-        revision: revision of a Hugging Face model.
-        pooling: ``mean`` or ``last``.
-        temperature: divisor of the logits.
-        max_tokens: longest prompt.
         method: how thresholds are chosen.
         smooth: migration strength of every input, or None to search one for each.
         samples: most texts to use.
         seed: chooses the texts and the sampled rows.
-        max_drop: largest loss of rank correlation before inputs are kept in float.
+        max_drop: largest loss of rank correlation before inputs are excluded from quantization.
     """
 
     texts: Path
-    steps: int
     output: Path
-    model: str = "demo"
-    adapter: str | None = None
-    revision: str | None = None
-    pooling: Pooling = Pooling.MEAN
-    temperature: float = 1.0
-    max_tokens: int = 512
     method: Method = Method.MAX
     smooth: float | None = None
     samples: int = 512
@@ -103,19 +89,12 @@ class CalibrationOptions:
         """Refuse values that mean nothing.
 
         Raises:
-            CheckpointError: a flag is out of its range.
+            OptionError: a flag is out of its range.
         """
-        limits = {
-            "--steps": (self.steps, 0 <= self.steps <= MAX_STEPS, f"0 to {MAX_STEPS}"),
-            "--samples": (self.samples, self.samples >= MIN_TEXTS, f"at least {MIN_TEXTS}"),
-            "--smooth": (self.smooth, self.smooth is None or 0 <= self.smooth <= 1, "0 to 1, or auto"),
-            "--max-drop": (self.max_drop, 0 <= self.max_drop <= 1, "0 to 1"),
-            "--temperature": (self.temperature, 0 < self.temperature < float("inf"), "a finite number above 0"),
-            "--max-tokens": (self.max_tokens, self.max_tokens >= 1, "at least 1"),
-        }
-        for flag, (came, fits, expected) in limits.items():
-            if not fits:
-                raise CheckpointError(f"{flag} {came} | {expected} | choose another value")
+        super().__post_init__()
+        check_range("--samples", self.samples, self.samples >= MIN_TEXTS, f"at least {MIN_TEXTS}")
+        check_range("--smooth", self.smooth, self.smooth is None or 0 <= self.smooth <= 1, "0 to 1, or auto")
+        check_range("--max-drop", self.max_drop, 0 <= self.max_drop <= 1, "0 to 1")
 
 
 @dataclass(frozen=True)
@@ -180,6 +159,7 @@ def calibrate(options: CalibrationOptions, *, progress: StageProgress | None = N
             fingerprint=fingerprint,
             texts=corpus.used,
             method=options.method,
+            max_tokens=options.max_tokens,
             max_drop=options.max_drop,
             inputs=calibrations,
             soft_token=mixture,
@@ -198,29 +178,6 @@ def calibrate(options: CalibrationOptions, *, progress: StageProgress | None = N
         ) from err
     _resume_state(options, fingerprint, corpus, "").remove()
     return calibration
-
-
-def fingerprint_of(checkpoint: Checkpoint, options: Any) -> ModelFingerprint:
-    """Return what a calibration of this checkpoint with these steps, pooling and temperature belongs to."""
-    return ModelFingerprint(
-        checkpoint.model,
-        _norm_sha256(checkpoint),
-        checkpoint.adapter,
-        options.steps,
-        options.pooling,
-        options.temperature,
-    )
-
-
-def _norm_sha256(checkpoint: Checkpoint) -> str:
-    for shard in checkpoint.shards:
-        with safe_open(shard, framework="pt") as file:
-            if "model.norm.weight" in file.keys():
-                weight = file.get_tensor("model.norm.weight").contiguous()
-                return hashlib.sha256(weight.view(torch.uint8).numpy().tobytes()).hexdigest()
-    raise CheckpointError(
-        f"{checkpoint.directory}: no tensor model.norm.weight | a decoder-only model | check the checkpoint"
-    )
 
 
 def _check_output(path: Path) -> None:

@@ -7,10 +7,9 @@ import sys
 import time
 from pathlib import Path
 
-from gircse.runtime.bundle import Pooling
+from gircse.calibration.int8.thresholds import Method
+from gircse.checkpoint.model_settings import add_model_flags
 from gircse.runtime.errors import GircseError
-
-METHODS = ("max", "percentile", "entropy", "mse")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -21,13 +20,12 @@ def main(argv: list[str] | None = None) -> int:
     try:
         # Here, not above: torch takes seconds to import, and --help should not.
         from gircse.calibration.calibrate import CalibrationOptions, calibrate
-        from gircse.calibration.int8.thresholds import Method
         from gircse.calibration.report import prepare_report, write_report
 
         report: Path | None = args.report
         prepare_report(report)
         flags = {name: value for name, value in vars(args).items() if name != "report"}
-        calibration = calibrate(CalibrationOptions(**{**flags, "method": Method(args.method)}))
+        calibration = calibrate(CalibrationOptions(**flags))
         if report is not None:
             write_report(calibration, report)
     except GircseError as err:
@@ -62,17 +60,13 @@ def _parser() -> argparse.ArgumentParser:
         description="Measure a model on texts, in the prompt and at every refinement step, for its INT8 variants.",
     )
     parser.add_argument("--texts", type=Path, required=True, metavar="FILE", help="one text a line; .gz is unpacked")
-    parser.add_argument("--steps", type=int, required=True, metavar="K", help="refinement steps, as in the export")
-    parser.add_argument("--model", default="demo", help="'demo', a directory or a Hugging Face id (default: demo)")
-    parser.add_argument("--adapter", help="directory or Hugging Face id of a PEFT LoRA, or 'none'")
-    parser.add_argument("--revision", help="branch, tag or commit of a Hugging Face model")
-    parser.add_argument("--pooling", type=Pooling, choices=list(Pooling), default=Pooling.MEAN, metavar="mean|last")
+    add_model_flags(parser)
     parser.add_argument(
-        "--temperature", type=float, default=1.0, metavar="T", help="divisor of the logits (default: 1)"
-    )
-    parser.add_argument("--max-tokens", type=int, default=512, metavar="N", help="longest prompt (default: 512)")
-    parser.add_argument(
-        "--method", choices=METHODS, default="max", help="how activation thresholds are chosen (default: max)"
+        "--method",
+        type=Method,
+        choices=list(Method),
+        default=Method.MAX,
+        help="how activation thresholds are chosen (default: max)",
     )
     parser.add_argument(
         "--smooth",

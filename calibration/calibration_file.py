@@ -9,19 +9,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Self
 
-import msgspec
-
-from gircse.runtime.bundle import AdapterSource, ModelSource, Pooling, SchemaVersion
 from gircse.runtime.errors import CheckpointError
+from gircse.runtime.manifest import AdapterSource, ModelSource, Pooling
+from gircse.runtime.records import Record, decode_versioned, encode_record
 
-SCHEMA_VERSION = 1
-
-
-class _Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Base of what the file is made of."""
+SCHEMA_VERSION = 2
 
 
-class ModelFingerprint(_Record, frozen=True):
+class ModelFingerprint(Record, frozen=True):
     """What a calibration belongs to.
 
     Attributes:
@@ -41,7 +36,7 @@ class ModelFingerprint(_Record, frozen=True):
     temperature: float
 
 
-class TextsUsed(_Record, frozen=True):
+class TextsUsed(Record, frozen=True):
     """The calibration texts: SHA-256 of those that were used, in order, their number and tokens, and the seed."""
 
     sha256: str
@@ -50,7 +45,7 @@ class TextsUsed(_Record, frozen=True):
     seed: int
 
 
-class InputCalibration(_Record, frozen=True):
+class InputCalibration(Record, frozen=True):
     """One quantized input; see ``sites.py`` and ``smoothing.py``.
 
     Attributes:
@@ -75,14 +70,14 @@ class InputCalibration(_Record, frozen=True):
         return max(self.thresholds)
 
 
-class SoftTokenCalibration(_Record, frozen=True):
+class SoftTokenCalibration(Record, frozen=True):
     """The soft token as the ``top_k`` most probable tokens, summed, and ``tail`` (hidden,) times the remaining mass."""
 
     top_k: int
     tail: tuple[float, ...]
 
 
-class Fidelity(_Record, frozen=True):
+class Fidelity(Record, frozen=True):
     """How near the vectors stay to FP32 with something quantized; on texts left out of the calibration, if enough were.
 
     Attributes:
@@ -96,7 +91,7 @@ class Fidelity(_Record, frozen=True):
     overlap: float
 
 
-class Sensitivity(_Record, frozen=True):
+class Sensitivity(Record, frozen=True):
     """What ``int8`` costs in fidelity, and where.
 
     Attributes:
@@ -114,7 +109,7 @@ class Sensitivity(_Record, frozen=True):
     curve: tuple[Fidelity, ...]
 
 
-class Calibration(_Record, frozen=True):
+class Calibration(Record, frozen=True):
     """Everything in ``calibration.json``.
 
     Attributes:
@@ -122,6 +117,7 @@ class Calibration(_Record, frozen=True):
         fingerprint: what it belongs to.
         texts: what it was measured on.
         method: how thresholds were chosen.
+        max_tokens: longest prompt that the texts were cut to.
         max_drop: largest loss of rank correlation that the kept inputs were chosen for.
         inputs: input name to its calibration.
         soft_token: how the soft token is made; None for K = 0.
@@ -134,12 +130,27 @@ class Calibration(_Record, frozen=True):
     fingerprint: ModelFingerprint
     texts: TextsUsed
     method: str
+    max_tokens: int
     max_drop: float
     inputs: Mapping[str, InputCalibration]
     soft_token: SoftTokenCalibration | None
     moments_sha256: str
     sensitivity: Sensitivity
     tools: Mapping[str, str]
+
+    @property
+    def settings(self) -> dict[str, str | int | float | None]:
+        """What it was made with, by the names of ``ModelSettings``: what an export takes where it is told nothing else."""
+        made = self.fingerprint
+        return {
+            "model": made.model.name,
+            "adapter": made.adapter.name if made.adapter else "none",
+            "revision": made.model.revision,
+            "steps": made.steps,
+            "pooling": made.pooling,
+            "temperature": made.temperature,
+            "max_tokens": self.max_tokens,
+        }
 
     def to_json(self) -> bytes:
         """Return the content of the file.
@@ -148,7 +159,7 @@ class Calibration(_Record, frozen=True):
             CheckpointError: a number is NaN or infinite.
         """
         self._check_finite("calibration")
-        return msgspec.json.format(msgspec.json.encode(self), indent=0) + b"\n"
+        return encode_record(self, indent=0)
 
     @classmethod
     def read(cls, path: Path) -> Self:
@@ -159,21 +170,19 @@ class Calibration(_Record, frozen=True):
         """
         try:
             content = path.read_bytes()
-            version = msgspec.json.decode(content, type=SchemaVersion).schema_version
-            if version > SCHEMA_VERSION:
-                raise CheckpointError(
-                    f"{path}: schema version {version} | this gircse-deploy reads up to {SCHEMA_VERSION} | "
-                    "upgrade: pip install -U gircse-deploy"
-                )
-            calibration = msgspec.json.decode(content, type=cls)
         except OSError as err:
             raise CheckpointError(
                 f"--calibration {path}: {err.strerror} | a file of gircse-calibrate | check the path"
             ) from err
-        except msgspec.MsgspecError as err:
-            raise CheckpointError(
-                f"--calibration {path}: {err} | a file of gircse-calibrate | calibrate again"
-            ) from err
+        calibration = decode_versioned(
+            cls,
+            content,
+            where=f"--calibration {path}",
+            oldest=SCHEMA_VERSION,
+            newest=SCHEMA_VERSION,
+            error=CheckpointError,
+            remake="Calibrate again.",
+        )
         calibration._check_finite(str(path))
         return calibration
 

@@ -16,8 +16,8 @@ from gircse.calibration.report_charts import (
     rank_loss,
 )
 from gircse.reporting.files import markdown_table, open_report_directory, write_files
-from gircse.runtime.bundle import AdapterSource, ModelSource
 from gircse.runtime.errors import MeasurementError
+from gircse.runtime.manifest import AdapterSource, ModelSource
 
 SHOWN = 10
 """Rows of a table of the most or the largest."""

@@ -19,7 +19,7 @@ from gircse.calibration.int8.scheme import QuantizedInput
 from gircse.checkpoint.reference import Mixture, refine
 from gircse.reporting.progress import StageProgress
 from gircse.reporting.similarity import neighbor_overlap, pairwise_rank_correlation
-from gircse.runtime.bundle import Pooling
+from gircse.runtime.manifest import Pooling
 from gircse.runtime.numerics import Float32, l2_normalize
 from gircse.runtime.tokenization import TokenBatch
 

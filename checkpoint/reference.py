@@ -14,7 +14,6 @@ K vocabulary projections, not K + 1.
 import operator
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from enum import StrEnum
 from typing import Any
 
 import torch
@@ -23,19 +22,9 @@ from torch import Tensor
 
 from gircse.checkpoint.silence import quiet_transformers
 from gircse.checkpoint.source import Checkpoint
-
-
-class Dtype(StrEnum):
-    """Precision that the reference computes in."""
-
-    FP32 = "fp32"
-    FP16 = "fp16"
-    BF16 = "bf16"
-
+from gircse.runtime.precision import SPECS, Precision
 
 Mixture = Callable[[Tensor, Tensor], Tensor]
-
-_TORCH_DTYPES = {Dtype.FP32: torch.float32, Dtype.FP16: torch.float16, Dtype.BF16: torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -53,13 +42,13 @@ class RefinementState:
     soft_token: Tensor | None = None
 
 
-def load_reference(checkpoint: Checkpoint, *, device: str = "cpu", dtype: Dtype = Dtype.FP32) -> Any:
+def load_reference(checkpoint: Checkpoint, *, device: str = "cpu", precision: Precision = Precision.FP32) -> Any:
     """Load the causal LM with its adapter merged by PEFT, always in FP32, then move it to its device and precision.
 
     Args:
         checkpoint: model and adapter.
         device: a torch device, such as ``cpu`` or ``cuda``.
-        dtype: precision of weights and arithmetic.
+        precision: of weights and arithmetic; one whose values are floats.
 
     Returns:
         A ``transformers`` causal LM in eval mode.
@@ -73,7 +62,7 @@ def load_reference(checkpoint: Checkpoint, *, device: str = "cpu", dtype: Dtype 
         )
         if checkpoint.adapter_directory is not None:
             model = PeftModel.from_pretrained(model, checkpoint.adapter_directory).merge_and_unload()
-    return model.to(device=device, dtype=_TORCH_DTYPES[dtype]).eval()
+    return model.to(device=device, dtype=getattr(torch, SPECS[precision].dtype)).eval()
 
 
 def step_states(model: Any, input_ids: Tensor, attention_mask: Tensor, *, steps: int, temperature: float) -> Tensor:

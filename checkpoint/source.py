@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from gircse.checkpoint.demo import ADAPTER_DIRECTORY, DEMO_NAME, demo_checkpoint
-from gircse.runtime.bundle import AdapterSource, ModelSource, file_sha256
+from gircse.runtime.bundle import file_sha256
 from gircse.runtime.errors import CheckpointError
+from gircse.runtime.manifest import AdapterSource, ModelSource
 
 NO_ADAPTER = "none"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")

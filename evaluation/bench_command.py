@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from gircse.evaluation.task_flags import add_task_flags, pop_task_options, show_tables
-from gircse.runtime.embed_command import add_runtime_flags
+from gircse.runtime.command import add_runtime_flags
 from gircse.runtime.errors import GircseError
 from gircse.runtime.provider import Provider
 

@@ -7,7 +7,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from gircse.evaluation.task_flags import add_task_flags, pop_task_options, show_tables
-from gircse.runtime.embed_command import add_runtime_flags
+from gircse.runtime.command import add_runtime_flags
 from gircse.runtime.errors import GircseError
 from gircse.runtime.provider import Provider
 
@@ -21,13 +21,13 @@ def main(argv: list[str] | None = None) -> int:
     report_directory: Path | None = args.pop("report")
     try:
         # Here, not above: scipy and matplotlib take seconds to import, and --help should not.
-        from gircse.evaluation.parity.gates import GateLimits
         from gircse.evaluation.parity.report_text import terminal_tables
         from gircse.evaluation.parity.run import ParityOptions, measure_parity
         from gircse.evaluation.write_reports import write_parity_report
         from gircse.reporting.files import open_report_directory
+        from gircse.runtime.precision import ParityLimits
 
-        chosen = {field.name: args.pop(field.name) for field in fields(GateLimits)}
+        chosen = {field.name: args.pop(field.name) for field in fields(ParityLimits)}
         limits = {name: limit for name, limit in chosen.items() if limit is not None}
         tasks = pop_task_options(args)
         open_report_directory(report_directory)

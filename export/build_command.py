@@ -6,9 +6,10 @@ import sys
 from pathlib import Path
 
 from gircse.export.engine.profiles import DEFAULT_BATCH, SizeRange
-from gircse.runtime.bundle import Layout
 from gircse.runtime.errors import GircseError
-from gircse.runtime.trt.engine_manifest import Flavour
+from gircse.runtime.manifest import Layout
+from gircse.runtime.provider import Provider
+from gircse.runtime.trt.library import MODULES
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -41,9 +42,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("bundle", type=Path, help="bundle directory")
     parser.add_argument("--precision", metavar="P", help="variant (default: fp16, else bf16, fp32)")
     parser.add_argument(
-        "--flavour",
-        type=Flavour,
-        choices=list(Flavour),
+        "--provider",
+        type=Provider,
+        choices=list(MODULES),
         metavar="tensorrt|tensorrt-rtx",
         help="which TensorRT (default: the one that is installed)",
     )

@@ -6,10 +6,14 @@ import re
 import resource
 import sys
 import time
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
-from gircse.runtime.bundle import Layout, Pooling, Precision
+from gircse.checkpoint.model_settings import ModelSettings, add_model_flags
 from gircse.runtime.errors import GircseError
+from gircse.runtime.manifest import Layout
+from gircse.runtime.precision import Precision
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -23,7 +27,10 @@ def main(argv: list[str] | None = None) -> int:
         from gircse.export.exporter import export_bundle
         from gircse.export.options import ExportOptions
 
-        options = ExportOptions(**{**vars(args), "output": args.output or _default_output(args)})
+        settings = _settings(args)
+        options = ExportOptions(
+            **{**vars(args), **settings, "output": args.output or _default_output(ModelSettings(**settings))}
+        )
         bundle = export_bundle(options)
     except GircseError as err:
         print(f"gircse-export: error: {err}", file=sys.stderr)
@@ -44,15 +51,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="gircse-export",
         description="Trace a decoder LLM with K soft-token refinement steps and write a bundle that runs without torch.",
     )
-    parser.add_argument("--steps", type=int, required=True, metavar="K", help="refinement steps, 0 to 64")
-    parser.add_argument("--model", default="demo", help="'demo', a directory or a Hugging Face id (default: demo)")
-    parser.add_argument("--adapter", help="directory or Hugging Face id of a PEFT LoRA, or 'none'")
-    parser.add_argument("--revision", help="branch, tag or commit of a Hugging Face model")
-    parser.add_argument("--pooling", type=Pooling, choices=list(Pooling), default=Pooling.MEAN, metavar="mean|last")
-    parser.add_argument(
-        "--temperature", type=float, default=1.0, metavar="T", help="divisor of the logits (default: 1)"
-    )
-    parser.add_argument("--max-tokens", type=int, default=512, metavar="N", help="longest prompt (default: 512)")
+    add_model_flags(parser)
     parser.add_argument(
         "--layout",
         type=Layout,
@@ -97,9 +96,19 @@ def _precisions(text: str) -> tuple[Precision, ...]:
         raise argparse.ArgumentTypeError(f"{err}; choose from {', '.join(Precision)}") from err
 
 
-def _default_output(args: argparse.Namespace) -> Path:
-    name = re.sub(r"[^\w.-]+", "-", Path(args.model).name) or "model"
-    return Path(f"gircse-{name}-{args.steps}")
+def _settings(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the model's settings: what is not given is as in the calibration, if there is one."""
+    from gircse.calibration.calibration_file import Calibration
+
+    given = {
+        field.name: value for field in fields(ModelSettings) if (value := getattr(args, field.name, None)) is not None
+    }
+    return {**(Calibration.read(args.calibration).settings if args.calibration else {}), **given}
+
+
+def _default_output(settings: ModelSettings) -> Path:
+    name = re.sub(r"[^\w.-]+", "-", Path(settings.model).name) or "model"
+    return Path(f"gircse-{name}-{settings.steps}")
 
 
 def _print_summary(bundle: Path, seconds: float) -> None:

@@ -10,8 +10,8 @@ from typing import Any
 import psutil
 from tokenizers import Tokenizer
 
-from gircse.calibration.calibrate import fingerprint_of
 from gircse.calibration.calibration_file import Calibration
+from gircse.calibration.fingerprint import fingerprint_of
 from gircse.calibration.moments_file import MomentsFile
 from gircse.checkpoint.reference import load_reference
 from gircse.checkpoint.safetensors_index import SafetensorsIndex
@@ -19,7 +19,7 @@ from gircse.checkpoint.source import Checkpoint, pad_token_id, read_json, resolv
 from gircse.export.golden import CASES as GOLDEN_CASES
 from gircse.export.golden import write_golden
 from gircse.export.graph.architecture import DecoderShape, check_limits, decoder_shape
-from gircse.export.graph.mixed_precision import DTYPES
+from gircse.export.graph.mixed_precision import onnx_dtype
 from gircse.export.graph.simplify import simplify_decoder
 from gircse.export.graph.trace import trace_decoder
 from gircse.export.options import ExportOptions
@@ -29,16 +29,10 @@ from gircse.export.staging import check_destination, staged_directory
 from gircse.export.variants import VariantDraft, draft_variant, graph_facts, manifest_variant, write_variant
 from gircse.export.weights.external_data import estimate_bytes
 from gircse.reporting.progress import Advance, StageProgress
-from gircse.runtime.bundle import (
-    INT8_PRECISIONS,
-    MANIFEST_NAME,
-    SCHEMA_VERSION,
-    FileEntry,
-    Manifest,
-    Precision,
-    file_sha256,
-)
+from gircse.runtime.bundle import file_sha256
 from gircse.runtime.errors import CheckpointError, ExportError
+from gircse.runtime.manifest import MANIFEST_NAME, SCHEMA_VERSION, FileEntry, Manifest
+from gircse.runtime.precision import SPECS, Precision
 from gircse.runtime.text_files import read_texts
 from gircse.runtime.tokenization import PROMPT_TEMPLATE, TokenBatch, load_tokenizer, padded_batches, tokenize
 
@@ -88,8 +82,6 @@ def export_bundle(options: ExportOptions, *, progress: StageProgress | None = No
     """
     progress = progress or StageProgress()
     output = options.output.absolute()
-    if not options.temperature > 0 or options.temperature == float("inf"):
-        raise ExportError(f"--temperature {options.temperature} | a finite number above 0 | 1 is the trained value")
     check_destination(output, force=options.force)
     calibration = _read_calibration(options)
     probe_texts = read_texts(options.probe_texts) if options.probe_texts else [text for _, text in GOLDEN_CASES]
@@ -116,7 +108,7 @@ def export_bundle(options: ExportOptions, *, progress: StageProgress | None = No
 
 def _read_calibration(options: ExportOptions) -> tuple[Calibration, MomentsFile] | None:
     """Read the calibration of INT8 variants, before anything expensive starts."""
-    wanted = [precision for precision in options.precisions if precision in INT8_PRECISIONS]
+    wanted = [precision for precision in options.precisions if SPECS[precision].calibrated]
     if options.calibration is not None:
         calibration = Calibration.read(options.calibration)
         return calibration, MomentsFile.open(options.calibration, calibration.moments_sha256)
@@ -232,7 +224,7 @@ def _check_resources(
 
 def _bytes_per_weight(precision: Precision) -> int:
     # INT8 variants hold the vocabulary twice, and scales: less than two bytes a weight.
-    return 2 if precision in INT8_PRECISIONS else int(DTYPES[precision].itemsize)
+    return 2 if SPECS[precision].calibrated else int(onnx_dtype(precision).itemsize)
 
 
 def _write_variants(
@@ -250,7 +242,7 @@ def _write_variants(
         with progress.stage(f"write {_gib(total)} of {variant.precision} weights", total=total) as advance:
             entry = write_variant(variant, directory, identity=identity, on_bytes=advance)
         files[variant.weights_path] = entry
-        if variant.precision in INT8_PRECISIONS and options.calibration is not None:
+        if SPECS[variant.precision].calibrated and options.calibration is not None:
             shutil.copyfile(options.calibration, directory / variant.precision / "calibration.json")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         path = source.checkpoint.directory / name
@@ -323,6 +315,7 @@ def _write_manifest(
         golden_missing_reason=golden_missing_reason,
         tools={name: importlib.metadata.version(name) for name in TOOLS},
         files=dict(sorted(files.items())),
+        query_instruction=options.query_instruction,
     )
     (directory / MANIFEST_NAME).write_bytes(manifest.to_json())
 

@@ -14,8 +14,7 @@ from tokenizers import Tokenizer
 
 from gircse.checkpoint.reference import step_states
 from gircse.export.graph.compose import RefinementSettings
-from gircse.runtime.bundle import Pooling
-from gircse.runtime.numerics import l2_normalize, prefix_means
+from gircse.runtime.numerics import l2_normalize, pool_states
 from gircse.runtime.tokenization import format_prompt, pad_batch, tokenize
 
 INSTRUCTION = "Given a question, retrieve passages that answer it"
@@ -68,8 +67,7 @@ def write_golden(
     batch = pad_batch(tuple(range(len(CASES))), token_ids, pad_token_id=pad_token_id)
     ids, mask = torch.from_numpy(batch.input_ids), torch.from_numpy(batch.attention_mask)
     states = step_states(model, ids, mask, steps=settings.steps, temperature=settings.temperature).numpy()
-    prompt, steps = states[:, 0], states[:, 1:]
-    pooled = steps if settings.pooling is Pooling.LAST else prefix_means(steps)
+    vectors_of_steps = l2_normalize(pool_states(states, settings.pooling))
     cases = [
         {"instruction": instruction, "text": text, "token_ids": ids}
         for (instruction, text), ids in zip(CASES, token_ids, strict=True)
@@ -77,7 +75,7 @@ def write_golden(
     text = json.dumps({"cases": cases}, indent=1, ensure_ascii=False) + "\n"
     (directory / "golden.json").write_text(text, encoding="utf-8")
     vectors = {
-        "prompt_embedding": np.ascontiguousarray(l2_normalize(prompt)),
-        "step_embeddings": np.ascontiguousarray(l2_normalize(pooled)),
+        "prompt_embedding": np.ascontiguousarray(vectors_of_steps[:, 0]),
+        "step_embeddings": np.ascontiguousarray(vectors_of_steps[:, 1:]),
     }
     save_file(vectors, directory / "golden.safetensors")

@@ -3,49 +3,39 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from gircse.checkpoint.model_settings import ModelSettings
 from gircse.export.graph.compose import RefinementSettings
-from gircse.runtime.bundle import Layout, Pooling, Precision
+from gircse.runtime.manifest import Layout
+from gircse.runtime.precision import Precision
 
 
-@dataclass(frozen=True)
-class ExportOptions:
+@dataclass(frozen=True, kw_only=True)
+class ExportOptions(ModelSettings):
     """What to export, and how; the fields are the flags of ``gircse-export``.
 
     Attributes:
         output: directory of the bundle.
-        steps: K, 0 to 64.
-        model: ``demo``, a local directory or a Hugging Face id.
-        adapter: directory or Hugging Face id of a LoRA, ``none``, or None for the model's default.
-        revision: revision of a Hugging Face model.
-        pooling: ``mean`` or ``last``.
-        temperature: divisor of the logits.
-        max_tokens: longest prompt.
         layout: ``unrolled``, which brings the stepwise graph along, or ``stepwise`` alone.
         precisions: the variants to write.
         calibration: file of ``gircse-calibrate``, for INT8 variants.
         probe_texts: file of texts for the overflow probe of FP16; None takes the golden ones.
         keep_float32: parts of weight names whose matrix products stay in FP32 in every variant.
+        query_instruction: what ``Embedder.encode_query`` puts before a text unless told otherwise.
         force: replace an existing bundle.
     """
 
     output: Path
-    steps: int
-    model: str = "demo"
-    adapter: str | None = None
-    revision: str | None = None
-    pooling: Pooling = Pooling.MEAN
-    temperature: float = 1.0
-    max_tokens: int = 512
     layout: Layout = Layout.UNROLLED
     precisions: tuple[Precision, ...] = (Precision.FP32,)
     keep_float32: tuple[str, ...] = ()
     calibration: Path | None = None
     probe_texts: Path | None = None
+    query_instruction: str = ""
     force: bool = False
 
     def __post_init__(self) -> None:
         """Take plain strings for the enums; a ``ValueError`` names what they may be."""
-        object.__setattr__(self, "pooling", Pooling(self.pooling))
+        super().__post_init__()
         object.__setattr__(self, "layout", Layout(self.layout))
         object.__setattr__(self, "precisions", tuple(dict.fromkeys(map(Precision, self.precisions))))
 

@@ -12,8 +12,8 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from gircse.runtime.bundle import MANIFEST_NAME
 from gircse.runtime.errors import ExportError
+from gircse.runtime.manifest import MANIFEST_NAME
 
 
 def check_destination(destination: Path, *, force: bool) -> None:

@@ -11,27 +11,16 @@ from gircse.calibration.moments_file import MomentsFile
 from gircse.checkpoint.safetensors_index import SafetensorsIndex
 from gircse.export.graph.architecture import DecoderShape
 from gircse.export.graph.compose import compose_graph, weight_initializers
-from gircse.export.graph.mixed_precision import FLOAT32_ISLANDS, set_precision
+from gircse.export.graph.mixed_precision import set_precision
 from gircse.export.int8.quantize import excluded_inputs, int8_vocabulary, quantize
 from gircse.export.options import ExportOptions
 from gircse.export.weights.external_data import WeightLayout, external_tensors, write_weights
 from gircse.runtime import tensor_names
-from gircse.runtime.bundle import (
-    INT8_PRECISIONS,
-    FileEntry,
-    GraphFacts,
-    GraphFile,
-    Layout,
-    Precision,
-    TensorSpec,
-    Variant,
-)
+from gircse.runtime.manifest import FileEntry, GraphFacts, GraphFile, Layout, TensorSpec, Variant
+from gircse.runtime.precision import SPECS, Precision
 
 GRAPH_FILES = {Layout.UNROLLED: "model.onnx", Layout.STEPWISE: "stepwise.onnx"}
 WEIGHTS_FILE = "weights.bin"
-
-INT8_FLOAT = ("attention", "SwiGLU", "RMSNorm", "residual stream", "softmax over the vocabulary", "largest channels")
-"""What INT8 variants compute in FP32, in words."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +88,7 @@ def draft_variant(
         CheckpointError: a tensor of checkpoint or adapter does not fit.
         ExportError: the graph cannot be set to the precision.
     """
-    if precision in INT8_PRECISIONS:
+    if SPECS[precision].calibrated:
         if calibration is None:
             raise ValueError(f"{precision} without a calibration")
         return _draft_int8(precision, decoder, options, *calibration, shape=shape, base=base, adapter=adapter_directory)
@@ -108,7 +97,7 @@ def draft_variant(
         graphs[layout] = compose_graph(decoder, shape, options.settings, layout=layout)
         rewrites[layout] = set_precision(graphs[layout], precision, keep_float32=options.keep_float32)
     plan = WeightLayout.build(weight_initializers(graphs.values()), base, adapter_directory, tied=shape.tied)
-    return VariantDraft(precision, graphs, rewrites, plan, (*FLOAT32_ISLANDS[precision], *options.keep_float32))
+    return VariantDraft(precision, graphs, rewrites, plan, (*SPECS[precision].float32, *options.keep_float32))
 
 
 def _draft_int8(
@@ -129,7 +118,9 @@ def _draft_int8(
     model = compose_graph(decoder, shape, options.settings, layout=layout, vocabulary=vocabulary)
     quantized = quantize(model, precision, calibration, shape, moments=moments, vocabulary=vocabulary, kept=kept)
     plan = WeightLayout.build(weight_initializers([model]), base, adapter, tied=shape.tied, recipes=quantized.recipes)
-    return VariantDraft(precision, {layout: model}, {layout: quantized.counts}, plan, (*INT8_FLOAT, *kept))
+    return VariantDraft(
+        precision, {layout: model}, {layout: quantized.counts}, plan, (*SPECS[precision].float32, *kept)
+    )
 
 
 def write_variant(

@@ -1,6 +1,5 @@
 """Run GIRCSE bundles without torch."""
 
-from gircse.runtime.bundle import Manifest
 from gircse.runtime.embedder import Embedder, SelfTestReport
 from gircse.runtime.errors import (
     BundleError,
@@ -11,6 +10,7 @@ from gircse.runtime.errors import (
     ProviderError,
     TextFileError,
 )
+from gircse.runtime.manifest import Manifest
 from gircse.runtime.tokenization import Overflow
 
 __all__ = [

@@ -1,254 +1,20 @@
-"""The bundle on disk: its manifest, its hashes, and the checks that run before anything in it is trusted.
+"""A bundle on disk, and the checks that run before anything in it is trusted.
 
-``gircse.json`` holds the fields of :class:`Manifest`. ``files`` lists every other file of the bundle with its size
-and SHA-256, so a bundle is whole exactly when every listed file is there with that hash.
+Its manifest lists every other file with size and SHA-256, so a bundle is whole exactly when every listed file is there
+with that hash.
 """
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import StrEnum
 from pathlib import Path
 from typing import Self
 
-import msgspec
-
 from gircse.runtime.errors import BundleError
+from gircse.runtime.manifest import MANIFEST_NAME, FileEntry, Layout, Manifest, Variant, listed
+from gircse.runtime.precision import precision_spec
 
-MANIFEST_NAME = "gircse.json"
-SCHEMA_VERSION = 1
-MAX_STEPS = 64
 HASH_BLOCK_BYTES = 1 << 20
-
-
-class Layout(StrEnum):
-    """How the K steps are laid out: all in one graph, or in a graph that is run once for the prompt and once a step."""
-
-    UNROLLED = "unrolled"
-    STEPWISE = "stepwise"
-
-
-class Precision(StrEnum):
-    """Type of weights and matrix products; the name of a variant.
-
-    ``int8`` multiplies integers, with scales of activations from a calibration; ``int8-weights`` computes in FP32 on
-    8-bit weights.
-    """
-
-    FP32 = "fp32"
-    FP16 = "fp16"
-    BF16 = "bf16"
-    INT8 = "int8"
-    INT8_WEIGHTS = "int8-weights"
-
-
-INT8_PRECISIONS = (Precision.INT8, Precision.INT8_WEIGHTS)
-"""Their variants have no unrolled graph beside the stepwise one: it would hold K + 1 packed copies of every weight."""
-
-
-class Pooling(StrEnum):
-    """What becomes of h_1..h_K: their mean (``generate_mean`` in the paper's code) or h_K."""
-
-    MEAN = "mean"
-    LAST = "last"
-
-
-class _Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Base of what the manifest is made of: typed, immutable, and with no field that the schema lacks."""
-
-
-class ModelSource(_Record, frozen=True):
-    """Where the backbone came from.
-
-    Attributes:
-        name: ``demo``, a Hugging Face id or a local directory, as it was resolved.
-        revision: commit of a Hugging Face snapshot, else None.
-        config_sha256: SHA-256 of config.json.
-    """
-
-    name: str
-    revision: str | None
-    config_sha256: str
-
-
-class AdapterSource(_Record, frozen=True):
-    """Where the LoRA adapter came from; ``sha256`` is that of adapter_model.safetensors."""
-
-    name: str
-    revision: str | None
-    sha256: str
-
-
-class FileEntry(_Record, frozen=True):
-    """Size and SHA-256 of one file of the bundle."""
-
-    bytes: int
-    sha256: str
-
-
-class GraphFacts(_Record, frozen=True):
-    """What the graphs compute; every graph repeats it in its ONNX metadata (``identity``).
-
-    Attributes:
-        architecture: ``model_type`` of the config, such as ``qwen2``.
-        layout: the layout that ONNX Runtime runs by default, where a variant has it (see ``Bundle.layout``). An
-            ``unrolled`` bundle holds the stepwise graph too.
-        steps: K. The unrolled graph always runs K steps; the stepwise one runs up to K.
-        pooling: ``mean`` or ``last``.
-        temperature: divisor of the logits before the softmax over the vocabulary.
-        max_tokens: longest prompt in tokens, the instruction included.
-        hidden_size: length of a vector.
-        num_layers: decoder layers.
-        kv_size: width of the keys, and of the values, of one token in one layer.
-        vocab_size: rows of the embedding table.
-    """
-
-    architecture: str
-    layout: Layout
-    steps: int
-    pooling: Pooling
-    temperature: float
-    max_tokens: int
-    hidden_size: int
-    num_layers: int
-    kv_size: int
-    vocab_size: int
-
-    def __post_init__(self) -> None:
-        """Refuse values that no export writes."""
-        sizes = (self.max_tokens, self.hidden_size, self.num_layers, self.kv_size, self.vocab_size)
-        if not 0 <= self.steps <= MAX_STEPS or min(sizes) < 1 or not self.temperature > 0:
-            raise BundleError(
-                f"{MANIFEST_NAME}: {self} | 0..{MAX_STEPS} steps, sizes of at least 1, a temperature above 0 | "
-                "export the bundle again"
-            )
-
-    @property
-    def layouts(self) -> set[Layout]:
-        """The graphs of a variant; where there are two, one of INT8 has the stepwise graph alone."""
-        return {Layout.STEPWISE, self.layout} if self.steps else {self.layout}
-
-    @property
-    def identity(self) -> str:
-        """The facts as one line of JSON."""
-        return msgspec.json.encode(self).decode()
-
-
-class TensorSpec(_Record, frozen=True):
-    """Name, element type and shape of a graph input or output; a word in the shape is a dynamic dimension."""
-
-    name: str
-    dtype: str
-    shape: tuple[str | int, ...]
-
-
-class GraphFile(_Record, frozen=True):
-    """One ONNX graph: path in the bundle, inputs and outputs."""
-
-    path: str
-    inputs: tuple[TensorSpec, ...]
-    outputs: tuple[TensorSpec, ...]
-
-
-class Variant(_Record, frozen=True):
-    """One precision of the bundle.
-
-    Attributes:
-        graphs: its graphs by layout.
-        weights: the file of their weights.
-        float32: what stays in FP32 in a FP16 or BF16 variant, in words.
-        rewrites: how often each rewrite to this precision applied, by layout and name.
-    """
-
-    graphs: Mapping[Layout, GraphFile]
-    weights: str
-    float32: tuple[str, ...] = ()
-    rewrites: Mapping[Layout, Mapping[str, int]] = msgspec.field(default_factory=dict)
-
-    @property
-    def files(self) -> set[str]:
-        """Paths of its graphs and weights."""
-        return {self.weights, *(graph.path for graph in self.graphs.values())}
-
-
-class Manifest(_Record, frozen=True):
-    """Everything a runtime must know of a bundle; the fields of ``gircse.json``.
-
-    Attributes:
-        schema_version: version of these fields.
-        model: where the backbone came from.
-        adapter: where the LoRA adapter came from, or None.
-        graph: what the graphs compute.
-        prompt_template: how an instruction and a text become the prompt; a text without instruction stands alone.
-        pad_token_id: fills padding, and stands for an empty prompt.
-        variants: precision name to its files.
-        golden: whether golden.json and golden.safetensors are there.
-        golden_missing_reason: why not, when they are not.
-        tools: versions of the packages that made the bundle.
-        files: every file but the manifest, path to size and hash.
-    """
-
-    schema_version: int
-    model: ModelSource
-    adapter: AdapterSource | None
-    graph: GraphFacts
-    prompt_template: str
-    pad_token_id: int
-    variants: Mapping[str, Variant]
-    golden: bool
-    golden_missing_reason: str | None
-    tools: Mapping[str, str]
-    files: Mapping[str, FileEntry]
-
-    def __post_init__(self) -> None:
-        """Refuse a manifest whose parts do not belong together."""
-        required = {"tokenizer.json"} | ({"golden.json", "golden.safetensors"} if self.golden else set())
-        for precision, variant in self.variants.items():
-            graphs, layouts = set(variant.graphs), self.graph.layouts
-            if not graphs <= layouts or (graphs != layouts and Layout.STEPWISE not in graphs):
-                raise BundleError(
-                    f"{MANIFEST_NAME}: variant {precision} has {_listed(graphs)} | layout "
-                    f"{self.graph.layout} has {_listed(layouts)} | export the bundle again"
-                )
-            required |= variant.files
-        if missing := sorted(required - set(self.files)):
-            raise BundleError(
-                f"{MANIFEST_NAME}: no entry for {missing[0]} | every file stands under 'files' with its hash | "
-                "export the bundle again"
-            )
-        if self.prompt_template.count("{text}") != 1:
-            raise BundleError(
-                f"{MANIFEST_NAME}: prompt_template {self.prompt_template!r} | {{text}} exactly once | "
-                "export the bundle again"
-            )
-
-    def to_json(self) -> bytes:
-        """Return the manifest as the content of ``gircse.json``."""
-        return msgspec.json.format(msgspec.json.encode(self), indent=2) + b"\n"
-
-    @classmethod
-    def from_json(cls, content: bytes) -> Self:
-        """Read the content of ``gircse.json``.
-
-        Raises:
-            BundleError: no JSON, from a newer schema, or with missing, unknown or ill-typed fields.
-        """
-        try:
-            version = msgspec.json.decode(content, type=SchemaVersion).schema_version
-            if version > SCHEMA_VERSION:
-                raise BundleError(
-                    f"{MANIFEST_NAME}: schema version {version} | this gircse-deploy reads up to {SCHEMA_VERSION} | "
-                    "upgrade: pip install -U gircse-deploy"
-                )
-            return msgspec.json.decode(content, type=cls)
-        except msgspec.DecodeError as err:
-            raise BundleError(f"{MANIFEST_NAME}: {err} | the manifest of a bundle | export the bundle again") from err
-
-
-class SchemaVersion(msgspec.Struct):
-    """The one field that every version of the manifest, and of the JSON beside an engine, has."""
-
-    schema_version: int
 
 
 @dataclass(frozen=True)
@@ -310,7 +76,7 @@ class Bundle:
         variants = self.manifest.variants
         if precision not in variants:
             raise BundleError(
-                f"{self.directory}: precision {precision!r} | it has {_listed(variants)} | name one of these"
+                f"{self.directory}: precision {precision!r} | it has {listed(variants)} | name one of these"
             )
         return variants[precision]
 
@@ -323,7 +89,7 @@ class Bundle:
         variants = self.manifest.variants
         found = next((precision for precision in preferred if precision in variants), None)
         if found is None and len(variants) > 1:
-            raise BundleError(f"{self.directory}: no precision named | one of {_listed(variants)} | name one of these")
+            raise BundleError(f"{self.directory}: no precision named | one of {listed(variants)} | name one of these")
         return found or next(iter(variants))
 
     def layout(self, precision: str, wanted: Layout | None = None) -> Layout:
@@ -345,12 +111,30 @@ class Bundle:
         """
         graphs = self.variant(precision).graphs
         if layout not in graphs:
-            other = "another precision" if precision in INT8_PRECISIONS else f"export again with --layout {layout}"
+            other = (
+                "another precision" if precision_spec(precision).calibrated else f"export again with --layout {layout}"
+            )
             raise BundleError(
-                f"{self.directory}, {precision}: layout {layout} | it has {_listed(graphs)} | name one of these, or "
+                f"{self.directory}, {precision}: layout {layout} | it has {listed(graphs)} | name one of these, or "
                 f"{other}"
             )
         return self.file(graphs[layout].path)
+
+    def engine_graph(self, precision: str, layout: Layout) -> Path:
+        """Return the path of the graph that a TensorRT engine of a variant is built from.
+
+        Raises:
+            BundleError: the bundle does not have the precision in that layout, or was exported before INT8 variants had a
+                graph of their own for TensorRT.
+        """
+        path, own = self.graph(precision, layout), self.variant(precision).tensorrt
+        if own is not None:
+            return self.file(own.path)
+        if precision_spec(precision).calibrated:
+            raise BundleError(
+                f"{self.directory}, {precision}", "has no graph for TensorRT", None, "Export the bundle again."
+            )
+        return path
 
     def verify(self, precision: str | None) -> None:
         """Read every file but those of other variants and compare its SHA-256 with the manifest.
@@ -382,10 +166,6 @@ class Bundle:
             raise BundleError(
                 f"{self.directory / relative}: {came} | {entry.bytes} bytes | copy or export the bundle again"
             )
-
-
-def _listed(names: Iterable[str]) -> str:
-    return ", ".join(sorted(names))
 
 
 def file_sha256(path: Path) -> str:

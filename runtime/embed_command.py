@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from gircse.runtime.atomic_file import atomic_write
-from gircse.runtime.bundle import Layout
+from gircse.runtime.command import add_runtime_flags
 from gircse.runtime.embedder import DEFAULT_BATCH_SIZE, DEFAULT_BATCH_TOKENS, Embedder
 from gircse.runtime.errors import GircseError
 from gircse.runtime.numerics import Float32
@@ -52,26 +52,6 @@ def main(argv: list[str] | None = None) -> int:
         print(f"gircse-embed: error: {err}", file=sys.stderr)
         return 2
     return 0
-
-
-def add_runtime_flags(parser: argparse.ArgumentParser, *, default: Provider) -> None:
-    """Add the flags that say which graph of a bundle runs, and where; ``auto`` is offered where it is the default."""
-    providers = [provider for provider in Provider if provider is default or provider is not Provider.AUTO]
-    parser.add_argument(
-        "--provider",
-        type=Provider,
-        choices=providers,
-        default=default,
-        metavar="P",
-        help=f"where the bundle runs: {', '.join(providers)} (default: {default})",
-    )
-    parser.add_argument(
-        "--layout",
-        type=Layout,
-        choices=list(Layout),
-        metavar="unrolled|stepwise",
-        help="graph or engine (default: the bundle's own)",
-    )
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -3,7 +3,7 @@
 import json
 import logging
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -14,12 +14,14 @@ from safetensors.numpy import load_file
 from tqdm import tqdm
 
 from gircse.runtime import tokenization
-from gircse.runtime.bundle import Bundle, Layout, Manifest, Precision
+from gircse.runtime.bundle import Bundle
 from gircse.runtime.errors import BundleError, ProviderError
+from gircse.runtime.manifest import Layout, Manifest
 from gircse.runtime.numerics import Float32, row_cosine
-from gircse.runtime.ort_session import Session, StepOutputs
+from gircse.runtime.precision import precision_spec
 from gircse.runtime.provider import Provider
 from gircse.runtime.provider_selection import SessionHandle, SessionOptions, open_provider
+from gircse.runtime.session import Session, StepOutputs
 from gircse.runtime.tokenization import Overflow, TokenBatch
 
 Choice = TypeVar("Choice", bound=StrEnum)
@@ -28,16 +30,6 @@ logger = logging.getLogger(__name__)
 
 DEFAULT_BATCH_SIZE = 32
 DEFAULT_BATCH_TOKENS = 4096
-
-SELF_TEST_MIN_COSINES: Mapping[str, float] = {
-    Precision.FP32: 0.9999,
-    Precision.INT8: 0.97,
-    Precision.INT8_WEIGHTS: 0.995,
-}
-SELF_TEST_MIN_COSINE_LOW = 0.999
-"""Smallest cosine to the PyTorch reference that passes, and that of every other precision. It finds what is damaged;
-how good INT8 is, ``gircse-parity`` says. Measured worst: FP32 0.9999975 (bare demo, last, K = 8); of the demo int8
-0.988, int8-weights 0.9995."""
 
 
 @dataclass(frozen=True)
@@ -251,7 +243,7 @@ class Embedder:
             texts=len(cases),
             min_cosine=float(row_cosine(ours, theirs).min()),
             max_difference=float(np.abs(ours - theirs).max()),
-            limit=SELF_TEST_MIN_COSINES.get(self.precision, SELF_TEST_MIN_COSINE_LOW),
+            limit=precision_spec(self.precision).self_test_min_cosine,
         )
 
     def _run(self, batch: TokenBatch, steps: int) -> StepOutputs:

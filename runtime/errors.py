@@ -1,12 +1,33 @@
 """The one family of errors that users of the toolkit see.
 
-Every message reads *where: what came | what was expected | what to do*.
-A bad argument is a plain ``ValueError`` or ``TypeError``.
+An error is data (:class:`GircseError` lists its parts) and prints as plain sentences::
+
+    input_ids has shape (33, 512); the engine takes batch 1..32. Split the batch, or rebuild with --batch 1:8:33.
+
+A wrong type is a plain ``TypeError``, its text made by the same :func:`sentence`.
 """
 
 
 class GircseError(Exception):
-    """Base of every error about an artifact, a checkpoint or a failed build."""
+    """Base of every error of the toolkit.
+
+    Attributes:
+        where: what is wrong: a file, a flag, a tensor.
+        got: what was found there, as the rest of a sentence that begins with ``where``.
+        expected: what should have been there, as a clause of its own; None where ``got`` says enough.
+        hint: what to do, as a sentence; a hint that ends with a command has no full stop after it. None where nobody can
+            know.
+    """
+
+    def __init__(self, where: str, got: str = "", expected: str | None = None, hint: str | None = None) -> None:
+        # All parts are arguments, so that an error survives the way from one process to another.
+        super().__init__(where, got, expected, hint)
+        self.where, self.got, self.expected, self.hint = where, got, expected, hint
+
+    def __str__(self) -> str:
+        if not self.got:
+            return self.where
+        return sentence(self.where, self.got, self.expected, self.hint)
 
 
 class BundleError(GircseError):
@@ -17,8 +38,12 @@ class CheckpointError(GircseError):
     """A model, adapter or tokenizer cannot be found, read or used."""
 
 
+class CalibrationError(GircseError):
+    """A calibration cannot be made, read, or used for this model."""
+
+
 class ExportError(GircseError):
-    """An export cannot start or cannot finish."""
+    """An export or a build cannot start or cannot finish."""
 
 
 class ProviderError(GircseError):
@@ -35,3 +60,19 @@ class TextFileError(GircseError):
 
 class MeasurementError(GircseError):
     """A measurement cannot be made: unusable texts or tasks, or values that are not finite."""
+
+
+class OutputError(GircseError):
+    """A file or directory cannot be written: no room, no permission, or something else stands there."""
+
+
+class OptionError(GircseError, ValueError):
+    """A flag or an argument has a value that it cannot have."""
+
+
+def sentence(where: str, got: str, expected: str | None = None, hint: str | None = None) -> str:
+    """Join the parts of an error (see :class:`GircseError`); parts that are None leave no trace."""
+    text = f"{where} {got}".rstrip(".")
+    if expected is not None:
+        text += f"; {expected.rstrip('.')}"
+    return f"{text}. {hint}" if hint is not None else f"{text}."

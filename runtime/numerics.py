@@ -1,7 +1,9 @@
-"""Pooling and comparison of step states: free functions on arrays, numpy only."""
+"""Pooling and comparison of step states: free functions on arrays."""
 
 import numpy as np
 from numpy.typing import NDArray
+
+from gircse.runtime.manifest import Pooling
 
 Float32 = NDArray[np.float32]
 
@@ -35,6 +37,21 @@ def prefix_means(states: Float32) -> Float32:
     counts = np.arange(1, states.shape[1] + 1, dtype=np.float32)[:, None]
     means: Float32 = np.divide(np.cumsum(states, axis=1, dtype=np.float32), counts, dtype=np.float32)
     return means
+
+
+def pool_states(states: Float32, pooling: Pooling) -> Float32:
+    """Pool h_0..h_K for every number of steps, without normalizing.
+
+    Args:
+        states: (n, K + 1, dim) float32.
+        pooling: ``mean`` or ``last``.
+
+    Returns:
+        (n, K + 1, dim) float32; row 0 is h_0, row k what z_k is before its normalization.
+    """
+    if pooling is Pooling.LAST:
+        return states
+    return np.concatenate([states[:, :1], prefix_means(states[:, 1:])], axis=1)
 
 
 def row_cosine(a: Float32, b: Float32) -> NDArray[np.float64]:

@@ -2,18 +2,16 @@
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from gircse.runtime import tensor_names
-from gircse.runtime.bundle import Bundle, GraphFacts, Layout, Pooling
+from gircse.runtime.bundle import Bundle
 from gircse.runtime.errors import BundleError, ProviderError
-from gircse.runtime.numerics import Float32, l2_normalize, prefix_means
+from gircse.runtime.manifest import GraphFacts, Layout
 from gircse.runtime.provider import Provider
-
-Int64 = NDArray[np.int64]
+from gircse.runtime.session import Int64, Session, StepOutputs, step_outputs
 
 EXECUTION_PROVIDERS = {
     Provider.CPU: ("CPUExecutionProvider",),
@@ -27,28 +25,6 @@ _OPTIONS = {"CUDAExecutionProvider": {"use_tf32": "0"}}
 
 _ONNX_TYPES = {"tensor(float)": 1, "tensor(float16)": 10, "tensor(bfloat16)": 16}
 """Numbers of the types that a KV cache can have; numpy knows no bfloat16."""
-
-
-class StepOutputs(NamedTuple):
-    """What one run yields.
-
-    Attributes:
-        prompt_embedding: (batch, hidden) float32, h_0 normalized.
-        step_embeddings: (batch, steps, hidden) float32, z_1..z_steps.
-    """
-
-    prompt_embedding: Float32
-    step_embeddings: Float32
-
-
-class Session(Protocol):
-    """Runs a batch of prompts through the prompt pass and the first ``steps`` refinement steps."""
-
-    def run(self, input_ids: Int64, attention_mask: Int64, *, steps: int) -> StepOutputs:
-        """Embed one batch; (batch, tokens) int64 each."""
-
-    def max_batch(self, tokens: int) -> int | None:
-        """Return the most texts of that many tokens that one run takes; None if there is no limit."""
 
 
 class UnrolledSession:
@@ -72,6 +48,10 @@ class UnrolledSession:
     def max_batch(self, tokens: int) -> int | None:
         """Return None: any batch that memory holds."""
         return None
+
+    def close(self) -> None:
+        """Let go of the graph and its weights."""
+        self._graph = None
 
 
 class StepwiseSession:
@@ -113,6 +93,10 @@ class StepwiseSession:
         """Return None: any batch that memory holds."""
         return None
 
+    def close(self) -> None:
+        """Let go of the graph and its weights."""
+        self._graph = None
+
     def _run_on_cpu(self, arrays: dict[str, Any], kept: dict[str, Any], names: Sequence[str]) -> Any:
         """Run the graph on arrays and values of an earlier run; the outputs are arrays, and nothing is copied.
 
@@ -131,12 +115,6 @@ class StepwiseSession:
             binding.bind_output(name, self._device)
         self._graph.run_with_iobinding(binding)
         return binding.get_outputs()
-
-
-def step_outputs(states: Float32, pooling: Pooling) -> StepOutputs:
-    """Pool and normalize the states h_0..h_steps, (batch, steps + 1, hidden) float32."""
-    pooled = states[:, 1:] if pooling is Pooling.LAST else prefix_means(states[:, 1:])
-    return StepOutputs(l2_normalize(states[:, 0]), l2_normalize(pooled))
 
 
 def open_session(

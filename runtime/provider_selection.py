@@ -5,31 +5,26 @@ it took, and why not those before it.
 """
 
 import functools
-import importlib
 import logging
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
 
-from gircse.runtime.bundle import Bundle, Layout, Precision
+from gircse.runtime.bundle import Bundle
 from gircse.runtime.errors import BundleError, EngineMismatchError, ProviderError
-from gircse.runtime.ort_session import Session, open_session
+from gircse.runtime.manifest import Layout
+from gircse.runtime.ort_session import open_session
+from gircse.runtime.precision import CPU_ORDER, GPU_ORDER
 from gircse.runtime.provider import Provider
-from gircse.runtime.trt.engine_manifest import Flavour, select_engine
+from gircse.runtime.session import Session
+from gircse.runtime.trt.engine_manifest import select_engine
+from gircse.runtime.trt.library import MODULES, import_tensorrt
 
 logger = logging.getLogger(__name__)
 
 AUTO_ORDER = (Provider.TENSORRT, Provider.TENSORRT_RTX, Provider.CUDA, Provider.CPU)
 """Engines first, because they exist only where somebody built them. ONNX Runtime's TensorRT provider builds its own
 engines when it loads, which takes minutes: only on request."""
-
-CPU_PRECISIONS = (Precision.FP32, Precision.FP16, Precision.INT8, Precision.INT8_WEIGHTS)
-GPU_PRECISIONS = (Precision.FP16, Precision.BF16, Precision.FP32, Precision.INT8, Precision.INT8_WEIGHTS)
-"""Which variant is taken when none is named. FP16 is the slower one on a CPU, which computes it in FP32. INT8 costs
-accuracy, so it comes last, and first of its kinds the one that multiplies integers."""
-
-MODULES = {Flavour.TENSORRT: "tensorrt", Flavour.TENSORRT_RTX: "tensorrt_rtx"}
 
 
 @dataclass(frozen=True)
@@ -52,7 +47,7 @@ class SessionOptions:
     """What to load.
 
     Attributes:
-        precision: variant; None takes the first of ``CPU_PRECISIONS`` or ``GPU_PRECISIONS`` that the bundle has.
+        precision: variant; None takes the first of ``CPU_ORDER`` or ``GPU_ORDER`` that the bundle has.
         layout: graph; None takes the variant's default, or any engine.
         threads: threads of one run on the CPU; None takes the physical cores.
         verify: compare the SHA-256 of the files with the manifest.
@@ -97,9 +92,9 @@ def _log_skipped(skipped: Sequence[ProviderError], level: int) -> None:
 
 
 def _open(bundle: Bundle, provider: Provider, options: SessionOptions) -> SessionHandle:
-    if provider in (Provider.TENSORRT, Provider.TENSORRT_RTX):
-        return _open_engine(bundle, Flavour(provider), options)
-    preferred = CPU_PRECISIONS if provider is Provider.CPU else GPU_PRECISIONS
+    if provider in MODULES:
+        return _open_engine(bundle, provider, options)
+    preferred = CPU_ORDER if provider is Provider.CPU else GPU_ORDER
     precision = options.precision or bundle.default_precision(preferred)
     open_it = functools.partial(
         open_session, bundle, precision, layout=options.layout, provider=provider, threads=options.threads
@@ -121,38 +116,22 @@ def _while_verifying(bundle: Bundle, precision: str, open_it: Callable[[], Sessi
     return session
 
 
-def _open_engine(bundle: Bundle, flavour: Flavour, options: SessionOptions) -> SessionHandle:
+def _open_engine(bundle: Bundle, provider: Provider, options: SessionOptions) -> SessionHandle:
     from gircse.runtime.trt.cuda import open_cuda
     from gircse.runtime.trt.session import open_tensorrt_session
 
-    module = import_tensorrt(flavour)
+    module = import_tensorrt(provider)
     cuda = open_cuda()
     plan, path = select_engine(
         bundle,
-        flavour=flavour,
+        provider=provider,
         version=module.__version__,
         capability=cuda.compute_capability(),
-        precisions=(options.precision,) if options.precision else GPU_PRECISIONS,
+        precisions=(options.precision,) if options.precision else GPU_ORDER,
         layout=options.layout,
         verify=options.verify,
     )
     if options.verify:
         bundle.verify(None)  # tokenizer and golden vectors; the engine holds weights of its own
     session = open_tensorrt_session(bundle, plan, path, module=module, cuda=cuda)
-    return SessionHandle(session, Provider(flavour), plan.precision)
-
-
-def import_tensorrt(flavour: Flavour) -> Any:
-    """Import the Python module of a TensorRT.
-
-    Raises:
-        ProviderError: it is not installed.
-    """
-    name = MODULES[flavour]
-    try:
-        return importlib.import_module(name)
-    except ImportError as err:
-        raise ProviderError(
-            f"{flavour}: {name} is not installed ({err}) | TensorRT's Python package | "
-            f"pip install 'gircse-deploy[{flavour}]'"
-        ) from err
+    return SessionHandle(session, provider, plan.precision)

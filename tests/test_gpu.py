@@ -11,10 +11,9 @@ from support.tolerances import GPU_BATCH_MAX_DIFFERENCE
 from gircse.export.engine.builder import BuildOptions, build_engine
 from gircse.export.engine.profiles import SizeRange
 from gircse.runtime import Embedder, ProviderError
-from gircse.runtime.bundle import Layout
+from gircse.runtime.manifest import Layout
 from gircse.runtime.provider import Provider
 from gircse.runtime.trt.cuda import open_cuda
-from gircse.runtime.trt.engine_manifest import Flavour
 
 pytestmark = pytest.mark.gpu
 
@@ -38,7 +37,7 @@ def open_embedder(small_models: SmallModels, provider: Provider, precision: str,
                 BuildOptions(
                     bundle,
                     precision=precision,
-                    flavour=Flavour(provider),
+                    provider=Provider(provider),
                     layout=layout,
                     batch=SizeRange(1, 2, 3),  # smaller than the batches of the tests
                 )

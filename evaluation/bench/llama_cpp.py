@@ -22,8 +22,8 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from gircse.runtime.bundle import Pooling
 from gircse.runtime.errors import CheckpointError, ProviderError
+from gircse.runtime.manifest import Pooling
 from gircse.runtime.numerics import Float32, l2_normalize
 
 Int64 = NDArray[np.int64]

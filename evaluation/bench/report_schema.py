@@ -1,15 +1,11 @@
 """The result of a benchmark as data: the content of ``bench.json``. Times are seconds, sizes are bytes."""
 
-import msgspec
+from gircse.runtime.records import Record, encode_record
 
 SCHEMA_VERSION = 1
 
 
-class _Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Base of the parts of a report."""
-
-
-class Spread(_Record, frozen=True):
+class Spread(Record, frozen=True):
     """Repeated times of one thing.
 
     Attributes:
@@ -27,7 +23,7 @@ class Spread(_Record, frozen=True):
     repeats: int
 
 
-class BackendCost(_Record, frozen=True):
+class BackendCost(Record, frozen=True):
     """What a side costs before and besides its runs.
 
     Attributes:
@@ -46,7 +42,7 @@ class BackendCost(_Record, frozen=True):
     min_cosine: float
 
 
-class Latency(_Record, frozen=True):
+class Latency(Record, frozen=True):
     """One side at one setting.
 
     Attributes:
@@ -68,7 +64,7 @@ class Latency(_Record, frozen=True):
     roofline_s: float | None
 
 
-class Quality(_Record, frozen=True):
+class Quality(Record, frozen=True):
     """Scores of one bundle and precision on one task; ``scores`` holds the steps 0..K."""
 
     side: str
@@ -77,7 +73,7 @@ class Quality(_Record, frozen=True):
     scores: tuple[float, ...]
 
 
-class BenchReport(_Record, frozen=True):
+class BenchReport(Record, frozen=True):
     """A benchmark.
 
     Attributes:
@@ -102,4 +98,4 @@ class BenchReport(_Record, frozen=True):
 
     def to_json(self) -> bytes:
         """Return the content of ``bench.json``."""
-        return msgspec.json.format(msgspec.json.encode(self), indent=1) + b"\n"
+        return encode_record(self, indent=1)

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import onnx
 
-from gircse.runtime.bundle import Bundle, Layout
+from gircse.runtime.bundle import Bundle
+from gircse.runtime.manifest import Layout
 
 BUFFER_BYTES = 1 << 30
 """Larger than the caches of most machines."""

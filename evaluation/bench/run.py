@@ -19,9 +19,11 @@ from gircse.evaluation.tasks.files import TaskOptions, read_tasks
 from gircse.evaluation.tasks.prompts import tokenize_prompts
 from gircse.evaluation.tasks.scoring import Task, score_steps
 from gircse.reporting.progress import StageProgress
-from gircse.runtime.bundle import Bundle, Layout, Precision
+from gircse.runtime.bundle import Bundle
 from gircse.runtime.errors import MeasurementError
+from gircse.runtime.manifest import Layout
 from gircse.runtime.numerics import Float32, row_cosine
+from gircse.runtime.precision import precision_spec
 from gircse.runtime.provider import Provider
 from gircse.runtime.tokenization import load_tokenizer, open_tokenizer
 
@@ -205,7 +207,7 @@ def _bundle_specs(
         able = [
             name
             for name, variant in bundle.manifest.variants.items()
-            if not (on_cpu and name == Precision.BF16) and options.layout in (None, *variant.graphs)
+            if (precision_spec(name).cpu or not on_cpu) and options.layout in (None, *variant.graphs)
         ]
         for precision in options.precisions or able or bundle.manifest.variants:
             bundle.graph(precision, bundle.layout(precision, options.layout))

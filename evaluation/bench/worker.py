@@ -24,9 +24,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gircse.evaluation.bench.llama_cpp import BASELINE_ENVIRONMENT, CRASH_HINT
-from gircse.runtime.bundle import Bundle, Layout
+from gircse.runtime.bundle import Bundle
 from gircse.runtime.errors import GircseError, MeasurementError
-from gircse.runtime.numerics import Float32, l2_normalize
+from gircse.runtime.manifest import Layout
+from gircse.runtime.numerics import Float32, l2_normalize, pool_states
+from gircse.runtime.precision import Precision
 from gircse.runtime.provider import Provider
 
 Int64 = NDArray[np.int64]
@@ -204,19 +206,18 @@ def _open_bundle(spec: BackendSpec) -> Run:
 def _open_torch(spec: BackendSpec) -> Run:
     import torch
 
-    from gircse.checkpoint.reference import Dtype, load_reference, step_states
+    from gircse.checkpoint.reference import load_reference, step_states
     from gircse.evaluation.parity.backends import source_checkpoint
-    from gircse.evaluation.parity.step_trace import pooled
 
     torch.set_num_threads(spec.threads)
     manifest = Bundle.open(spec.bundle).manifest
-    model = load_reference(source_checkpoint(manifest), device=spec.device, dtype=Dtype(spec.precision))
+    model = load_reference(source_checkpoint(manifest), device=spec.device, precision=Precision(spec.precision))
 
     def run(input_ids: Int64, steps: int) -> Float32:
         ids = torch.from_numpy(input_ids).to(spec.device)
         mask = torch.ones_like(ids)
         states = step_states(model, ids, mask, steps=steps, temperature=manifest.graph.temperature)
-        return l2_normalize(pooled(states.float().cpu().numpy(), manifest.graph.pooling)[:, -1])
+        return l2_normalize(pool_states(states.float().cpu().numpy(), manifest.graph.pooling)[:, -1])
 
     return run
 

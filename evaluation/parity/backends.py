@@ -12,7 +12,7 @@ import psutil
 
 from gircse.checkpoint.silence import quiet_transformers
 from gircse.checkpoint.source import Checkpoint, resolve_checkpoint
-from gircse.evaluation.parity.emulation import EMULATED_PRECISIONS, emulated_graph
+from gircse.evaluation.parity.emulation import emulated_graph
 from gircse.evaluation.parity.graph_probe import GraphProbe
 from gircse.evaluation.parity.step_trace import (
     Advance,
@@ -22,15 +22,16 @@ from gircse.evaluation.parity.step_trace import (
     check_finite,
     collect_states,
     collect_trace,
-    pooled,
 )
 from gircse.evaluation.tasks.prompts import Prompt
 from gircse.runtime import Embedder
-from gircse.runtime.bundle import Bundle, Layout, Manifest
+from gircse.runtime.bundle import Bundle
 from gircse.runtime.embedder import DEFAULT_BATCH_SIZE, DEFAULT_BATCH_TOKENS
 from gircse.runtime.errors import MeasurementError
-from gircse.runtime.numerics import Float32, l2_normalize
+from gircse.runtime.manifest import Layout, Manifest
+from gircse.runtime.numerics import Float32, l2_normalize, pool_states
 from gircse.runtime.ort_session import open_session
+from gircse.runtime.precision import Precision, precision_spec
 from gircse.runtime.provider import Provider
 from gircse.runtime.tokenization import format_prompt, open_tokenizer, padded_batches
 
@@ -72,7 +73,7 @@ class TorchBackend:
         """
         import torch
 
-        from gircse.checkpoint.reference import Dtype, load_reference
+        from gircse.checkpoint.reference import load_reference
 
         if threads is not None:
             torch.set_num_threads(threads)
@@ -80,7 +81,7 @@ class TorchBackend:
         self._device = device
         _check_memory(bundle.manifest)
         try:
-            self._model = load_reference(checkpoint, device=device, dtype=Dtype(dtype))
+            self._model = load_reference(checkpoint, device=device, precision=Precision(dtype))
         except (RuntimeError, AssertionError) as err:  # what torch raises for a device that is not there
             raise MeasurementError(
                 f"--device {device}: {str(err).splitlines()[0]} | a device of this machine's torch | choose cpu"
@@ -92,13 +93,13 @@ class TorchBackend:
         facts = self._manifest.graph
         batches = self._refine(token_ids)
         states = collect_states(self.name, batches, facts, texts=len(token_ids), advance=advance)
-        return l2_normalize(pooled(states, facts.pooling))
+        return l2_normalize(pool_states(states, facts.pooling))
 
     def embed_and_trace(self, token_ids: TokenIds, advance: Advance) -> tuple[Float32, StepTrace]:
         """Return z_0..z_K (n, K + 1, hidden) float32, and what is computed on the way."""
         facts, batches = self._manifest.graph, self._refine(token_ids)
         trace = collect_trace(self.name, batches, facts, texts=len(token_ids), tokens=self._tokens, advance=advance)
-        return l2_normalize(pooled(trace.states, facts.pooling)), trace
+        return l2_normalize(pool_states(trace.states, facts.pooling)), trace
 
     def _refine(self, token_ids: TokenIds) -> Batches:
         for batch in padded_batches(
@@ -141,7 +142,7 @@ class BundleBackend:
             provider: where the runtime runs; the probe runs on the CPU.
             threads: threads of one run; None lets ONNX Runtime take the physical cores.
         """
-        self._emulated = precision in EMULATED_PRECISIONS and provider is Provider.CPU
+        self._emulated = precision_spec(precision).emulated and provider is Provider.CPU
         place = ", emulated" if self._emulated else "" if provider is Provider.CPU else f" on {provider}"
         self.name = f"{bundle.directory.name}:{precision}{place}"
         self._bundle, self._precision, self._layout = bundle, precision, layout

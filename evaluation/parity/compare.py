@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from gircse.evaluation.parity.gates import GateLimits, GateResult, at_least, at_most
+from gircse.evaluation.parity.gates import GateResult, at_least, at_most
 from gircse.evaluation.parity.report_schema import (
     BatchVariance,
     CrossSteps,
@@ -15,16 +15,17 @@ from gircse.evaluation.parity.report_schema import (
     TextParity,
 )
 from gircse.evaluation.parity.soft_token_stats import SoftTokenStats
-from gircse.evaluation.parity.step_trace import StepTrace, pooled
+from gircse.evaluation.parity.step_trace import StepTrace
 from gircse.evaluation.tasks.scoring import RetrievalTask, Task, score_steps
 from gircse.reporting.similarity import (
     cross_rank_correlation,
     neighbor_overlap,
     pairwise_rank_correlation,
 )
-from gircse.runtime.bundle import Pooling
 from gircse.runtime.errors import MeasurementError
-from gircse.runtime.numerics import Float32, row_cosine
+from gircse.runtime.manifest import Pooling
+from gircse.runtime.numerics import Float32, pool_states, row_cosine
+from gircse.runtime.precision import ParityLimits
 
 PAIRWISE_TEXTS = 2000
 """Most texts whose pairs are compared; of a longer list, a seeded sample of so many."""
@@ -54,7 +55,7 @@ def compare_texts(vectors: Float32, trace: StepTrace, reference: ReferenceRun, p
     """Compare each text at each step; (n, K + 1, hidden) float32 vectors."""
     cosines = row_cosine(vectors, reference.vectors)
     differences = np.abs(vectors - reference.vectors).max(-1)
-    norms = [np.linalg.norm(pooled(states, pooling), axis=-1) for states in (trace.states, reference.trace.states)]
+    norms = [np.linalg.norm(pool_states(states, pooling), axis=-1) for states in (trace.states, reference.trace.states)]
     ratios = norms[0] / norms[1]
     return [
         TextParity(*(tuple(map(float, row)) for row in rows)) for rows in zip(cosines, ratios, differences, strict=True)
@@ -173,7 +174,7 @@ def summarize_soft_tokens(stats: SoftTokenStats, step: int) -> SoftTokens:
 
 
 def evaluate_gates(
-    limits: GateLimits,
+    limits: ParityLimits,
     steps: Sequence[StepParity],
     variance: BatchVariance,
     tasks: Sequence[TaskParity],

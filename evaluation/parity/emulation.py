@@ -12,10 +12,6 @@ from typing import Any
 import onnx
 from onnx import TensorProto, helper
 
-from gircse.runtime.bundle import Precision
-
-EMULATED_PRECISIONS = (Precision.FP16, Precision.BF16)
-
 _LOW = {TensorProto.FLOAT16, TensorProto.BFLOAT16}
 _WIDE = ".float32"
 

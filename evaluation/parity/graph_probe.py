@@ -18,14 +18,16 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
-from gircse.evaluation.parity.emulation import EMULATED_PRECISIONS, emulated_graph
+from gircse.evaluation.parity.emulation import emulated_graph
 from gircse.evaluation.parity.step_trace import Batches, StepValues
 from gircse.runtime import tensor_names
-from gircse.runtime.bundle import Bundle, Layout
+from gircse.runtime.bundle import Bundle
 from gircse.runtime.embedder import DEFAULT_BATCH_SIZE, DEFAULT_BATCH_TOKENS
 from gircse.runtime.errors import BundleError
+from gircse.runtime.manifest import Layout
 from gircse.runtime.numerics import Float32
 from gircse.runtime.ort_session import load_graph
+from gircse.runtime.precision import precision_spec
 from gircse.runtime.tokenization import padded_batches
 
 FORCE = "force"
@@ -67,7 +69,7 @@ class GraphProbe:
             | {prefix + tensor_names.STATE for prefix in states},
         )
         path = bundle.graph(precision, layout)
-        emulated = precision in EMULATED_PRECISIONS
+        emulated = precision_spec(precision).emulated
         model = emulated_graph(path) if emulated else onnx.load(path, load_external_data=False)
         self._graph = _load(path, model, inner, threads)
 

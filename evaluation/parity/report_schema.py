@@ -3,18 +3,13 @@
 All numbers are finite. Step 0 is the prompt (z_0: the normalized h_0), steps 1..K are the refinement.
 """
 
-import msgspec
-
 from gircse.evaluation.parity.gates import GateResult
+from gircse.runtime.records import Record, encode_record
 
 SCHEMA_VERSION = 1
 
 
-class _Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Base of the parts of a report."""
-
-
-class SoftTokens(_Record, frozen=True):
+class SoftTokens(Record, frozen=True):
     """Soft tokens of one step over all texts.
 
     Attributes:
@@ -30,7 +25,7 @@ class SoftTokens(_Record, frozen=True):
     norm: float
 
 
-class StepParity(_Record, frozen=True):
+class StepParity(Record, frozen=True):
     """One step against the reference.
 
     Attributes:
@@ -60,7 +55,7 @@ class StepParity(_Record, frozen=True):
     soft_tokens: SoftTokens | None
 
 
-class TextParity(_Record, frozen=True):
+class TextParity(Record, frozen=True):
     """One text against the reference; each list holds the steps 0..K.
 
     Attributes:
@@ -74,7 +69,7 @@ class TextParity(_Record, frozen=True):
     max_difference: tuple[float, ...]
 
 
-class TaskParity(_Record, frozen=True):
+class TaskParity(Record, frozen=True):
     """Scores of both sides on one task.
 
     Attributes:
@@ -94,7 +89,7 @@ class TaskParity(_Record, frozen=True):
     difference_high: float
 
 
-class CrossSteps(_Record, frozen=True):
+class CrossSteps(Record, frozen=True):
     """Queries refined by k steps against documents refined by j steps.
 
     Attributes:
@@ -108,7 +103,7 @@ class CrossSteps(_Record, frozen=True):
     matrix: tuple[tuple[float, ...], ...]
 
 
-class BatchVariance(_Record, frozen=True):
+class BatchVariance(Record, frozen=True):
     """Texts alone against the same texts in batches.
 
     Attributes:
@@ -122,7 +117,7 @@ class BatchVariance(_Record, frozen=True):
     cosine_min: float
 
 
-class CandidateReport(_Record, frozen=True):
+class CandidateReport(Record, frozen=True):
     """One precision of the bundle.
 
     Attributes:
@@ -146,7 +141,7 @@ class CandidateReport(_Record, frozen=True):
     cross_steps: CrossSteps | None
 
 
-class ParityReport(_Record, frozen=True):
+class ParityReport(Record, frozen=True):
     """A parity run.
 
     Attributes:
@@ -180,4 +175,4 @@ class ParityReport(_Record, frozen=True):
 
     def to_json(self) -> bytes:
         """Return the content of ``parity.json``."""
-        return msgspec.json.format(msgspec.json.encode(self), indent=1) + b"\n"
+        return encode_record(self, indent=1)

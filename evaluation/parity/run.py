@@ -33,11 +33,12 @@ from gircse.evaluation.tasks.files import TaskOptions, read_tasks
 from gircse.evaluation.tasks.prompts import Prompt, read_prompts, tokenize_prompts
 from gircse.evaluation.tasks.scoring import Task
 from gircse.reporting.progress import StageProgress
-from gircse.runtime.bundle import MANIFEST_NAME, Bundle, Layout, file_sha256
+from gircse.runtime.bundle import Bundle, file_sha256
 from gircse.runtime.errors import MeasurementError
+from gircse.runtime.manifest import MANIFEST_NAME, Layout
 from gircse.runtime.numerics import Float32
+from gircse.runtime.precision import CPU_ORDER
 from gircse.runtime.provider import Provider
-from gircse.runtime.provider_selection import CPU_PRECISIONS
 from gircse.runtime.tokenization import open_tokenizer
 
 TORCH = "torch"
@@ -62,7 +63,7 @@ class ParityOptions:
         instruction: for texts that bring none.
         tasks: tasks that both sides are scored on.
         cross_steps: compute the matrix of query steps against document steps.
-        limits: limits that replace the defaults, by the name of the field of ``GateLimits``.
+        limits: limits that replace the defaults, by the name of the field of ``ParityLimits``.
         layout: graph to evaluate_gates; None is the default of each variant.
         provider: where the judged variants run; a bundle as reference runs on the CPU.
         threads: threads of both sides; None leaves it to each.
@@ -159,7 +160,7 @@ def _open_reference_bundle(options: ParityOptions, bundle: Bundle) -> tuple[Bund
     path, precision = parse_bundle_reference(options.reference)
     reference = Bundle.open(path)
     check_same_task(bundle, reference)
-    precision = precision or reference.default_precision(CPU_PRECISIONS)
+    precision = precision or reference.default_precision(CPU_ORDER)
     reference.variant(precision)
     return reference, precision
 

@@ -7,9 +7,9 @@ from typing import NamedTuple
 import numpy as np
 
 from gircse.evaluation.parity.soft_token_stats import SoftTokenStats, soft_token_stats
-from gircse.runtime.bundle import GraphFacts, Pooling
 from gircse.runtime.errors import MeasurementError
-from gircse.runtime.numerics import Float32, prefix_means
+from gircse.runtime.manifest import GraphFacts
+from gircse.runtime.numerics import Float32
 
 Advance = Callable[[float], None]
 
@@ -99,21 +99,6 @@ def collect_states(side: str, batches: Batches, facts: GraphFacts, *, texts: int
         advance(len(rows))
     check_finite(side, "state h", states, first_step=0)
     return states
-
-
-def pooled(states: Float32, pooling: Pooling) -> Float32:
-    """Pool h_0..h_K for every number of steps, without normalizing.
-
-    Args:
-        states: (n, K + 1, hidden) float32.
-        pooling: of the bundle.
-
-    Returns:
-        (n, K + 1, hidden) float32; row 0 is h_0, row k what z_k is before its normalization.
-    """
-    if pooling is Pooling.LAST:
-        return states
-    return np.concatenate([states[:, :1], prefix_means(states[:, 1:])], axis=1)
 
 
 def check_finite(side: str, what: str, values: Float32, *, first_step: int) -> None:

@@ -27,16 +27,13 @@ from gircse.export.engine.profiles import (
 from gircse.export.engine.tensorrt_builder import TensorRtBuilder
 from gircse.reporting.progress import StageProgress
 from gircse.runtime.atomic_file import atomic_write
-from gircse.runtime.bundle import MANIFEST_NAME, Bundle, Layout, Precision, file_sha256
+from gircse.runtime.bundle import Bundle, file_sha256
 from gircse.runtime.errors import ExportError, ProviderError
-from gircse.runtime.provider_selection import GPU_PRECISIONS, MODULES, import_tensorrt
-from gircse.runtime.trt.engine_manifest import (
-    ENGINE_SCHEMA_VERSION,
-    ENGINES_FOLDER,
-    EngineManifest,
-    EngineProfile,
-    Flavour,
-)
+from gircse.runtime.manifest import MANIFEST_NAME, Layout
+from gircse.runtime.precision import GPU_ORDER, Precision, precision_spec
+from gircse.runtime.provider import Provider
+from gircse.runtime.trt.engine_manifest import ENGINE_SCHEMA_VERSION, ENGINES_FOLDER, EngineManifest, EngineProfile
+from gircse.runtime.trt.library import MODULES, import_tensorrt
 
 LAYER_PAIR_SECONDS = 1.1e-6
 """Build time of TensorRT for RTX divided by profiles and the square of the layers (measured at 2,400 to 6,100 layers;
@@ -61,8 +58,8 @@ class BuildOptions:
 
     Attributes:
         bundle: bundle directory.
-        precision: variant; None takes the first of ``GPU_PRECISIONS`` that the bundle has.
-        flavour: which TensorRT; None takes the one that is installed.
+        precision: variant; None takes the first of ``GPU_ORDER`` that the bundle has.
+        provider: which TensorRT; None takes the one that is installed.
         layout: graph to build from.
         batch: texts of a run.
         tokens: tokens of a prompt; None goes up to the bundle's ``max_tokens``.
@@ -75,7 +72,7 @@ class BuildOptions:
 
     bundle: Path
     precision: str | None = None
-    flavour: Flavour | None = None
+    provider: Provider | None = None
     layout: Layout = Layout.STEPWISE
     batch: SizeRange = DEFAULT_BATCH
     tokens: SizeRange | None = None
@@ -107,31 +104,31 @@ def build_engine(options: BuildOptions, *, progress: StageProgress | None = None
             "TensorRT's own limit"
         )
     bundle = Bundle.open(options.bundle)
-    flavour = options.flavour or _installed_flavour()
-    module = import_tensorrt(flavour)
-    precision = options.precision or bundle.default_precision(GPU_PRECISIONS)
+    provider = options.provider or _installed_provider()
+    module = import_tensorrt(provider)
+    precision = options.precision or bundle.default_precision(GPU_ORDER)
     bundle.variant(precision)
-    if precision == Precision.INT8_WEIGHTS:
+    if not precision_spec(precision).tensorrt:
         raise ExportError(
             f"--precision {precision}: made for ONNX Runtime, with products that TensorRT does not have | int8, fp16, bf16 "
             "or fp32 | build from one of these"
         )
-    profiles = _profiles(options, bundle, flavour)
-    capabilities = _capabilities(options, module, flavour)
+    profiles = _profiles(options, bundle, provider)
+    capabilities = _capabilities(options, module, provider)
     with progress.stage(f"check the files of {bundle.directory.name}:{precision}"):
         bundle.verify(precision)
-    builder = TensorRtBuilder(module, flavour)
+    builder = TensorRtBuilder(module, provider)
     with progress.stage(f"parse the {options.layout} {precision} graph"):
         _parse(builder, bundle.graph(precision, options.layout), precision)
-    _state_cost(builder, bundle, precision, profiles, flavour, progress)
+    _state_cost(builder, bundle, precision, profiles, provider, progress)
     builder.configure(profiles, capabilities, workspace_gib=options.workspace_gib)
     folder = bundle.directory / ENGINES_FOLDER
-    cache = None if flavour is Flavour.TENSORRT_RTX else options.timing_cache or folder / "timing.cache"
+    cache = None if provider is Provider.TENSORRT_RTX else options.timing_cache or folder / "timing.cache"
     try:
         folder.mkdir(exist_ok=True)
         builder.use_timing_cache(cache)
         start = time.perf_counter()
-        title = f"build for {flavour} {module.__version__}, compute capability {', '.join(capabilities)}"
+        title = f"build for {provider} {module.__version__}, compute capability {', '.join(capabilities)}"
         with progress.stage(title, total=1.0) as advance:
             serialized = builder.build(advance)
         plan = EngineManifest(
@@ -139,12 +136,12 @@ def build_engine(options: BuildOptions, *, progress: StageProgress | None = None
             bundle_sha256=file_sha256(bundle.directory / MANIFEST_NAME),
             precision=precision,
             layout=options.layout,
-            flavour=flavour,
+            provider=provider,
             version=str(module.__version__),
             compute_capabilities=tuple(capabilities),
             profiles=tuple(profiles),
             settings=builder.settings,
-            command=_command(options, precision, flavour, capabilities),
+            command=_command(options, precision, provider, capabilities),
             build_seconds=round(time.perf_counter() - start, 1),
             plan_bytes=serialized.nbytes,
             plan_sha256=hashlib.sha256(serialized).hexdigest(),
@@ -174,53 +171,53 @@ def _parse(builder: TensorRtBuilder, path: Path, precision: str) -> None:
     builder.parse(path, ir.to_proto(model).SerializeToString())
 
 
-def _installed_flavour() -> Flavour:
-    for flavour in Flavour:
+def _installed_provider() -> Provider:
+    for provider in MODULES:
         try:
-            import_tensorrt(flavour)
+            import_tensorrt(provider)
         except ProviderError:
             continue
-        return flavour
+        return provider
     raise ProviderError(
         f"no TensorRT is installed | {' or '.join(MODULES.values())} | "
-        + " or ".join(f"pip install 'gircse-deploy[{flavour}]'" for flavour in Flavour)
+        + " or ".join(f"pip install 'gircse-deploy[{provider}]'" for provider in MODULES)
     )
 
 
-def _profiles(options: BuildOptions, bundle: Bundle, flavour: Flavour) -> list[EngineProfile]:
+def _profiles(options: BuildOptions, bundle: Bundle, provider: Provider) -> list[EngineProfile]:
     facts = bundle.manifest.graph
     tokens = options.tokens or SizeRange(1, min(DEFAULT_TOKENS, facts.max_tokens), facts.max_tokens)
     try:
         specs = [ProfileSpec.parse(text, tokens=tokens) for text in options.profiles]
     except ValueError as err:
         raise ExportError(f"--profiles {err}") from err
-    specs = specs or default_specs(flavour, options.batch, tokens)
-    return engine_profiles(specs, facts, layout=options.layout, flavour=flavour)
+    specs = specs or default_specs(provider, options.batch, tokens)
+    return engine_profiles(specs, facts, layout=options.layout, provider=provider)
 
 
-def _capabilities(options: BuildOptions, module: Any, flavour: Flavour) -> list[str]:
+def _capabilities(options: BuildOptions, module: Any, provider: Provider) -> list[str]:
     """Return the compute capabilities to build for; what TensorRT builds for is the GPU that it runs on."""
     from gircse.runtime.trt.cuda import open_cuda
 
-    if flavour is Flavour.TENSORRT_RTX and options.capabilities:
+    if provider is Provider.TENSORRT_RTX and options.capabilities:
         known = {_dotted(name): name for name in module.ComputeCapability.__members__ if name.startswith("SM")}
         for capability in options.capabilities:
             if capability not in known:
                 raise ExportError(
-                    f"--sm {capability} | this {flavour} {module.__version__} builds for {', '.join(known)} | "
-                    "choose from these, or use --flavour tensorrt on the GPU itself"
+                    f"--sm {capability} | this {provider} {module.__version__} builds for {', '.join(known)} | "
+                    "choose from these, or use --provider tensorrt on the GPU itself"
                 )
         return list(dict.fromkeys(options.capabilities))
     try:
         found = open_cuda().compute_capability()
     except ProviderError as err:
-        if flavour is Flavour.TENSORRT_RTX:
+        if provider is Provider.TENSORRT_RTX:
             raise ExportError(f"{err}; to build for another machine, name its GPU: --sm 8.9") from err
         raise
     if options.capabilities and list(options.capabilities) != [found]:
         raise ExportError(
-            f"--sm {','.join(options.capabilities)} | the {found} of this GPU, the only one that {flavour} builds for | "
-            "build on the machine that will run the engine, or use --flavour tensorrt-rtx"
+            f"--sm {','.join(options.capabilities)} | the {found} of this GPU, the only one that {provider} builds for | "
+            "build on the machine that will run the engine, or use --provider tensorrt-rtx"
         )
     return [found]
 
@@ -235,7 +232,7 @@ def _state_cost(
     bundle: Bundle,
     precision: str,
     profiles: Sequence[EngineProfile],
-    flavour: Flavour,
+    provider: Provider,
     progress: StageProgress,
 ) -> None:
     """Say what the build will take, and refuse what cannot fit."""
@@ -244,7 +241,7 @@ def _state_cost(
     free = psutil.virtual_memory().available
     disk = psutil.disk_usage(str(bundle.directory)).free
     seconds = LAYER_PAIR_SECONDS * len(profiles) * builder.num_layers**2
-    time_needed = f"about {seconds:.0f} s" if flavour is Flavour.TENSORRT_RTX else "minutes, for it times its kernels"
+    time_needed = f"about {seconds:.0f} s" if provider is Provider.TENSORRT_RTX else "minutes, for it times its kernels"
     progress.note(
         f"  {builder.num_layers} layers, profiles: {', '.join(dict.fromkeys(profile.name for profile in profiles))}; takes "
         f"{time_needed}, about {needed / 2**30:.1f} GiB of memory ({free / 2**30:.1f} available) and "
@@ -262,9 +259,9 @@ def _state_cost(
         )
 
 
-def _command(options: BuildOptions, precision: str, flavour: Flavour, capabilities: Sequence[str]) -> str:
+def _command(options: BuildOptions, precision: str, provider: Provider, capabilities: Sequence[str]) -> str:
     """Return the command that repeats a build."""
-    words = ["gircse-build", str(options.bundle), "--precision", precision, "--flavour", flavour]
+    words = ["gircse-build", str(options.bundle), "--precision", precision, "--provider", provider]
     words += ["--layout", options.layout, "--batch", ":".join(map(str, options.batch))]
     if options.tokens is not None:
         words += ["--tokens", ":".join(map(str, options.tokens))]

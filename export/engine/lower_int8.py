@@ -17,8 +17,8 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from gircse.export.graph.mixed_precision import is_operand, set_precision
 from gircse.runtime import tensor_names
-from gircse.runtime.bundle import Precision
 from gircse.runtime.errors import ExportError
+from gircse.runtime.precision import Precision
 
 INTEGER_SUFFIX, SCALE_SUFFIX = ".int8", ".scale"
 """How the recipes of ``int8_weights.py``, which need torch, name a weight and its scales."""

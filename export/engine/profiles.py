@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from typing import NamedTuple, Self
 
 from gircse.runtime import tensor_names
-from gircse.runtime.bundle import GraphFacts, Layout
 from gircse.runtime.errors import ExportError
-from gircse.runtime.trt.engine_manifest import EngineProfile, Flavour, ShapeRange, Stage
+from gircse.runtime.manifest import GraphFacts, Layout
+from gircse.runtime.provider import Provider
+from gircse.runtime.trt.engine_manifest import EngineProfile, ShapeRange, Stage
 
 MAX_SIZE = 2**31 - 1
 """TensorRT cuts larger ones to 32 bits and says nothing (measured with TensorRT for RTX 1.7)."""
@@ -76,16 +77,16 @@ class ProfileSpec:
         return cls(name, SizeRange.parse(batch), SizeRange.parse(own) if cross else tokens)
 
 
-def default_specs(flavour: Flavour, batch: SizeRange, tokens: SizeRange) -> list[ProfileSpec]:
+def default_specs(provider: Provider, batch: SizeRange, tokens: SizeRange) -> list[ProfileSpec]:
     """Return a latency profile at batch 1 and a throughput profile; for RTX the latter alone, which covers both."""
     throughput = ProfileSpec("throughput", batch, tokens)
-    if flavour is Flavour.TENSORRT_RTX or batch.max == 1:
+    if provider is Provider.TENSORRT_RTX or batch.max == 1:
         return [throughput]
     return [ProfileSpec("latency", SizeRange(1, 1, 1), tokens), throughput]
 
 
 def engine_profiles(
-    specs: Sequence[ProfileSpec], facts: GraphFacts, *, layout: Layout, flavour: Flavour
+    specs: Sequence[ProfileSpec], facts: GraphFacts, *, layout: Layout, provider: Provider
 ) -> list[EngineProfile]:
     """Return the profiles of an engine, in its order.
 
@@ -104,7 +105,7 @@ def engine_profiles(
         )
     if layout is Layout.UNROLLED:
         return [EngineProfile(spec.name, Stage.ANY, _prompt_shapes(spec)) for spec in specs]
-    stages = (Stage.ANY,) if flavour is Flavour.TENSORRT_RTX else (Stage.PROMPT, Stage.STEP)
+    stages = (Stage.ANY,) if provider is Provider.TENSORRT_RTX else (Stage.PROMPT, Stage.STEP)
     if not facts.steps:
         stages = (Stage.PROMPT,)
     return [EngineProfile(spec.name, stage, _stepwise_shapes(spec, facts, stage)) for spec in specs for stage in stages]

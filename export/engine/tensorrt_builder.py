@@ -8,8 +8,9 @@ from typing import Any
 from gircse.export.engine.progress import progress_monitor
 from gircse.runtime.atomic_file import atomic_write
 from gircse.runtime.errors import ExportError, ProviderError
-from gircse.runtime.trt.engine import tensorrt_logger
-from gircse.runtime.trt.engine_manifest import EngineProfile, Flavour
+from gircse.runtime.provider import Provider
+from gircse.runtime.trt.engine_manifest import EngineProfile
+from gircse.runtime.trt.library import tensorrt_logger
 
 logger = logging.getLogger(__name__)
 
@@ -17,16 +18,16 @@ logger = logging.getLogger(__name__)
 class TensorRtBuilder:
     """TensorRT's builder, network and configuration, with every refusal turned into an error."""
 
-    def __init__(self, module: Any, flavour: Flavour) -> None:
+    def __init__(self, module: Any, provider: Provider) -> None:
         """Take the Python module of a TensorRT."""
-        self._trt, self._flavour = module, flavour
+        self._trt, self._provider = module, provider
         self.settings: dict[str, str | int | float | bool | None] = {}
         self._logger = tensorrt_logger(module)
         try:
             self._builder = module.Builder(self._logger)
         except (RuntimeError, TypeError) as err:  # pybind11's way to say that CUDA could not be started
             raise ProviderError(
-                f"{flavour}: {self._logger.drain() or err} | a TensorRT that can start its builder | check nvidia-smi"
+                f"{provider}: {self._logger.drain() or err} | a TensorRT that can start its builder | check nvidia-smi"
             ) from err
         # TensorRT 11 knows strongly typed networks only and may drop the flag.
         flag = getattr(module.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
@@ -53,7 +54,7 @@ class TensorRtBuilder:
             return
         refused = refused_operators(self._parser)
         raise ExportError(
-            f"{path}: TensorRT refuses {'; '.join(refused)} | operators that {self._flavour} {self._trt.__version__} "
+            f"{path}: TensorRT refuses {'; '.join(refused)} | operators that {self._provider} {self._trt.__version__} "
             "takes | report this graph, and use ONNX Runtime (--provider cuda) until then"
         )
 
@@ -74,7 +75,7 @@ class TensorRtBuilder:
         """Set profiles, targets and the most scratch memory of a kernel."""
         for index, profile in enumerate(profiles):
             self._add_profile(index, profile)
-        if self._flavour is Flavour.TENSORRT_RTX:
+        if self._provider is Provider.TENSORRT_RTX:
             self._config.num_compute_capabilities = len(capabilities)
             for index, capability in enumerate(capabilities):
                 target = getattr(self._trt.ComputeCapability, f"SM{capability.replace('.', '')}")
@@ -133,7 +134,7 @@ class TensorRtBuilder:
         serialized = self._builder.build_serialized_network(self._network, self._config)
         if serialized is None:
             raise ExportError(
-                f"{self._flavour} {self._trt.__version__}: the build failed: {self._logger.drain() or 'no reason given'} | "
+                f"{self._provider} {self._trt.__version__}: the build failed: {self._logger.drain() or 'no reason given'} | "
                 "an engine | --workspace-gib, --batch and --tokens change what it needs"
             )
         if self._timing_path is not None:

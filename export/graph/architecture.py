@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
-from gircse.runtime.bundle import MAX_STEPS
 from gircse.runtime.errors import ExportError
+from gircse.runtime.manifest import MAX_STEPS
 
 SUPPORTED = ("llama", "mistral", "qwen2", "qwen3")
 

@@ -27,7 +27,7 @@ import onnx_ir as ir
 from gircse.export.graph import trace
 from gircse.export.graph.architecture import DecoderShape
 from gircse.runtime import tensor_names
-from gircse.runtime.bundle import Layout, Pooling
+from gircse.runtime.manifest import Layout, Pooling
 from gircse.runtime.numerics import L2_EPSILON
 
 IR_VERSION = 10

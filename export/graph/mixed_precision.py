@@ -18,38 +18,18 @@ probabilities are multiplied by ``MIXTURE_SCALE`` and the mixture is divided by 
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import onnx_ir as ir
 
-from gircse.runtime.bundle import Precision
 from gircse.runtime.errors import ExportError
-
-DTYPES = {
-    Precision.FP32: ir.DataType.FLOAT,
-    Precision.FP16: ir.DataType.FLOAT16,
-    Precision.BF16: ir.DataType.BFLOAT16,
-}
-
-_ISLANDS = (
-    "residual stream",
-    "RMSNorm",
-    "softmax over the vocabulary",
-    "attention bias",
-    "pooling",
-    "L2 normalization",
-)
-FLOAT32_ISLANDS: Mapping[Precision, tuple[str, ...]] = {
-    Precision.FP32: (),
-    Precision.FP16: _ISLANDS,
-    Precision.BF16: (*_ISLANDS, "SwiGLU"),
-}
-"""What the rules keep in FP32, in words, for the manifest."""
+from gircse.runtime.precision import SPECS, Precision
 
 MIXTURE_SCALE = 2048.0
 """A probability of 1 becomes 2048: full FP16 precision down to 3e-8, and rows of E up to 32 stay in range."""
 
+_FLOATS = {ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16}
 _LOW = {"MatMul", "Gemm", "Attention", "RotaryEmbedding"}
 _MOVING = {"Concat", "Gather", "Reshape", "Split", "Squeeze", "Transpose", "Unsqueeze"}
 _SWIGLU = {"Mul", "Sigmoid"}
@@ -74,7 +54,7 @@ def set_precision(model: ir.Model, precision: Precision, *, keep_float32: Sequen
     """
     if precision is Precision.FP32:
         return {}
-    graph, low = model.graph, DTYPES[precision]
+    graph, low = model.graph, onnx_dtype(precision)
     kept = _kept_weights(graph, keep_float32)
     fp16 = precision is Precision.FP16
     counts = Counter({"scale_mixture": scale_mixture(graph)} if fp16 else {})
@@ -91,6 +71,11 @@ def set_precision(model: ir.Model, precision: Precision, *, keep_float32: Sequen
             "report this model: its graph has another form"
         )
     return dict(sorted(counts.items()))
+
+
+def onnx_dtype(precision: Precision) -> ir.DataType:
+    """Return the type of a precision's float weights."""
+    return ir.DataType.from_numpy(np.dtype(SPECS[precision].dtype))
 
 
 def scale_mixture(graph: ir.Graph) -> int:
@@ -204,7 +189,7 @@ def _is_cache(value: ir.Value) -> bool:
 
 
 def _is_float(dtype: ir.DataType | None) -> bool:
-    return dtype in DTYPES.values()
+    return dtype in _FLOATS
 
 
 def _is_float_weight(value: ir.Value) -> bool:

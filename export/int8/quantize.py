@@ -32,8 +32,8 @@ from gircse.export.int8.weights import (
     WeightSource,
     block_size,
 )
-from gircse.runtime.bundle import Precision
 from gircse.runtime.errors import ExportError
+from gircse.runtime.precision import Precision
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,8 @@ from gircse.checkpoint.safetensors_index import SafetensorsIndex
 from gircse.export.graph.compose import EMBEDDING_TABLE, LM_HEAD
 from gircse.export.graph.simplify import TRANSPOSED_SUFFIX
 from gircse.export.int8.weights import WeightSource
-from gircse.runtime.bundle import FileEntry
 from gircse.runtime.errors import CheckpointError, ExportError
+from gircse.runtime.manifest import FileEntry
 
 ALIGNMENT_BYTES = 4096
 """Tensors start on page boundaries, so that a runtime can map them."""

@@ -1,25 +1,23 @@
 """Loads a TensorRT plan and checks that it is the engine that the bundle and the plan's JSON describe.
 
-``tensorrt`` 10.15 or later, 11 and ``tensorrt_rtx`` share the names used here; the module comes in as an argument.
+The module of TensorRT comes in as an argument.
 """
 
-import logging
 import mmap
 import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from gircse.runtime.bundle import MANIFEST_NAME, GraphFacts, Layout
 from gircse.runtime.errors import BundleError, ProviderError
+from gircse.runtime.manifest import MANIFEST_NAME, GraphFacts, Layout
+from gircse.runtime.provider import Provider
 from gircse.runtime.tensor_names import ATTENTION_MASK, INPUT_IDS
-from gircse.runtime.trt.engine_manifest import EngineManifest, Flavour
+from gircse.runtime.trt.engine_manifest import EngineManifest
+from gircse.runtime.trt.library import tensorrt_logger
 from gircse.runtime.trt.memory_layout import BufferPlanner
 
-logger = logging.getLogger(__name__)
-
 CACHE_ITEM_BYTES = {"FLOAT": 4, "HALF": 2, "BF16": 2}
-_LEVELS = {"INTERNAL_ERROR": logging.ERROR, "ERROR": logging.ERROR, "WARNING": logging.WARNING}
 
 
 class LoadedEngine:
@@ -35,7 +33,7 @@ class LoadedEngine:
         """Take an ``ICudaEngine`` and what :func:`load_engine` found out about it."""
         self.planner = planner
         self._engine, self._module, self._messages = engine, module, messages
-        self._is_rtx = plan.flavour is Flavour.TENSORRT_RTX
+        self._is_rtx = plan.provider is Provider.TENSORRT_RTX
         self._lock = threading.Lock()  # TensorRT does not promise that contexts can be created concurrently
 
     @property
@@ -100,7 +98,7 @@ def load_engine(plan_path: Path, plan: EngineManifest, facts: GraphFacts, *, mod
     engine = _deserialize(plan_path, runtime)
     if engine is None:
         raise BundleError(
-            f"{plan_path}: {messages.drain() or 'TensorRT cannot read it'} | a plan for {plan.flavour} "
+            f"{plan_path}: {messages.drain() or 'TensorRT cannot read it'} | a plan for {plan.provider} "
             f"{module.__version__} on this GPU (it was built by {plan.version} for compute capability "
             f"{', '.join(plan.compute_capabilities)}) | build it again: {plan.command}"
         )
@@ -115,28 +113,6 @@ def load_engine(plan_path: Path, plan: EngineManifest, facts: GraphFacts, *, mod
     planner = BufferPlanner(facts, plan.layout, _check_tensors(engine, facts, plan.layout, module, refuse))
     _check_profiles(engine, plan, planner, refuse)
     return LoadedEngine(engine, module=module, messages=messages, plan=plan, planner=planner)
-
-
-def tensorrt_logger(module: Any) -> Any:
-    """Return an ``ILogger`` that writes to Python's logging and keeps the errors for our own messages."""
-
-    class TensorRtLogger(module.ILogger):  # type: ignore[misc]
-        def __init__(self) -> None:
-            module.ILogger.__init__(self)  # pybind11 wants the base called by name
-            self._errors: list[str] = []
-
-        def log(self, severity: Any, message: str) -> None:
-            level = _LEVELS.get(severity.name, logging.DEBUG)
-            logger.log(level, "TensorRT: %s", message)
-            if level == logging.ERROR:
-                self._errors.append(message)
-
-        def drain(self) -> str:
-            """Return the first error since the last call; what follows it is mostly its echo."""
-            errors, self._errors = self._errors, []
-            return errors[0] if errors else ""
-
-    return TensorRtLogger()
 
 
 def _deserialize(plan_path: Path, runtime: Any) -> Any:

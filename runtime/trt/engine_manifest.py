@@ -9,22 +9,16 @@ from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
 
-import msgspec
-
-from gircse.runtime.bundle import MANIFEST_NAME, Bundle, Layout, SchemaVersion, file_sha256
+from gircse.runtime.bundle import Bundle, file_sha256
 from gircse.runtime.errors import BundleError, EngineMismatchError, ProviderError
+from gircse.runtime.manifest import MANIFEST_NAME, Layout
+from gircse.runtime.provider import Provider
+from gircse.runtime.records import Record, decode_versioned, encode_record
 
 ENGINES_FOLDER = "engines"
-ENGINE_SCHEMA_VERSION = 1
+ENGINE_SCHEMA_VERSION = 2
 
 Shape = tuple[int, ...]
-
-
-class Flavour(StrEnum):
-    """Which TensorRT: the data-center library, or TensorRT for RTX, which compiles its kernels on the user's machine."""
-
-    TENSORRT = "tensorrt"
-    TENSORRT_RTX = "tensorrt-rtx"
 
 
 class Stage(StrEnum):
@@ -35,7 +29,7 @@ class Stage(StrEnum):
     STEP = "step"
 
 
-class ShapeRange(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class ShapeRange(Record, frozen=True):
     """Smallest, expected and largest shape of one engine input."""
 
     min: Shape
@@ -49,7 +43,7 @@ class ShapeRange(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         )
 
 
-class EngineProfile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class EngineProfile(Record, frozen=True):
     """One optimization profile; its place in ``EngineManifest.profiles`` is its index in the engine.
 
     Attributes:
@@ -63,7 +57,7 @@ class EngineProfile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     shapes: Mapping[str, ShapeRange]
 
 
-class EngineManifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class EngineManifest(Record, frozen=True):
     """What must be known of a plan before it is loaded.
 
     Attributes:
@@ -71,7 +65,7 @@ class EngineManifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         bundle_sha256: SHA-256 of the bundle's ``gircse.json``.
         precision: variant that it was built from.
         layout: graph that it was built from.
-        flavour: which TensorRT built it.
+        provider: which TensorRT built it.
         version: version of that TensorRT.
         compute_capabilities: GPUs that it runs on, such as ``8.9``.
         profiles: optimization profiles, in the engine's order.
@@ -86,7 +80,7 @@ class EngineManifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     bundle_sha256: str
     precision: str
     layout: Layout
-    flavour: Flavour
+    provider: Provider
     version: str
     compute_capabilities: tuple[str, ...]
     profiles: tuple[EngineProfile, ...]
@@ -106,11 +100,11 @@ class EngineManifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """File name without suffix: ``fp16-tensorrt-rtx-1.7.1-sm89``, an unrolled engine with its layout in front."""
         capabilities = "-".join(capability.replace(".", "") for capability in self.compute_capabilities)
         layout = "unrolled-" if self.layout is Layout.UNROLLED else ""
-        return f"{layout}{self.precision}-{self.flavour}-{self.version}-sm{capabilities}"
+        return f"{layout}{self.precision}-{self.provider}-{self.version}-sm{capabilities}"
 
     def to_json(self) -> bytes:
         """Return the content of the JSON beside the plan."""
-        return msgspec.json.format(msgspec.json.encode(self), indent=2) + b"\n"
+        return encode_record(self, indent=2)
 
 
 def read_engines(bundle: Bundle) -> list[tuple[EngineManifest, Path]]:
@@ -123,17 +117,19 @@ def read_engines(bundle: Bundle) -> list[tuple[EngineManifest, Path]]:
     for path in sorted((bundle.directory / ENGINES_FOLDER).glob("*.json")):
         try:
             content = path.read_bytes()
-            version = msgspec.json.decode(content, type=SchemaVersion).schema_version
-            if version > ENGINE_SCHEMA_VERSION:  # its fields may be others
-                raise BundleError(
-                    f"{path}: schema version {version} | this gircse-deploy reads up to {ENGINE_SCHEMA_VERSION} | upgrade: "
-                    "pip install -U gircse-deploy, or build the engine again"
-                )
-            plan = msgspec.json.decode(content, type=EngineManifest)
-        except (OSError, msgspec.DecodeError) as err:
+        except OSError as err:
             raise BundleError(
-                f"{path}: {err} | what gircse-build wrote beside its plan | build the engine again"
+                f"{path}: {err.strerror} | what gircse-build wrote beside its plan | build the engine again"
             ) from err
+        plan = decode_versioned(
+            EngineManifest,
+            content,
+            where=str(path),
+            oldest=ENGINE_SCHEMA_VERSION,
+            newest=ENGINE_SCHEMA_VERSION,
+            error=BundleError,
+            remake="Build the engine again.",
+        )
         found.append((plan, path.with_suffix(".plan")))
     return found
 
@@ -141,7 +137,7 @@ def read_engines(bundle: Bundle) -> list[tuple[EngineManifest, Path]]:
 def select_engine(
     bundle: Bundle,
     *,
-    flavour: Flavour,
+    provider: Provider,
     version: str,
     capability: str,
     precisions: Sequence[str],
@@ -152,7 +148,7 @@ def select_engine(
 
     Args:
         bundle: an opened bundle.
-        flavour: which TensorRT is installed.
+        provider: which TensorRT is installed.
         version: its version.
         capability: compute capability of the GPU, such as ``8.9``.
         precisions: variants that may be taken, the best first.
@@ -160,11 +156,11 @@ def select_engine(
         verify: compare the SHA-256 of the plan.
 
     Raises:
-        ProviderError: there is no engine of the flavour; the message says how to build one.
+        ProviderError: there is no engine of the provider; the message says how to build one.
         EngineMismatchError: none fits; the message says what differs and how to build one that does.
         BundleError: a plan or its JSON is damaged.
     """
-    plans = [(plan, path) for plan, path in read_engines(bundle) if plan.flavour is flavour]
+    plans = [(plan, path) for plan, path in read_engines(bundle) if plan.provider is provider]
     wanted = [
         (plan, path)
         for precision in precisions
@@ -176,9 +172,9 @@ def select_engine(
         possible = [name for name in precisions if name in bundle.manifest.variants] or precisions
         layouts = bundle.manifest.graph.layouts  # a variant with one graph of two has the stepwise one
         layout = layout or (Layout.STEPWISE if Layout.STEPWISE in layouts else Layout.UNROLLED)
-        command = ["gircse-build", str(bundle.directory), "--precision", possible[0], "--flavour", flavour]
+        command = ["gircse-build", str(bundle.directory), "--precision", possible[0], "--provider", provider]
         raise ProviderError(
-            f"{bundle.directory}: no {flavour} engine of {' or '.join(possible)} | one in {ENGINES_FOLDER}/ | "
+            f"{bundle.directory}: no {provider} engine of {' or '.join(possible)} | one in {ENGINES_FOLDER}/ | "
             f"build it: {shlex.join([*command, '--layout', layout, '--sm', capability])}"
         )
     differences = [_differences(plan, bundle, version, capability) for plan, _ in wanted]
@@ -209,7 +205,7 @@ def _differences(plan: EngineManifest, bundle: Bundle, version: str, capability:
     if plan.bundle_sha256 != file_sha256(bundle.directory / MANIFEST_NAME):
         found.append("built from another export of the bundle")
     if plan.version != version:
-        found.append(f"built by {plan.flavour} {plan.version}, {version} is installed")
+        found.append(f"built by {plan.provider} {plan.version}, {version} is installed")
     if capability not in plan.compute_capabilities:
         found.append(f"for compute capability {', '.join(plan.compute_capabilities)}, this GPU has {capability}")
     return found

@@ -12,7 +12,7 @@ from collections import OrderedDict
 from typing import TypeVar
 
 from gircse.runtime.errors import ProviderError
-from gircse.runtime.ort_session import StepOutputs
+from gircse.runtime.session import StepOutputs
 from gircse.runtime.trt.cuda import Cuda
 from gircse.runtime.trt.engine import LoadedEngine
 from gircse.runtime.trt.execution_context import BoundContext, CapturedStep

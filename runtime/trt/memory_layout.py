@@ -20,9 +20,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gircse.runtime import tensor_names
-from gircse.runtime.bundle import GraphFacts, Layout
+from gircse.runtime.manifest import GraphFacts, Layout
 from gircse.runtime.numerics import Float32
-from gircse.runtime.ort_session import StepOutputs, step_outputs
+from gircse.runtime.session import StepOutputs, step_outputs
 from gircse.runtime.trt.cuda import HostBytes
 
 Int64 = NDArray[np.int64]

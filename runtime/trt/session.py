@@ -17,7 +17,7 @@ import numpy as np
 
 from gircse.runtime.bundle import Bundle
 from gircse.runtime.errors import ProviderError
-from gircse.runtime.ort_session import StepOutputs
+from gircse.runtime.session import StepOutputs
 from gircse.runtime.tensor_names import ATTENTION_MASK, INPUT_IDS
 from gircse.runtime.trt.cuda import Cuda
 from gircse.runtime.trt.engine import LoadedEngine, load_engine

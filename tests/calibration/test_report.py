@@ -20,8 +20,8 @@ from gircse.calibration.calibration_file import (
 from gircse.calibration.int8.scheme import InputKind, decoder_inputs
 from gircse.calibration.report import markdown, prepare_report, write_report
 from gircse.calibration.report_charts import calibrated_inputs, excluded_count, measured_parts, rank_loss
-from gircse.runtime.bundle import AdapterSource, ModelSource, Pooling
 from gircse.runtime.errors import CheckpointError, MeasurementError
+from gircse.runtime.manifest import AdapterSource, ModelSource, Pooling
 
 KEPT = ("model.layers.0.mlp_output", "lm_head")
 ZERO = "model.layers.1.mlp_output"
@@ -242,7 +242,7 @@ SITE_MESSAGE = (
         (_with_site(error=NAN), SITE_MESSAGE),
         (
             msgspec.structs.replace(small_calibration(), soft_token=SoftTokenCalibration(1, (NAN,))),
-            r"calibration: mixture holds NaN or infinity",
+            r"calibration: soft_token holds NaN or infinity",
         ),
         (_with_sensitivity(result=Fidelity("x", NAN, 1.0)), r"calibration: sensitivity holds NaN or infinity"),
         (_with_sensitivity(kinds=(Fidelity("x", 1.0, NAN),)), r"calibration: sensitivity holds NaN or infinity"),

@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader
 
 from gircse.evaluation.mteb_encoder import MtebEncoder, model_meta_from_manifest
 from gircse.runtime import Embedder, Manifest
-from gircse.runtime.bundle import AdapterSource, ModelSource
+from gircse.runtime.manifest import AdapterSource, ModelSource
 
 FIRST = ["the cat sat on the mat", "ok", "how long does it take", "a bundle is whole", "one", "weights of the model"]
 SECOND = ["a cat lay on a rug", "no", "when will it be done", "ok", "two words", "what a step costs"]

@@ -8,9 +8,10 @@ from support.small_models import SmallModels, add_stepwise_variants, edit_manife
 from support.tolerances import BATCH_MAX_DIFFERENCE
 
 from gircse.runtime import BundleError, Embedder, ProviderError, SelfTestReport
-from gircse.runtime.bundle import Bundle, Layout
-from gircse.runtime.embedder import SELF_TEST_MIN_COSINES
+from gircse.runtime.bundle import Bundle
+from gircse.runtime.manifest import Layout
 from gircse.runtime.ort_session import StepwiseSession, load_graph
+from gircse.runtime.precision import SPECS, Precision
 
 TEXTS = [
     "where: what came | what was expected | what to do",
@@ -141,7 +142,7 @@ def test_self_test_fails_on_wrong_weights(small_bundle: Path) -> None:
     weights.tofile(path)
     report = Embedder(small_bundle, verify=False).self_test()
     assert not report.passed
-    assert report.min_cosine < SELF_TEST_MIN_COSINES["fp32"]
+    assert report.min_cosine < SPECS[Precision.FP32].self_test_min_cosine
 
 
 def test_a_variant_without_the_unrolled_graph_runs_stepwise(small_models: SmallModels, small_bundle: Path) -> None:
@@ -149,7 +150,7 @@ def test_a_variant_without_the_unrolled_graph_runs_stepwise(small_models: SmallM
     wanted = Embedder(small_models.bundle("qwen2"), layout="stepwise").encode(TEXTS, all_steps=True)
     embedder = Embedder(small_bundle, precision="int8")
     np.testing.assert_array_equal(embedder.encode(TEXTS, all_steps=True), wanted)
-    assert embedder.self_test().limit == SELF_TEST_MIN_COSINES["int8"]
+    assert embedder.self_test().limit == SPECS[Precision.INT8].self_test_min_cosine
     with pytest.raises(BundleError, match=r"int8: layout unrolled \| it has stepwise"):
         Embedder(small_bundle, precision="int8", layout="unrolled")
 

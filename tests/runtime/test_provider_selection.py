@@ -19,10 +19,11 @@ from support.small_models import SmallModels, add_stepwise_variants
 
 from gircse.export.engine.profiles import ProfileSpec, SizeRange, engine_profiles
 from gircse.runtime import BundleError, Embedder, ProviderError
-from gircse.runtime.bundle import Bundle, Layout, file_sha256
+from gircse.runtime.bundle import Bundle, file_sha256
+from gircse.runtime.manifest import Layout
 from gircse.runtime.provider import Provider
 from gircse.runtime.tensor_names import cache_names
-from gircse.runtime.trt.engine_manifest import EngineManifest, Flavour
+from gircse.runtime.trt.engine_manifest import EngineManifest
 
 CPU, CUDA, TENSORRT = "CPUExecutionProvider", "CUDAExecutionProvider", "TensorrtExecutionProvider"
 MAX_BATCH, MAX_TOKENS = 3, 20
@@ -145,11 +146,11 @@ class Machine:
         self._patch.setitem(sys.modules, name, module)
         return module
 
-    def install_tensorrt(self, bundle: Path, flavour: Flavour = Flavour.TENSORRT) -> FakeTensorRt:
+    def install_tensorrt(self, bundle: Path, provider: Provider = Provider.TENSORRT) -> FakeTensorRt:
         """Put in a GPU and a TensorRT whose engines are those of ``add_engine``."""
         self.cuda = self.cuda or FakeCuda()
-        facts, rtx = Bundle.open(bundle).manifest.graph, flavour is Flavour.TENSORRT_RTX
-        module = FakeTensorRt(self.cuda, facts, make_plan(bundle, flavour), rtx=rtx)
+        facts, rtx = Bundle.open(bundle).manifest.graph, provider is Provider.TENSORRT_RTX
+        module = FakeTensorRt(self.cuda, facts, make_plan(bundle, provider), rtx=rtx)
         return self.install("tensorrt_rtx" if rtx else "tensorrt", module)
 
     def _open_cuda(self) -> FakeCuda:
@@ -163,7 +164,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
     return Machine(monkeypatch)
 
 
-def make_plan(bundle: Path, flavour: Flavour, *, precision: str = "fp16") -> EngineManifest:
+def make_plan(bundle: Path, provider: Provider, *, precision: str = "fp16") -> EngineManifest:
     facts = Bundle.open(bundle).manifest.graph
     specs = [ProfileSpec("throughput", SizeRange(1, 2, MAX_BATCH), SizeRange(1, 8, MAX_TOKENS))]
     return EngineManifest(
@@ -171,10 +172,10 @@ def make_plan(bundle: Path, flavour: Flavour, *, precision: str = "fp16") -> Eng
         bundle_sha256=file_sha256(bundle / "gircse.json"),
         precision=precision,
         layout=Layout.STEPWISE,
-        flavour=flavour,
+        provider=provider,
         version=FakeTensorRt.__version__,
         compute_capabilities=("8.9",),
-        profiles=tuple(engine_profiles(specs, facts, layout=Layout.STEPWISE, flavour=flavour)),
+        profiles=tuple(engine_profiles(specs, facts, layout=Layout.STEPWISE, provider=provider)),
         settings={},
         command="gircse-build bundle --sm 8.9",
         build_seconds=1.0,
@@ -183,9 +184,9 @@ def make_plan(bundle: Path, flavour: Flavour, *, precision: str = "fp16") -> Eng
     )
 
 
-def add_engine(bundle: Path, flavour: Flavour = Flavour.TENSORRT, *, precision: str = "fp16") -> Path:
+def add_engine(bundle: Path, provider: Provider = Provider.TENSORRT, *, precision: str = "fp16") -> Path:
     """Write an engine that ``FakeTensorRt`` loads; return the path of its plan."""
-    plan = make_plan(bundle, flavour, precision=precision)
+    plan = make_plan(bundle, provider, precision=precision)
     (bundle / "engines").mkdir(exist_ok=True)
     path = bundle / "engines" / f"{plan.name}.plan"
     path.with_suffix(".json").write_bytes(plan.to_json())
@@ -232,13 +233,13 @@ def test_no_onnxruntime(machine: Machine, bundle: Path, provider: str, extra: st
         Embedder(bundle, provider=provider)
 
 
-@pytest.mark.parametrize("flavour", Flavour)
-def test_no_gpu_for_an_engine(machine: Machine, bundle: Path, flavour: Flavour) -> None:
-    machine.install_tensorrt(bundle, flavour)
-    add_engine(bundle, flavour)
+@pytest.mark.parametrize("provider", Provider)
+def test_no_gpu_for_an_engine(machine: Machine, bundle: Path, provider: Provider) -> None:
+    machine.install_tensorrt(bundle, provider)
+    add_engine(bundle, provider)
     machine.cuda = None
     with pytest.raises(ProviderError, match="0 GPUs are visible"):
-        Embedder(bundle, provider=flavour)
+        Embedder(bundle, provider=provider)
 
 
 @pytest.mark.parametrize("provider", ["auto", *Provider])
@@ -301,14 +302,14 @@ def test_auto_goes_on_where_cuda_does_not_start(machine: Machine, bundle: Path, 
 def test_auto_without_an_engine_says_how_to_build_one(machine: Machine, bundle: Path, log: list[str]) -> None:
     machine.install_tensorrt(bundle)
     assert Embedder(bundle).provider is Provider.CPU
-    assert f"build it: gircse-build {bundle} --precision fp16 --flavour tensorrt" in log[1]
+    assert f"build it: gircse-build {bundle} --precision fp16 --provider tensorrt" in log[1]
 
 
 def test_auto_prefers_an_engine(machine: Machine, bundle: Path, log: list[str]) -> None:
     machine.install("onnxruntime", StubOnnxRuntime(CUDA, CPU))
-    for flavour in Flavour:
-        machine.install_tensorrt(bundle, flavour)
-    add_engine(bundle, Flavour.TENSORRT_RTX, precision="fp32")
+    for provider in Provider:
+        machine.install_tensorrt(bundle, provider)
+    add_engine(bundle, Provider.TENSORRT_RTX, precision="fp32")
     assert Embedder(bundle).provider is Provider.TENSORRT_RTX
     assert log[0] == "provider auto: runs on tensorrt-rtx in fp32"
     assert len(log) == 2
@@ -419,13 +420,13 @@ def expected_vectors(embedder: Embedder, texts: list[str]) -> Any:
     return np.concatenate([row.step_embeddings for row in rows])
 
 
-@pytest.mark.parametrize("flavour", Flavour)
-def test_engine_end_to_end(machine: Machine, bundle: Path, flavour: Flavour) -> None:
+@pytest.mark.parametrize("provider", Provider)
+def test_engine_end_to_end(machine: Machine, bundle: Path, provider: Provider) -> None:
     """A batch of eight texts runs in parts of three, the most that the profile takes; every row is its own text's."""
-    module = machine.install_tensorrt(bundle, flavour)
-    add_engine(bundle, flavour)
-    embedder = Embedder(bundle, provider=flavour)
-    assert (embedder.provider, embedder.precision) == (Provider(flavour), "fp16")
+    module = machine.install_tensorrt(bundle, provider)
+    add_engine(bundle, provider)
+    embedder = Embedder(bundle, provider=provider)
+    assert (embedder.provider, embedder.precision) == (Provider(provider), "fp16")
     expected = expected_vectors(embedder, TEXTS)
     found = embedder.encode(TEXTS, batch_size=32, all_steps=True)
     np.testing.assert_allclose(found, expected, atol=1e-5)

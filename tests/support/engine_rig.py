@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 
 from gircse.runtime import tensor_names
-from gircse.runtime.bundle import GraphFacts, Layout, Pooling
-from gircse.runtime.ort_session import StepOutputs
-from gircse.runtime.trt.engine_manifest import EngineManifest, EngineProfile, Flavour, ShapeRange, Stage
+from gircse.runtime.manifest import GraphFacts, Layout, Pooling
+from gircse.runtime.provider import Provider
+from gircse.runtime.session import StepOutputs
+from gircse.runtime.trt.engine_manifest import EngineManifest, EngineProfile, ShapeRange, Stage
 from gircse.runtime.trt.memory_layout import BufferPlanner
 from gircse.runtime.trt.session import TensorRtSession, open_tensorrt_session
 from support.fake_cuda import FakeCuda
@@ -65,7 +66,7 @@ def make_plan(
         bundle_sha256="",
         precision="fp16",
         layout=layout,
-        flavour=Flavour.TENSORRT_RTX if rtx else Flavour.TENSORRT,
+        provider=Provider.TENSORRT_RTX if rtx else Provider.TENSORRT,
         version="11.1.0",
         compute_capabilities=("8.9",),
         profiles=tuple(profiles or [profile(facts, layout)]),

@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gircse.runtime import tensor_names
-from gircse.runtime.bundle import GraphFacts, Layout
-from gircse.runtime.ort_session import StepOutputs, step_outputs
+from gircse.runtime.manifest import GraphFacts, Layout
+from gircse.runtime.session import StepOutputs, step_outputs
 from gircse.runtime.trt.engine_manifest import EngineManifest, EngineProfile
 from support.fake_cuda import POISON, FakeCuda, Operation, require
 

@@ -31,8 +31,9 @@ from gircse.evaluation.bench.worker import BackendSpec, Kind, Worker
 from gircse.evaluation.tasks.prompts import read_prompts
 from gircse.export.exporter import export_bundle
 from gircse.export.options import ExportOptions
-from gircse.runtime.bundle import Bundle, Pooling
+from gircse.runtime.bundle import Bundle
 from gircse.runtime.errors import CheckpointError, MeasurementError, ProviderError
+from gircse.runtime.manifest import Pooling
 from gircse.runtime.numerics import Float32, l2_normalize, row_cosine
 from gircse.runtime.tokenization import open_tokenizer
 

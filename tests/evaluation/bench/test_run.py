@@ -17,7 +17,8 @@ from gircse.evaluation.bench.report_schema import BenchReport
 from gircse.evaluation.bench.roofline import memory_bandwidth, weight_bytes_read
 from gircse.evaluation.bench.worker import BackendSpec, Kind, Worker
 from gircse.runtime import Embedder, MeasurementError
-from gircse.runtime.bundle import Bundle, Layout
+from gircse.runtime.bundle import Bundle
+from gircse.runtime.manifest import Layout
 
 SMALL = ["--batch", "1,3", "--tokens", "4,9", "--repeats", "3", "--threads", "1"]
 

@@ -27,7 +27,7 @@ from gircse.evaluation.parity.backends import (
     source_checkpoint,
     token_count,
 )
-from gircse.evaluation.parity.gates import DEFAULT_LIMITS, at_least, at_most, limits_of
+from gircse.evaluation.parity.gates import at_least, at_most, limits_of
 from gircse.evaluation.parity.graph_probe import GraphProbe
 from gircse.evaluation.parity.report_schema import ParityReport
 from gircse.evaluation.parity.run import ParityOptions, measure_parity
@@ -36,8 +36,10 @@ from gircse.evaluation.tasks.files import TaskOptions, read_tasks
 from gircse.evaluation.tasks.prompts import read_prompts, tokenize_prompts
 from gircse.reporting.progress import StageProgress
 from gircse.runtime import BundleError, Embedder, MeasurementError
-from gircse.runtime.bundle import Bundle, Layout, Pooling
+from gircse.runtime.bundle import Bundle
+from gircse.runtime.manifest import Layout, Pooling
 from gircse.runtime.numerics import l2_normalize
+from gircse.runtime.precision import SPECS, Precision
 from gircse.runtime.tokenization import open_tokenizer
 
 LAYOUTS = ("unrolled", "stepwise")
@@ -376,11 +378,12 @@ def test_gates() -> None:
     assert at_least("x", 0.5, 0.5).passed
     assert not at_least("x", float("nan"), 0.5).passed
     assert not at_most("x", float("nan"), 0.5).passed
-    assert limits_of("fp16", {}) == DEFAULT_LIMITS["fp16"]
-    assert limits_of("unheard-of", {}) == DEFAULT_LIMITS["fp32"]
+    assert limits_of("fp16", {}) == SPECS[Precision.FP16].limits
+    with pytest.raises(BundleError, match="unheard-of"):
+        limits_of("unheard-of", {})
     changed = limits_of("int8", {"min_overlap": 0.5, "max_task_drop": 0.0})
     assert (changed.min_overlap, changed.max_task_drop) == (0.5, 0.0)
-    assert changed.min_cosine == DEFAULT_LIMITS["int8"].min_cosine
+    assert changed.min_cosine == SPECS[Precision.INT8].limits.min_cosine
 
 
 def test_bundle_references(tmp_path: Path) -> None:

@@ -26,21 +26,16 @@ from gircse.export.engine.profiles import SizeRange, default_specs, engine_profi
 from gircse.export.engine.tensorrt_builder import TensorRtBuilder
 from gircse.reporting.progress import StageProgress
 from gircse.runtime.atomic_file import atomic_write
-from gircse.runtime.bundle import Bundle, Layout, file_sha256
+from gircse.runtime.bundle import Bundle, file_sha256
 from gircse.runtime.errors import ExportError, ProviderError
-from gircse.runtime.trt.engine_manifest import (
-    EngineManifest,
-    Flavour,
-    Stage,
-    read_engines,
-    rebuild_command,
-    select_engine,
-)
+from gircse.runtime.manifest import Layout
+from gircse.runtime.provider import Provider
+from gircse.runtime.trt.engine_manifest import EngineManifest, Stage, read_engines, rebuild_command, select_engine
 
 PRECISIONS = ("fp32", "fp16", "bf16")
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "mistral-window")
 SM = ("--sm", "8.9")
-RTX = ("--flavour", "tensorrt-rtx", *SM)
+RTX = ("--provider", "tensorrt-rtx", *SM)
 
 
 @pytest.fixture
@@ -128,7 +123,7 @@ def test_every_graph_is_parsed(rtx: Any, small_models: SmallModels, name: str) -
     layers = {}
     for precision in PRECISIONS:
         for layout in Layout:
-            builder = TensorRtBuilder(rtx, Flavour.TENSORRT_RTX)
+            builder = TensorRtBuilder(rtx, Provider.TENSORRT_RTX)
             builder.parse(found.graph(precision, layout))
             layers[precision, layout] = builder.num_layers
     assert all(layers[name, Layout.UNROLLED] > layers[name, Layout.STEPWISE] > 50 for name in PRECISIONS)
@@ -154,8 +149,8 @@ def test_engines_of_small_models(
     check_plan(plan, path, copy)
     assert (plan.precision, plan.layout, plan.version) == (precision, layout, rtx.__version__)
     facts = Bundle.open(copy).manifest.graph
-    specs = default_specs(Flavour.TENSORRT_RTX, SizeRange(1, 8, 64), SizeRange(1, 48, 48))
-    expected = engine_profiles(specs, facts, layout=Layout(layout), flavour=Flavour.TENSORRT_RTX)
+    specs = default_specs(Provider.TENSORRT_RTX, SizeRange(1, 8, 64), SizeRange(1, 48, 48))
+    expected = engine_profiles(specs, facts, layout=Layout(layout), provider=Provider.TENSORRT_RTX)
     assert list(plan.profiles) == expected
 
 
@@ -170,7 +165,7 @@ def check_plan(plan: EngineManifest, path: Path, bundle: Path) -> None:
     for capability in plan.compute_capabilities:
         selected = select_engine(
             Bundle.open(bundle),
-            flavour=plan.flavour,
+            provider=plan.provider,
             version=plan.version,
             capability=capability,
             precisions=(plan.precision,),
@@ -218,7 +213,7 @@ def test_tensorrt_is_given_the_ranges_of_the_json(
                 create_optimization_profile=create_optimization_profile,
             )
 
-    monkeypatch.setattr(builder, "import_tensorrt", lambda flavour: Recording())
+    monkeypatch.setattr(builder, "import_tensorrt", lambda provider: Recording())
     plan, _ = build(bundle, "--layout", layout, "--profiles", "a=1:2:3x4:5:48", "b=1:7", "--tokens", "2:30", *RTX)
     assert [profile.name for profile in plan.profiles] == ["a", "b"]
     for profile, real in zip(plan.profiles, made, strict=True):
@@ -246,7 +241,7 @@ def test_half_precision_makes_a_smaller_plan(rtx: Any, bundle: Path, build: Buil
 
 
 def test_one_plan_for_two_gpus(rtx: Any, bundle: Path, build: Build) -> None:
-    plan, path = build(bundle, "--flavour", "tensorrt-rtx", "--sm", "8.9,12.0,8.9")
+    plan, path = build(bundle, "--provider", "tensorrt-rtx", "--sm", "8.9,12.0,8.9")
     assert plan.compute_capabilities == ("8.9", "12.0")
     assert path.name == f"fp16-tensorrt-rtx-{rtx.__version__}-sm89-120.plan"
     check_plan(plan, path, bundle)
@@ -304,7 +299,7 @@ def test_build_stages_and_progress(rtx: Any, bundle: Path) -> None:
         def note(self, text: str) -> None:
             stages.append(text.strip())
 
-    options = BuildOptions(bundle, flavour=Flavour.TENSORRT_RTX, capabilities=("8.9",))
+    options = BuildOptions(bundle, provider=Provider.TENSORRT_RTX, capabilities=("8.9",))
     build_engine(options, progress=Recorded())
     check, parse, cost, building, writing = stages
     assert check == "check the files of my bundle:fp16"
@@ -334,20 +329,20 @@ def test_no_bundle(tmp_path: Path, refuse: Refuse) -> None:
 
 
 def test_no_gpu_and_none_named(rtx: Any, bundle: Path, refuse: Refuse) -> None:
-    message = refuse(bundle, "--flavour", "tensorrt-rtx")
+    message = refuse(bundle, "--provider", "tensorrt-rtx")
     assert "0 GPUs are visible" in message
     assert message.endswith("to build for another machine, name its GPU: --sm 8.9")
 
 
 @pytest.mark.parametrize("capability", ["9.0", "1.0", "89", "sm89", "8.9,9.0", "8.9,", ""])
 def test_capability_that_rtx_does_not_build_for(rtx: Any, bundle: Path, refuse: Refuse, capability: str) -> None:
-    message = refuse(bundle, "--flavour", "tensorrt-rtx", "--sm", capability)
+    message = refuse(bundle, "--provider", "tensorrt-rtx", "--sm", capability)
     assert message.startswith(f"--sm {capability.split(',')[-1]} | this tensorrt-rtx {rtx.__version__} builds for ")
     assert " 8.9, " in message
 
 
 def test_sm_120_is_capability_12_0(rtx: Any, bundle: Path, refuse: Refuse) -> None:
-    assert "12.0" in refuse(bundle, "--flavour", "tensorrt-rtx", "--sm", "1.20")
+    assert "12.0" in refuse(bundle, "--provider", "tensorrt-rtx", "--sm", "1.20")
 
 
 @pytest.mark.parametrize("flags", [("--tokens", "1:64:512"), ("--tokens", "49"), ("--profiles", "a=1x49")])
@@ -368,7 +363,7 @@ def test_bad_profiles(rtx: Any, bundle: Path, refuse: Refuse, profiles: tuple[st
     assert refuse(bundle, *RTX, "--profiles", *profiles).startswith(expected)
 
 
-@pytest.mark.parametrize("flags", [("--batch", "8:1"), ("--tokens", "x"), ("--flavour", "rtx"), ("--layout", "both")])
+@pytest.mark.parametrize("flags", [("--batch", "8:1"), ("--tokens", "x"), ("--provider", "rtx"), ("--layout", "both")])
 def test_flags_that_the_command_line_refuses(
     bundle: Path, capsys: pytest.CaptureFixture[str], flags: tuple[str, str]
 ) -> None:
@@ -573,25 +568,25 @@ def test_tensorrt_needs_a_gpu(
 def test_the_flavour_is_the_one_that_is_installed(
     fake: FakeBuilderModule, monkeypatch: pytest.MonkeyPatch, bundle: Path, build: Build, refuse: Refuse
 ) -> None:
-    assert build(bundle)[0].flavour is Flavour.TENSORRT
+    assert build(bundle)[0].provider is Provider.TENSORRT
     install(monkeypatch, tensorrt_rtx=FakeBuilderModule())
-    assert build(bundle)[0].flavour is Flavour.TENSORRT
+    assert build(bundle)[0].provider is Provider.TENSORRT
     install(monkeypatch, tensorrt=None, tensorrt_rtx=None)
     message = refuse(bundle)
     assert message.startswith("no TensorRT is installed | tensorrt or tensorrt_rtx | ")
     assert "'gircse-deploy[tensorrt]' or pip install 'gircse-deploy[tensorrt-rtx]'" in message
 
 
-@pytest.mark.parametrize(("flavour", "name"), [("tensorrt", "tensorrt"), ("tensorrt-rtx", "tensorrt_rtx")])
+@pytest.mark.parametrize(("provider", "name"), [("tensorrt", "tensorrt"), ("tensorrt-rtx", "tensorrt_rtx")])
 def test_the_flavour_that_was_named_is_not_installed(
-    monkeypatch: pytest.MonkeyPatch, bundle: Path, refuse: Refuse, flavour: str, name: str
+    monkeypatch: pytest.MonkeyPatch, bundle: Path, refuse: Refuse, provider: str, name: str
 ) -> None:
     """The other one would do, and is not asked for."""
     install(monkeypatch, tensorrt=FakeBuilderModule(), tensorrt_rtx=FakeBuilderModule())
     install(monkeypatch, **{name: None})
-    message = refuse(bundle, "--flavour", flavour, *SM)
-    assert message.startswith(f"{flavour}: {name} is not installed ")
-    assert message.endswith(f"pip install 'gircse-deploy[{flavour}]'")
+    message = refuse(bundle, "--provider", provider, *SM)
+    assert message.startswith(f"{provider}: {name} is not installed ")
+    assert message.endswith(f"pip install 'gircse-deploy[{provider}]'")
 
 
 def test_packages_of_the_build_that_are_missing(monkeypatch: pytest.MonkeyPatch, bundle: Path, refuse: Refuse) -> None:

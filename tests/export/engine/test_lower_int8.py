@@ -24,13 +24,14 @@ from gircse.export.build_command import main
 from gircse.export.engine import builder, lower_int8
 from gircse.export.engine.lower_int8 import to_engine_form
 from gircse.export.int8 import vocabulary
-from gircse.runtime.bundle import Bundle, Layout
+from gircse.runtime.bundle import Bundle
 from gircse.runtime.errors import ExportError
+from gircse.runtime.manifest import Layout
 from gircse.runtime.numerics import row_cosine
 from gircse.runtime.ort_session import StepwiseSession
 from gircse.runtime.trt.engine_manifest import read_engines
 
-RTX = ("--flavour", "tensorrt-rtx", "--sm", "8.9")
+RTX = ("--provider", "tensorrt-rtx", "--sm", "8.9")
 
 
 @pytest.fixture

@@ -15,9 +15,10 @@ from gircse.export.engine.profiles import (
 )
 from gircse.export.engine.progress import PhaseProgress, progress_monitor
 from gircse.runtime import tensor_names
-from gircse.runtime.bundle import GraphFacts, Layout, Pooling
 from gircse.runtime.errors import ExportError
-from gircse.runtime.trt.engine_manifest import EngineProfile, Flavour, ShapeRange, Stage
+from gircse.runtime.manifest import GraphFacts, Layout, Pooling
+from gircse.runtime.provider import Provider
+from gircse.runtime.trt.engine_manifest import EngineProfile, ShapeRange, Stage
 from gircse.runtime.trt.memory_layout import BufferPlanner
 
 STEPS = (0, 1, 2, 5, 20)
@@ -45,9 +46,9 @@ def make_facts(steps: int, layout: Layout = Layout.STEPWISE) -> GraphFacts:
 
 
 def make_profiles(
-    steps: int, layout: Layout, flavour: Flavour, sizes: tuple[SizeRange, SizeRange]
+    steps: int, layout: Layout, provider: Provider, sizes: tuple[SizeRange, SizeRange]
 ) -> list[EngineProfile]:
-    return engine_profiles(default_specs(flavour, *sizes), make_facts(steps), layout=layout, flavour=flavour)
+    return engine_profiles(default_specs(provider, *sizes), make_facts(steps), layout=layout, provider=provider)
 
 
 @pytest.mark.parametrize(
@@ -110,21 +111,23 @@ def test_profile_specs_with_bad_sizes(text: str) -> None:
 
 def test_default_specs() -> None:
     tokens = SizeRange(1, 64, 512)
-    latency, throughput = default_specs(Flavour.TENSORRT, DEFAULT_BATCH, tokens)
+    latency, throughput = default_specs(Provider.TENSORRT, DEFAULT_BATCH, tokens)
     assert latency == ProfileSpec("latency", SizeRange(1, 1, 1), tokens)
     assert throughput == ProfileSpec("throughput", DEFAULT_BATCH, tokens)
-    assert default_specs(Flavour.TENSORRT_RTX, DEFAULT_BATCH, tokens) == [throughput]
+    assert default_specs(Provider.TENSORRT_RTX, DEFAULT_BATCH, tokens) == [throughput]
     # At batch 1 both would be the same.
-    (only,) = default_specs(Flavour.TENSORRT, SizeRange(1, 1, 1), tokens)
+    (only,) = default_specs(Provider.TENSORRT, SizeRange(1, 1, 1), tokens)
     assert only.batch == (1, 1, 1)
 
 
 @pytest.mark.parametrize("sizes", SIZES)
-@pytest.mark.parametrize("flavour", Flavour)
+@pytest.mark.parametrize("provider", Provider)
 @pytest.mark.parametrize("layout", Layout)
 @pytest.mark.parametrize("steps", STEPS)
-def test_ranges_are_in_order(steps: int, layout: Layout, flavour: Flavour, sizes: tuple[SizeRange, SizeRange]) -> None:
-    for profile in make_profiles(steps, layout, flavour, sizes):
+def test_ranges_are_in_order(
+    steps: int, layout: Layout, provider: Provider, sizes: tuple[SizeRange, SizeRange]
+) -> None:
+    for profile in make_profiles(steps, layout, provider, sizes):
         assert set(profile.shapes) == set(BufferPlanner(make_facts(steps), layout, 2).input_shapes(1, 1, 0))
         for name, shape in profile.shapes.items():
             for low, expected, high in zip(shape.min, shape.opt, shape.max, strict=True):
@@ -132,14 +135,14 @@ def test_ranges_are_in_order(steps: int, layout: Layout, flavour: Flavour, sizes
 
 
 @pytest.mark.parametrize("sizes", SIZES)
-@pytest.mark.parametrize("flavour", Flavour)
+@pytest.mark.parametrize("provider", Provider)
 @pytest.mark.parametrize("layout", Layout)
 @pytest.mark.parametrize("steps", STEPS)
 def test_every_pass_lies_in_a_profile_of_its_stage(
-    steps: int, layout: Layout, flavour: Flavour, sizes: tuple[SizeRange, SizeRange]
+    steps: int, layout: Layout, provider: Provider, sizes: tuple[SizeRange, SizeRange]
 ) -> None:
     """At the corners of batch and tokens; one profile holds the prompt, and one all of its steps."""
-    profiles = make_profiles(steps, layout, flavour, sizes)
+    profiles = make_profiles(steps, layout, provider, sizes)
     planner = BufferPlanner(make_facts(steps), layout, 2)
 
     def holders(stage: Stage, batch: int, tokens: int, number: int) -> set[str]:
@@ -155,7 +158,7 @@ def test_every_pass_lies_in_a_profile_of_its_stage(
         passes = [(Stage.PROMPT, 0), *((Stage.STEP, number) for number in range(1, planner.last_pass + 1))]
         names = [holders(stage, batch, tokens, number) for stage, number in passes]
         expected = {"throughput"} | ({"latency"} if batch == 1 and sizes[0].max > 1 else set())
-        if flavour is Flavour.TENSORRT_RTX:
+        if provider is Provider.TENSORRT_RTX:
             expected = {"throughput"}
         assert all(found == expected for found in names), (batch, tokens, names)
 
@@ -163,7 +166,7 @@ def test_every_pass_lies_in_a_profile_of_its_stage(
 @pytest.mark.parametrize("layout", Layout)
 @pytest.mark.parametrize("steps", STEPS)
 def test_what_is_out_of_range_lies_in_no_profile(steps: int, layout: Layout) -> None:
-    profiles = make_profiles(steps, layout, Flavour.TENSORRT, (SizeRange(2, 3, 5), SizeRange(7, 30, 33)))
+    profiles = make_profiles(steps, layout, Provider.TENSORRT, (SizeRange(2, 3, 5), SizeRange(7, 30, 33)))
     planner = BufferPlanner(make_facts(steps), layout, 2)
     for batch, tokens in ((6, 7), (2, 6), (2, 34)):
         shapes = planner.input_shapes(batch, tokens, 0)
@@ -176,7 +179,7 @@ def test_what_is_out_of_range_lies_in_no_profile(steps: int, layout: Layout) -> 
 @pytest.mark.parametrize("steps", STEPS)
 def test_smallest_and_expected_sizes_of_a_stage_are_a_run(steps: int, sizes: tuple[SizeRange, SizeRange]) -> None:
     """Old, new and soft tokens make up the mask; TensorRT tries a profile's smallest and expected shapes together."""
-    profiles = make_profiles(steps, Layout.STEPWISE, Flavour.TENSORRT, sizes)
+    profiles = make_profiles(steps, Layout.STEPWISE, Provider.TENSORRT, sizes)
     assert {profile.stage for profile in profiles} == ({Stage.PROMPT, Stage.STEP} if steps else {Stage.PROMPT})
     for profile in profiles:
         for which in ("min", "opt"):
@@ -193,17 +196,17 @@ def test_smallest_and_expected_sizes_of_a_stage_are_a_run(steps: int, sizes: tup
 def test_profiles_come_in_pairs_of_prompt_and_step() -> None:
     facts, tokens = make_facts(5), SizeRange(1, 64, 512)
     specs = [ProfileSpec("a", SizeRange(1, 1, 1), tokens), ProfileSpec("b", SizeRange(1, 2, 3), tokens)]
-    found = engine_profiles(specs, facts, layout=Layout.STEPWISE, flavour=Flavour.TENSORRT)
+    found = engine_profiles(specs, facts, layout=Layout.STEPWISE, provider=Provider.TENSORRT)
     pairs = [("a", Stage.PROMPT), ("a", Stage.STEP), ("b", Stage.PROMPT), ("b", Stage.STEP)]
     assert [(profile.name, profile.stage) for profile in found] == pairs
-    for layout, flavour in ((Layout.STEPWISE, Flavour.TENSORRT_RTX), *((Layout.UNROLLED, name) for name in Flavour)):
-        found = engine_profiles(specs, facts, layout=layout, flavour=flavour)
+    for layout, provider in ((Layout.STEPWISE, Provider.TENSORRT_RTX), *((Layout.UNROLLED, name) for name in Provider)):
+        found = engine_profiles(specs, facts, layout=layout, provider=provider)
         assert [(profile.name, profile.stage) for profile in found] == [("a", Stage.ANY), ("b", Stage.ANY)]
 
 
-@pytest.mark.parametrize("flavour", Flavour)
-def test_without_steps_there_is_only_the_prompt(flavour: Flavour) -> None:
-    profiles = make_profiles(0, Layout.STEPWISE, flavour, SIZES[0])
+@pytest.mark.parametrize("provider", Provider)
+def test_without_steps_there_is_only_the_prompt(provider: Provider) -> None:
+    profiles = make_profiles(0, Layout.STEPWISE, provider, SIZES[0])
     assert {profile.stage for profile in profiles} == {Stage.PROMPT}
     assert all(tensor_names.HIDDEN not in profile.shapes for profile in profiles)
     assert profiles[-1].shapes[tensor_names.ATTENTION_MASK] == ShapeRange((1, 1), (8, 64), (64, 512))
@@ -211,7 +214,9 @@ def test_without_steps_there_is_only_the_prompt(flavour: Flavour) -> None:
 
 def test_shapes_by_hand() -> None:
     """K = 5, batch 2:3:5, tokens 7:30:33: a step reads up to 33 + 4 old tokens and masks 38."""
-    _, _, prompt, step = make_profiles(5, Layout.STEPWISE, Flavour.TENSORRT, (SizeRange(2, 3, 5), SizeRange(7, 30, 33)))
+    _, _, prompt, step = make_profiles(
+        5, Layout.STEPWISE, Provider.TENSORRT, (SizeRange(2, 3, 5), SizeRange(7, 30, 33))
+    )
     assert prompt.shapes["input_ids"] == ShapeRange((2, 7), (3, 30), (5, 33))
     assert prompt.shapes["attention_mask"] == ShapeRange((2, 7), (3, 30), (5, 38))
     assert prompt.shapes["past.0.key"] == ShapeRange((2, 0, 6), (3, 0, 6), (5, 37, 6))
@@ -229,14 +234,14 @@ def test_profiles_that_the_bundle_cannot_have() -> None:
             [ProfileSpec("fits", one, one), ProfileSpec("long", one, SizeRange(1, 64, 513))],
             facts,
             layout=Layout.UNROLLED,
-            flavour=Flavour.TENSORRT,
+            provider=Provider.TENSORRT,
         )
     with pytest.raises(ExportError, match=r"--profiles: a, b, a \| one profile of each name \| rename one"):
         engine_profiles(
             [ProfileSpec(name, one, one) for name in "aba"],
             facts,
             layout=Layout.STEPWISE,
-            flavour=Flavour.TENSORRT_RTX,
+            provider=Provider.TENSORRT_RTX,
         )
 
 

@@ -21,8 +21,10 @@ from gircse.export.options import ExportOptions
 from gircse.export.overflow_probe import largest_magnitudes
 from gircse.export.overflow_report import FP16_LIMIT, overflow_risks
 from gircse.runtime import CheckpointError, ExportError, MeasurementError
-from gircse.runtime.bundle import Bundle, Layout, Precision
+from gircse.runtime.bundle import Bundle
+from gircse.runtime.manifest import Layout
 from gircse.runtime.numerics import Float32, row_cosine
+from gircse.runtime.precision import Precision
 from gircse.runtime.tokenization import padded_batches
 
 ALL = ("fp32", "fp16", "bf16")

@@ -13,8 +13,8 @@ from support.fake_cuda import FakeCuda
 from support.fake_tensorrt import FakeTensorRt
 
 from gircse.runtime import tensor_names
-from gircse.runtime.bundle import Layout
 from gircse.runtime.errors import BundleError
+from gircse.runtime.manifest import Layout
 from gircse.runtime.trt.memory_layout import Buffer, BufferPlanner
 from gircse.runtime.trt.session import open_tensorrt_session
 

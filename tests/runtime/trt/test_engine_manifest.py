@@ -13,12 +13,13 @@ import msgspec
 import pytest
 from support.small_models import SmallModels
 
-from gircse.runtime.bundle import Bundle, Layout, file_sha256
+from gircse.runtime.bundle import Bundle, file_sha256
 from gircse.runtime.errors import BundleError, ProviderError
+from gircse.runtime.manifest import Layout
+from gircse.runtime.provider import Provider
 from gircse.runtime.trt.engine_manifest import (
     EngineManifest,
     EngineProfile,
-    Flavour,
     ShapeRange,
     Stage,
     read_engines,
@@ -46,7 +47,7 @@ def add_plan(bundle: Bundle, *, content: bytes = b"a plan", **changes: Any) -> P
         "bundle_sha256": file_sha256(bundle.directory / "gircse.json"),
         "precision": "fp16",
         "layout": Layout.STEPWISE,
-        "flavour": Flavour.TENSORRT,
+        "provider": Provider.TENSORRT,
         "version": VERSION,
         "compute_capabilities": ("8.9",),
         "profiles": (EngineProfile("throughput", Stage.ANY, SHAPES),),
@@ -57,7 +58,7 @@ def add_plan(bundle: Bundle, *, content: bytes = b"a plan", **changes: Any) -> P
         **changes,
     }
     words = ["gircse-build", "/home/builder/its bundle", "--precision", fields["precision"]]
-    words += ["--flavour", fields["flavour"], "--batch", "1:2:3", "--sm", ",".join(fields["compute_capabilities"])]
+    words += ["--provider", fields["provider"], "--batch", "1:2:3", "--sm", ",".join(fields["compute_capabilities"])]
     fields.setdefault("command", shlex.join(words))
     plan = EngineManifest(**fields)
     folder = bundle.directory / "engines"
@@ -71,7 +72,7 @@ def add_plan(bundle: Bundle, *, content: bytes = b"a plan", **changes: Any) -> P
 def select(
     bundle: Bundle,
     *,
-    flavour: Flavour = Flavour.TENSORRT,
+    provider: Provider = Provider.TENSORRT,
     version: str = VERSION,
     capability: str = "8.9",
     precisions: Sequence[str] = PREFERRED,
@@ -81,7 +82,7 @@ def select(
     """Return the name of the chosen plan."""
     plan, path = select_engine(
         bundle,
-        flavour=flavour,
+        provider=provider,
         version=version,
         capability=capability,
         precisions=precisions,
@@ -111,7 +112,7 @@ def test_names_tell_plans_apart(bundle: Bundle) -> None:
     changes: list[dict[str, Any]] = [
         {"layout": Layout.UNROLLED},
         {"precision": "bf16"},
-        {"flavour": Flavour.TENSORRT_RTX},
+        {"provider": Provider.TENSORRT_RTX},
         {"version": "10.15.1"},
         {"compute_capabilities": ("8.9", "12.0")},
     ]
@@ -157,9 +158,9 @@ def test_a_plan_that_does_not_fit_is_passed_over(bundle: Bundle) -> None:
 def test_each_flavour_has_its_own_engines(bundle: Bundle) -> None:
     add_plan(bundle)
     with pytest.raises(ProviderError, match=r"no tensorrt-rtx engine of fp16 or bf16 or fp32 \| one in engines/ \|"):
-        select(bundle, flavour=Flavour.TENSORRT_RTX)
-    add_plan(bundle, flavour=Flavour.TENSORRT_RTX)
-    assert select(bundle, flavour=Flavour.TENSORRT_RTX) == "fp16-tensorrt-rtx-11.1.0-sm89"
+        select(bundle, provider=Provider.TENSORRT_RTX)
+    add_plan(bundle, provider=Provider.TENSORRT_RTX)
+    assert select(bundle, provider=Provider.TENSORRT_RTX) == "fp16-tensorrt-rtx-11.1.0-sm89"
     assert select(bundle) == "fp16-tensorrt-11.1.0-sm89"
 
 
@@ -182,7 +183,7 @@ def test_differences_are_named_with_the_command_that_mends_them(
     where, expected, _ = str(caught.value).split(" | ")
     assert where.startswith(f"{path}: ")
     assert expected == "an engine of this bundle for this machine"
-    command = ["gircse-build", str(bundle.directory), "--precision", "fp16", "--flavour", "tensorrt"]
+    command = ["gircse-build", str(bundle.directory), "--precision", "fp16", "--provider", "tensorrt"]
     assert command_after("rebuild", caught) == [*command, "--batch", "1:2:3", "--sm", "8.9"]
 
 
@@ -206,10 +207,10 @@ def test_an_export_after_the_build_makes_the_engine_stale(bundle: Bundle) -> Non
 @pytest.mark.parametrize(
     ("precisions", "layout", "flags"),
     [
-        (PREFERRED, None, ["--precision", "fp16", "--flavour", "tensorrt", "--layout", "stepwise"]),
-        (("fp32",), None, ["--precision", "fp32", "--flavour", "tensorrt", "--layout", "stepwise"]),
-        (("int8", "bf16"), None, ["--precision", "bf16", "--flavour", "tensorrt", "--layout", "stepwise"]),
-        (PREFERRED, Layout.UNROLLED, ["--precision", "fp16", "--flavour", "tensorrt", "--layout", "unrolled"]),
+        (PREFERRED, None, ["--precision", "fp16", "--provider", "tensorrt", "--layout", "stepwise"]),
+        (("fp32",), None, ["--precision", "fp32", "--provider", "tensorrt", "--layout", "stepwise"]),
+        (("int8", "bf16"), None, ["--precision", "bf16", "--provider", "tensorrt", "--layout", "stepwise"]),
+        (PREFERRED, Layout.UNROLLED, ["--precision", "fp16", "--provider", "tensorrt", "--layout", "unrolled"]),
     ],
 )
 def test_no_engine_names_the_command_that_builds_it(
@@ -232,7 +233,7 @@ def test_an_engine_of_the_other_layout_is_none(bundle: Bundle) -> None:
 def test_a_bundle_without_a_stepwise_graph(small_models: SmallModels) -> None:
     """K = 0 has the unrolled graph alone, and gircse-build's default layout is stepwise."""
     bundle = Bundle.open(small_models.bundle("llama", steps=0))
-    with pytest.raises(ProviderError, match=r"--precision fp32 --flavour tensorrt --layout unrolled --sm 8\.9$"):
+    with pytest.raises(ProviderError, match=r"--precision fp32 --provider tensorrt --layout unrolled --sm 8\.9$"):
         select(bundle)
 
 
@@ -294,7 +295,7 @@ def test_unreadable_json(bundle: Bundle, content: bytes) -> None:
         (lambda p: p.update(more=1), "unknown field `more`"),
         (lambda p: p.update(plan_bytes="6"), r"Expected `int`, got `str` - at `\$\.plan_bytes`"),
         (lambda p: p.update(layout="rolled"), "Invalid enum value 'rolled'"),
-        (lambda p: p.update(flavour="cuda"), "Invalid enum value 'cuda'"),
+        (lambda p: p.update(provider="cuda"), "Invalid enum value 'cuda'"),
         (lambda p: p["profiles"][0].update(stage="late"), "Invalid enum value 'late'"),
         (lambda p: p["profiles"][0]["shapes"]["input_ids"].pop("opt"), "missing required field `opt`"),
         (lambda p: p.update(command="gircse-build"), "names no bundle"),

@@ -13,8 +13,8 @@ import pytest
 from support.engine_rig import STEPS, Rig, make_facts, profile, random_batch
 from support.fake_cuda import FakeCuda
 
-from gircse.runtime.bundle import GraphFacts, Layout, Pooling
 from gircse.runtime.errors import ProviderError
+from gircse.runtime.manifest import GraphFacts, Layout, Pooling
 from gircse.runtime.trt.engine_manifest import EngineProfile, Stage
 
 ALWAYS_RAISED = {"malloc", "malloc_host", "create_stream", "copy_to_device", "copy_to_host", "launch_graph"}

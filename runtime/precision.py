@@ -1,0 +1,167 @@
+"""Every precision that a variant of a bundle can have, one row each: adding one is a row here and its graph code.
+
+The limits were measured on the demo with K = 8.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+
+from gircse.runtime.errors import BundleError
+
+
+class Precision(StrEnum):
+    """Type of weights and matrix products; the name of a variant.
+
+    ``int8`` multiplies integers, with scales of activations from a calibration; ``int8-weights`` computes in FP32 on
+    8-bit weights.
+    """
+
+    FP32 = "fp32"
+    FP16 = "fp16"
+    BF16 = "bf16"
+    INT8 = "int8"
+    INT8_WEIGHTS = "int8-weights"
+
+
+@dataclass(frozen=True)
+class ParityLimits:
+    """What ``gircse-parity`` asks of a variant, against PyTorch in FP32.
+
+    Attributes:
+        min_cosine: smallest cosine of a text's vector to the reference's, over every text and step.
+        min_rank_correlation: smallest Spearman correlation of pairwise similarities, over every step.
+        min_overlap: smallest mean share of common ten nearest neighbors, over every step.
+        max_task_drop: largest loss of score on a task, with all K steps.
+        max_batch_difference: largest difference of an element between a text alone and in a batch.
+    """
+
+    min_cosine: float
+    min_rank_correlation: float
+    min_overlap: float
+    max_task_drop: float
+    max_batch_difference: float
+
+
+@dataclass(frozen=True)
+class PrecisionSpec:
+    """What the toolkit knows of one precision.
+
+    Attributes:
+        dtype: type of float weights and of the KV cache, under the name that numpy, torch and ONNX share.
+        calibrated: made from a calibration. Such a variant has the stepwise graph alone: an unrolled one would hold K + 1
+            packed copies of every weight.
+        cpu: ONNX Runtime's CPU provider has kernels for it.
+        emulated: on the CPU, ``gircse-parity`` rounds every value to ``dtype`` itself, as a GPU would; ONNX Runtime
+            computes in FP32 there and would hide what a GPU does.
+        tensorrt: engines can be built from it.
+        gpu_rank: place among the variants of a bundle, the best first, where a GPU runs it and none is named. INT8 costs
+            accuracy, so it comes last, and first of its kinds the one that multiplies integers.
+        float32: what stays in FP32, in words, for the manifest.
+        self_test_min_cosine: smallest cosine to the golden vectors that passes. It finds damage; how good a precision is,
+            ``limits`` say.
+        limits: what it has to keep.
+    """
+
+    dtype: str
+    calibrated: bool
+    cpu: bool
+    emulated: bool
+    tensorrt: bool
+    gpu_rank: int
+    float32: tuple[str, ...]
+    self_test_min_cosine: float
+    limits: ParityLimits
+
+
+_HALF_ISLANDS = (
+    "residual stream",
+    "RMSNorm",
+    "softmax over the vocabulary",
+    "attention bias",
+    "pooling",
+    "L2 normalization",
+)
+_INT8_FLOAT = ("attention", "SwiGLU", "RMSNorm", "residual stream", "softmax over the vocabulary", "largest channels")
+_HALF_LIMITS = ParityLimits(0.9995, 0.999, 0.98, 0.002, 5e-3)
+
+SPECS: Mapping[Precision, PrecisionSpec] = {
+    Precision.FP32: PrecisionSpec(
+        dtype="float32",
+        calibrated=False,
+        cpu=True,
+        emulated=False,
+        tensorrt=True,
+        gpu_rank=2,
+        float32=(),
+        self_test_min_cosine=0.9999,  # measured worst 0.9999975: bare demo, pooling last, K = 8
+        limits=ParityLimits(0.9999, 0.9999, 0.99, 0.001, 1e-3),
+    ),
+    Precision.FP16: PrecisionSpec(
+        dtype="float16",
+        calibrated=False,
+        cpu=True,
+        emulated=True,
+        tensorrt=True,
+        gpu_rank=0,
+        float32=_HALF_ISLANDS,
+        self_test_min_cosine=0.999,
+        limits=_HALF_LIMITS,
+    ),
+    Precision.BF16: PrecisionSpec(
+        dtype="bfloat16",
+        calibrated=False,
+        cpu=False,
+        emulated=True,
+        tensorrt=True,
+        gpu_rank=1,
+        float32=(*_HALF_ISLANDS, "SwiGLU"),
+        self_test_min_cosine=0.999,
+        limits=_HALF_LIMITS,
+    ),
+    Precision.INT8: PrecisionSpec(
+        dtype="float32",
+        calibrated=True,
+        cpu=True,
+        emulated=False,
+        tensorrt=True,
+        gpu_rank=3,
+        float32=_INT8_FLOAT,
+        self_test_min_cosine=0.97,  # measured 0.988
+        # Another batch shape changes the last bit of FP32 sums, which flips roundings to 8 bits: batch difference 0.017 to
+        # 0.026. A scale taken over the batch (ONNX Runtime's quantize_dynamic) has 0.127.
+        limits=ParityLimits(0.98, 0.99, 0.93, 0.004, 5e-2),
+    ),
+    Precision.INT8_WEIGHTS: PrecisionSpec(
+        dtype="float32",
+        calibrated=True,
+        cpu=True,
+        emulated=False,
+        tensorrt=False,
+        gpu_rank=4,
+        float32=_INT8_FLOAT,
+        self_test_min_cosine=0.995,  # measured 0.9995
+        limits=ParityLimits(0.995, 0.9995, 0.98, 0.002, 1e-3),
+    ),
+}
+
+CPU_ORDER = tuple(precision for precision, spec in SPECS.items() if spec.cpu)
+GPU_ORDER = tuple(sorted(SPECS, key=lambda precision: SPECS[precision].gpu_rank))
+"""Which variant is taken when none is named. On the CPU in the order of the rows: FP16 is slower than FP32 there."""
+
+
+def precision_spec(precision: str) -> PrecisionSpec:
+    """Return the row of a precision.
+
+    Raises:
+        BundleError: this version does not know it.
+    """
+    try:
+        return SPECS[Precision(precision)]
+    except ValueError as err:
+        raise BundleError(
+            f"precision {precision!r}",
+            "is not one that this version of gircse-deploy knows",
+            f"it knows {', '.join(Precision)}",
+            "Upgrade: pip install -U gircse-deploy",
+        ) from err

@@ -1,0 +1,42 @@
+"""What every session gives, whatever computes it."""
+
+from typing import NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gircse.runtime.manifest import Pooling
+from gircse.runtime.numerics import Float32, l2_normalize, pool_states
+
+Int64 = NDArray[np.int64]
+
+
+class StepOutputs(NamedTuple):
+    """What one run yields.
+
+    Attributes:
+        prompt_embedding: (batch, hidden) float32, h_0 normalized.
+        step_embeddings: (batch, steps, hidden) float32, z_1..z_steps.
+    """
+
+    prompt_embedding: Float32
+    step_embeddings: Float32
+
+
+class Session(Protocol):
+    """Runs a batch of prompts through the prompt pass and the first ``steps`` refinement steps."""
+
+    def run(self, input_ids: Int64, attention_mask: Int64, *, steps: int) -> StepOutputs:
+        """Embed one batch; (batch, tokens) int64 each."""
+
+    def max_batch(self, tokens: int) -> int | None:
+        """Return the most texts of that many tokens that one run takes; None if there is no limit."""
+
+    def close(self) -> None:
+        """Free what the session holds; closing twice does nothing, and a run afterwards is an error."""
+
+
+def step_outputs(states: Float32, pooling: Pooling) -> StepOutputs:
+    """Pool and normalize the states h_0..h_steps, (batch, steps + 1, hidden) float32."""
+    vectors = l2_normalize(pool_states(states, pooling))
+    return StepOutputs(vectors[:, 0], vectors[:, 1:])
