@@ -110,3 +110,5 @@ def _checkpoint_from_gguf(gguf: Path, destination: Path) -> None:
     model.config.save_pretrained(destination)
     tokenizer.save_pretrained(destination)
     save_file(weights, destination / "model.safetensors", metadata={"format": "pt"})
+    # save_file lets only the owner read; a cache may be shared.
+    shutil.copymode(destination / "config.json", destination / "model.safetensors")

@@ -115,7 +115,7 @@ def refine(
     for step in range(steps + 1):
         with torch.inference_mode():
             output = model.model(
-                **inputs, attention_mask=attention_mask, position_ids=positions, past_key_values=cache, use_cache=True
+                **inputs, attention_mask=attention_mask, position_ids=positions, cache=cache, use_cache=True
             )
         hidden = output.last_hidden_state[:, -1]
         yield RefinementState(hidden, probabilities, soft_token)

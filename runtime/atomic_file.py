@@ -1,8 +1,7 @@
-"""A file that appears whole or not at all."""
+"""Files that are written atomically."""
 
 import contextlib
-import os
-import tempfile
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -12,15 +11,16 @@ from typing import BinaryIO
 def atomic_write(path: Path) -> Iterator[BinaryIO]:
     """Yield a file that becomes ``path`` if the block succeeds and vanishes if it fails.
 
+    Its permissions are those that the umask gives to any new file, which those of ``tempfile`` are not.
+
     Raises:
         OSError: the folder does not exist or cannot be written.
     """
-    descriptor, scratch = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    scratch = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     try:
-        with os.fdopen(descriptor, "wb") as file:
+        with scratch.open("xb") as file:
             yield file
-        Path(scratch).chmod(0o644)
-        Path(scratch).replace(path)
+        scratch.replace(path)
     except BaseException:
-        Path(scratch).unlink(missing_ok=True)
+        scratch.unlink(missing_ok=True)
         raise

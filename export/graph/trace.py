@@ -120,7 +120,7 @@ class _CachedDecoder(nn.Module):
             inputs_embeds=inputs_embeds,
             attention_mask=attention_bias,
             position_ids=position_ids,
-            past_key_values=cache,
+            cache=cache,
             use_cache=True,
         ).last_hidden_state
         return (hidden, *cache.present)
