@@ -1,6 +1,7 @@
 """Imports go one way, as ``MAY_IMPORT`` says, and the runtime never sees torch."""
 
 import ast
+import importlib.metadata
 import subprocess
 import sys
 from pathlib import Path
@@ -71,6 +72,15 @@ print(embedder.encode(["no torch here"]).shape)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "(1, 48)"
+
+
+@pytest.mark.parametrize("room", MAY_IMPORT)
+def test_nothing_shadows_a_library(room: str) -> None:
+    """A command file run as a script puts its folder on the path; no name there may be that of a library."""
+    libraries = {*sys.stdlib_module_names, *importlib.metadata.packages_distributions()}
+    folders = [path for path in (ROOT / room).rglob("*/") if path.name != "__pycache__"]
+    beside_commands = [path for path in (ROOT / room).glob("*.py") if any((ROOT / room).glob("*_command.py"))]
+    assert not {path.stem for path in (*folders, *beside_commands)} & libraries
 
 
 def test_only_command_files_print() -> None:
