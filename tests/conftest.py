@@ -3,12 +3,32 @@
 import functools
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support.small_models import SmallModels
 
+from gircse.export import exporter
+
 SHARED = Path(os.environ.get("GIRCSE_SHARED", Path(__file__).parents[2] / "shared"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def trace_once() -> Iterator[None]:
+    """Trace each config once: what is traced depends on nothing else, and takes most of the time of a small export."""
+    trace, traced = exporter.trace_decoder, {}
+
+    def trace_decoder(config: Any, shape: Any, *, positions: int) -> Any:
+        key = (config.to_json_string(), positions)
+        if key not in traced:
+            traced[key] = trace(config, shape, positions=positions)
+        return traced[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(exporter, "trace_decoder", trace_decoder)
+        yield
 
 
 @pytest.fixture(scope="session")
