@@ -4,6 +4,7 @@ python scripts/generate_cli.py
 """
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 from gircse.calibration import calibrate_command
@@ -13,6 +14,9 @@ from gircse.runtime import embed_command
 
 PAGE = Path(__file__).parents[1] / "docs" / "cli.md"
 COMMANDS = (export_command, embed_command, calibrate_command, build_command, parity_command, bench_command)
+PIPE = "&#124;"
+"""A pipe inside a table: Markdown renderers disagree about a backslash before one in backticks."""
+
 HEADER = """\
 # Commands
 
@@ -34,17 +38,24 @@ def _section(parser: argparse.ArgumentParser) -> str:
     lines = [f"## {parser.prog}", "", parser.description or "", "", "```text", usage, "```", ""]
     if parser.epilog:
         lines += [f"{parser.epilog[0].upper()}{parser.epilog[1:]}.", ""]
-    for group in parser._action_groups:
-        actions = [action for action in group._group_actions if not isinstance(action, argparse._HelpAction)]
-        if not actions:
-            continue
-        if group.title not in ("positional arguments", "options"):
-            described = f": {group.description}" if group.description else ""
-            lines += [f"**{group.title}**{described}", ""]
-        lines += ["| argument | meaning |", "|---|---|"]
-        lines += [f"| `{_cell(_name(action))}` | {_cell(_help(action))} |" for action in actions]
-        lines.append("")
+    unnamed, named = _groups(parser)
+    lines += _table(unnamed)
+    for group in named:
+        described = f": {group.description}" if group.description else ""
+        lines += [f"**{group.title}**{described}", "", *_table(group._group_actions)]
     return "\n".join(lines)
+
+
+def _groups(parser: argparse.ArgumentParser) -> tuple[list[argparse.Action], list[argparse._ArgumentGroup]]:
+    """Return the arguments outside of any group but argparse's own two, without ``--help``, and the other groups."""
+    own, named = parser._action_groups[:2], parser._action_groups[2:]
+    actions = [action for group in own for action in group._group_actions]
+    return [action for action in actions if not isinstance(action, argparse._HelpAction)], named
+
+
+def _table(actions: Sequence[argparse.Action]) -> list[str]:
+    rows = [f"| {_code(_name(action))} | {_help(action).replace('|', PIPE)} |" for action in actions]
+    return ["| argument | meaning |", "|---|---|", *rows, ""]
 
 
 def _name(action: argparse.Action) -> str:
@@ -64,8 +75,8 @@ def _help(action: argparse.Action) -> str:
     return (action.help or "") % vars(action)
 
 
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|")
+def _code(text: str) -> str:
+    return f"<code>{text.replace('|', PIPE)}</code>" if "|" in text else f"`{text}`"
 
 
 def main() -> None:
