@@ -8,6 +8,7 @@ import runpy
 import shlex
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -73,6 +74,17 @@ def test_every_named_file_exists(page: Path) -> None:
     # A path in the repository, such as `runtime/precision.py`; those of bundles and reports have other suffixes.
     for path in re.findall(r"`((?:[\w.-]+/)+[\w.-]+\.(?:py|sh|yml|md))`", page.read_text(encoding="utf-8")):
         assert (ROOT / path).is_file(), path
+
+
+def test_every_named_extra_exists() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    named = [
+        extra
+        for page in PAGES
+        for extras in re.findall(r"""["']\.\[([\w,-]+)\]["']""", page.read_text(encoding="utf-8"))
+        for extra in extras.split(",")
+    ]
+    assert set(named) <= set(project["optional-dependencies"])
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
