@@ -1,4 +1,4 @@
-"""A file that appears whole or not at all."""
+"""Files that are written atomically."""
 
 import contextlib
 import os
@@ -10,7 +10,7 @@ from typing import BinaryIO
 
 @contextlib.contextmanager
 def atomic_write(path: Path) -> Iterator[BinaryIO]:
-    """Yield a file that becomes ``path`` if the block succeeds and vanishes if it fails.
+    """Yield a scratch file that becomes ``path`` if the block succeeds and is deleted if it fails.
 
     Raises:
         OSError: the folder does not exist or cannot be written.

@@ -20,7 +20,7 @@ PARSERS = {
     "gircse-calibrate": calibrate_command._parser,
     "gircse-export": export_command._parser,
     "gircse-build": build_command._parser,
-    "gircse-embed": embed_command._parser,
+    "gircse-embed": embed_command.build_parser,
     "gircse-parity": parity_command._parser,
     "gircse-bench": bench_command._parser,
 }
