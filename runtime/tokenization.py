@@ -168,7 +168,7 @@ def iterate_texts(texts: Any) -> Iterator[str]:
     Raises:
         TypeError: ``texts`` is one string, is not iterable, has no order, or would iterate over something else.
     """
-    kind = f"is a {type(texts).__name__}"
+    kind = f"has type {type(texts).__name__}"
     if isinstance(texts, str):
         raise TypeError(sentence("texts", "is one string", "an iterable of str is expected", "Pass [text]."))
     if isinstance(texts, (bytes, bytearray)):
@@ -180,7 +180,7 @@ def iterate_texts(texts: Any) -> Iterator[str]:
         raise TypeError(sentence("texts", kind, "its vectors would have no order", "Pass list(texts)."))
     if (dimensions := getattr(texts, "ndim", 1)) != 1:  # numpy, and a DataFrame, which would iterate its column names
         hint = "Pass one column of it."
-        raise TypeError(sentence("texts", f"{kind} of {dimensions} dimensions", "one dimension is expected", hint))
+        raise TypeError(sentence("texts", f"{kind} and {dimensions} dimensions", "one dimension is expected", hint))
     try:
         return iter(texts)
     except TypeError as err:
@@ -195,7 +195,9 @@ def check_text(where: str, text: str) -> None:
         OptionError: it holds a lone surrogate.
     """
     if not isinstance(text, str):
-        raise TypeError(sentence(where, f"is a {type(text).__name__}", "a str is expected", "Convert it, or drop it."))
+        raise TypeError(
+            sentence(where, f"has type {type(text).__name__}", "a str is expected", "Convert it, or drop it.")
+        )
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as err:
