@@ -160,7 +160,7 @@ class Judge:
 
     def embedder(self, side: Backend) -> Embedder:
         """Return the runtime around a side."""
-        return Embedder(self._bundle.directory, precision="fp32", session=side.session)
+        return Embedder.from_session(self._bundle, side.session, precision="fp32")
 
     def _embed(self, side: Backend, prompts: Sequence[Prompt]) -> Float32:
         embedder = self.embedder(side)

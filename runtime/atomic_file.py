@@ -9,7 +9,7 @@ from typing import BinaryIO
 
 @contextlib.contextmanager
 def atomic_write(path: Path) -> Iterator[BinaryIO]:
-    """Yield a file that becomes ``path`` if the block succeeds and vanishes if it fails.
+    """Yield a scratch file that becomes ``path`` if the block succeeds and is deleted if it fails.
 
     Its permissions are those that the umask gives to any new file, which those of ``tempfile`` are not.
 

@@ -1,7 +1,7 @@
 """A bundle on disk, and the checks that run before anything in it is trusted.
 
-Its manifest lists every other file with size and SHA-256, so a bundle is whole exactly when every listed file is there
-with that hash.
+Its manifest lists every other file with size and SHA-256, so a bundle is complete exactly when every listed file is
+there with that hash.
 """
 
 import hashlib
@@ -34,20 +34,24 @@ class Bundle:
         """Open a bundle without reading the big files.
 
         Raises:
-            BundleError: no bundle there, a manifest that cannot be used, a path that leaves the bundle, a missing file
-                or one of another size.
+            BundleError: there is no bundle, its manifest cannot be used, a path leaves it, or a file is missing or has
+                another size.
         """
         directory = Path(path)
         manifest_path = directory / MANIFEST_NAME
         if not manifest_path.is_file():
             raise BundleError(
-                f"{directory}: no {MANIFEST_NAME} | a bundle directory | make one: gircse-export --steps 8 "
-                f"--output {directory}"
+                str(directory),
+                "is not a bundle",
+                f"it has no {MANIFEST_NAME}",
+                f"Make one: gircse-export --steps 8 --output {directory}",
             )
         try:
             content = manifest_path.read_bytes()
         except OSError as err:
-            raise BundleError(f"{manifest_path}: {err.strerror} | a readable file | check its permissions") from err
+            raise BundleError(
+                str(manifest_path), f"cannot be read: {err.strerror}", None, "Check its permissions."
+            ) from err
         bundle = cls(directory.resolve(), Manifest.from_json(content))
         for relative, entry in bundle.manifest.files.items():
             bundle._check_size(relative, entry)
@@ -62,8 +66,10 @@ class Bundle:
         path = (self.directory / relative).resolve()
         if Path(relative).is_absolute() or not path.is_relative_to(self.directory):
             raise BundleError(
-                f"{MANIFEST_NAME}: path {relative!r} leaves the bundle | paths inside {self.directory} | "
-                "do not use this bundle; export it again"
+                MANIFEST_NAME,
+                f"has the path {relative!r}, which leaves the bundle",
+                f"every path has to stay inside {self.directory}",
+                "Do not use this bundle; export it again.",
             )
         return path
 
@@ -76,7 +82,10 @@ class Bundle:
         variants = self.manifest.variants
         if precision not in variants:
             raise BundleError(
-                f"{self.directory}: precision {precision!r} | it has {listed(variants)} | name one of these"
+                str(self.directory),
+                f"has no precision {precision!r}",
+                f"it has {listed(variants)}",
+                "Choose one of these.",
             )
         return variants[precision]
 
@@ -89,7 +98,9 @@ class Bundle:
         variants = self.manifest.variants
         found = next((precision for precision in preferred if precision in variants), None)
         if found is None and len(variants) > 1:
-            raise BundleError(f"{self.directory}: no precision named | one of {listed(variants)} | name one of these")
+            raise BundleError(
+                str(self.directory), "has several precisions and no default", f"it has {listed(variants)}", "Name one."
+            )
         return found or next(iter(variants))
 
     def layout(self, precision: str, wanted: Layout | None = None) -> Layout:
@@ -111,12 +122,14 @@ class Bundle:
         """
         graphs = self.variant(precision).graphs
         if layout not in graphs:
-            other = (
-                "another precision" if precision_spec(precision).calibrated else f"export again with --layout {layout}"
-            )
+            other = "take another precision"
+            if not precision_spec(precision).calibrated:
+                other = f"export again with --layout {layout}"
             raise BundleError(
-                f"{self.directory}, {precision}: layout {layout} | it has {listed(graphs)} | name one of these, or "
-                f"{other}"
+                f"{self.directory}, {precision},",
+                f"has no {layout} graph",
+                f"it has {listed(graphs)}",
+                f"Choose one of these, or {other}.",
             )
         return self.file(graphs[layout].path)
 
@@ -124,15 +137,15 @@ class Bundle:
         """Return the path of the graph that a TensorRT engine of a variant is built from.
 
         Raises:
-            BundleError: the bundle does not have the precision in that layout, or was exported before INT8 variants had a
-                graph of their own for TensorRT.
+            BundleError: the bundle does not have the precision in that layout, or was exported before INT8 variants had
+                a separate graph for TensorRT.
         """
         path, own = self.graph(precision, layout), self.variant(precision).tensorrt
         if own is not None:
             return self.file(own.path)
         if precision_spec(precision).calibrated:
             raise BundleError(
-                f"{self.directory}, {precision}", "has no graph for TensorRT", None, "Export the bundle again."
+                f"{self.directory}, {precision},", "has no graph for TensorRT", None, "Export the bundle again."
             )
         return path
 
@@ -154,17 +167,22 @@ class Bundle:
             digest = file_sha256(self.file(relative))
             if digest != entry.sha256:
                 raise BundleError(
-                    f"{self.directory / relative}: SHA-256 {digest} | the manifest says {entry.sha256} | "
-                    "the file was changed or damaged: copy or export the bundle again"
+                    str(self.directory / relative),
+                    f"was changed or damaged: its SHA-256 is {digest}",
+                    f"the manifest says {entry.sha256}",
+                    "Copy or export the bundle again.",
                 )
 
     def _check_size(self, relative: str, entry: FileEntry) -> None:
         path = self.file(relative)
         size = path.stat().st_size if path.is_file() else None
         if size != entry.bytes:
-            came = "missing" if size is None else f"{size} bytes"
+            got = "is missing" if size is None else f"has {size} bytes"
             raise BundleError(
-                f"{self.directory / relative}: {came} | {entry.bytes} bytes | copy or export the bundle again"
+                str(self.directory / relative),
+                got,
+                f"the manifest says {entry.bytes} bytes",
+                "Copy or export the bundle again.",
             )
 
 

@@ -1,81 +1,48 @@
-"""``gircse-embed``: from lines of text to vectors."""
+"""``gircse-embed``: from lines of text to vectors, read and written as it goes."""
 
 import argparse
-import json
-import logging
+import itertools
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
-
 from gircse.runtime.atomic_file import atomic_write
-from gircse.runtime.command import add_runtime_flags
+from gircse.runtime.command import add_runtime_flags, run_command
 from gircse.runtime.embedder import DEFAULT_BATCH_SIZE, DEFAULT_BATCH_TOKENS, Embedder
-from gircse.runtime.errors import GircseError
+from gircse.runtime.errors import OptionError, OutputError
 from gircse.runtime.numerics import Float32
 from gircse.runtime.provider import Provider
 from gircse.runtime.text_files import decode_lines, read_lines
 from gircse.runtime.tokenization import Overflow
+from gircse.runtime.vector_files import json_lines, write_npy
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the command; returns the exit code: 1 for a failed self-test, 2 for an error."""
-    args = _parser().parse_args(argv)
-    logging.basicConfig(level=logging.WARNING, format="gircse-embed: %(message)s")
-    try:
-        if args.output is not None:
-            _check_output(args.output)
-        embedder = Embedder(
-            args.bundle,
-            precision=args.precision,
-            provider=args.provider,
-            layout=args.layout,
-            threads=args.threads,
-            verify=not args.no_verify,
-        )
-        if args.self_test:
-            return _self_test(embedder)
-        lines = decode_lines(sys.stdin.buffer, "stdin") if args.input == "-" else read_lines(Path(args.input))
-        texts = [line.text for line in lines]  # a blank line is an empty text: output row i is input line i + 1
-        vectors = embedder.encode(
-            texts,
-            instruction=args.instruction,
-            steps=args.steps,
-            batch_size=args.batch_size,
-            batch_tokens=args.batch_tokens,
-            on_overflow=args.on_overflow,
-            show_progress=sys.stderr.isatty(),
-        )
-        _write(args.output, texts, vectors)
-    except (GircseError, ValueError, OSError) as err:
-        print(f"gircse-embed: error: {err}", file=sys.stderr)
-        return 2
-    return 0
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="gircse-embed", description="Embed one text a line with a bundle.")
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command's flags."""
+    parser = argparse.ArgumentParser(prog="gircse-embed", description="Embed texts, one per line, with a bundle.")
     parser.add_argument("bundle", type=Path, help="bundle directory")
     parser.add_argument(
-        "--input", default="-", metavar="FILE", help="UTF-8, one text a line; .gz is unpacked; - is stdin (default)"
+        "--input",
+        default="-",
+        metavar="FILE",
+        help="UTF-8, one text per line; .gz is unpacked; - is stdin (default)",
     )
     parser.add_argument("--output", type=Path, metavar="FILE", help="x.npy or x.jsonl (default: JSON lines on stdout)")
-    parser.add_argument("--instruction", default="", help="put before every text; leave out for documents")
+    parser.add_argument("--instruction", default="", help="put before every text; leave it out for documents")
     parser.add_argument("--steps", type=int, metavar="k", help="refinement steps, 0 to K (default: K)")
     parser.add_argument(
         "--batch-size",
         type=int,
         default=DEFAULT_BATCH_SIZE,
         metavar="N",
-        help=f"most texts of a batch (default: {DEFAULT_BATCH_SIZE})",
+        help=f"maximum texts per batch (default: {DEFAULT_BATCH_SIZE})",
     )
     parser.add_argument(
         "--batch-tokens",
         type=int,
         default=DEFAULT_BATCH_TOKENS,
         metavar="N",
-        help=f"most tokens of a batch, padding included (default: {DEFAULT_BATCH_TOKENS})",
+        help=f"maximum tokens per batch, padding included (default: {DEFAULT_BATCH_TOKENS})",
     )
     parser.add_argument("--precision", help="variant of the bundle (default: FP32 on the CPU, FP16 on a GPU)")
     add_runtime_flags(parser, default=Provider.AUTO)
@@ -93,40 +60,86 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; returns the exit code: 1 for a failed self-test, 2 for an error."""
+    args = build_parser().parse_args(argv)
+    return run_command("gircse-embed", lambda: _run(args), extras="cpu")
+
+
+def _run(args: argparse.Namespace) -> int:
+    if args.output is not None:
+        _check_output(args.output)
+    with Embedder(
+        args.bundle,
+        precision=args.precision,
+        provider=args.provider,
+        layout=args.layout,
+        threads=args.threads,
+        verify=not args.no_verify,
+    ) as embedder:
+        if args.self_test:
+            return _self_test(embedder)
+        windows = _embedded_windows(embedder, args)
+        if args.output is None:
+            for texts, vectors in windows:
+                sys.stdout.writelines(json_lines(texts, vectors))
+                sys.stdout.flush()
+        else:
+            _write_file(args.output, windows, dimension=embedder.embedding_dimension)
+            print(args.output)
+    return 0
+
+
 def _check_output(path: Path) -> None:
     """Refuse an output that could not be written, before the work and not after it."""
     if path.suffix not in (".npy", ".jsonl"):
-        raise ValueError(f"--output {path}: ends in {path.suffix!r} | .npy or .jsonl | rename it")
+        raise OptionError(f"--output {path}", f"ends in {path.suffix!r}", "it has to end in .npy or .jsonl")
     if not path.parent.is_dir():
-        raise ValueError(f"--output {path}: no directory {path.parent} | an existing directory | make it first")
+        raise OutputError(
+            f"--output {path}", "cannot be written", f"there is no directory {path.parent}", "Create it first."
+        )
 
 
-def _write(output: Path | None, texts: Sequence[str], vectors: Float32) -> None:
-    """Write the vectors; a file appears whole or not at all."""
-    if output is None:
-        sys.stdout.writelines(_json_lines(texts, vectors))
-        return
-    with atomic_write(output) as file:
-        if output.suffix == ".npy":
-            np.save(file, vectors)
-        else:
-            file.writelines(line.encode("utf-8") for line in _json_lines(texts, vectors))
-    print(output)
+def _embedded_windows(embedder: Embedder, args: argparse.Namespace) -> Iterator[tuple[list[str], Float32]]:
+    """Yield some texts and their vectors at a time; a blank line is an empty text, so row i is line i + 1."""
+    lines = decode_lines(sys.stdin.buffer, "stdin") if args.input == "-" else read_lines(Path(args.input))
+    embedded, written = itertools.tee(line.text for line in lines)
+    for vectors in embedder.encode_iter(
+        embedded,
+        instruction=args.instruction,
+        steps=args.steps,
+        batch_size=args.batch_size,
+        batch_tokens=args.batch_tokens,
+        on_overflow=args.on_overflow,
+        show_progress=sys.stderr.isatty(),
+    ):
+        yield list(itertools.islice(written, len(vectors))), vectors
 
 
-def _json_lines(texts: Sequence[str], vectors: Float32) -> list[str]:
-    return [
-        json.dumps({"text": text, "embedding": vector.tolist()}, ensure_ascii=False) + "\n"
-        for text, vector in zip(texts, vectors, strict=True)
-    ]
+def _write_file(path: Path, windows: Iterator[tuple[list[str], Float32]], *, dimension: int) -> None:
+    """Write the vectors atomically."""
+    try:
+        with atomic_write(path) as file:
+            if path.suffix == ".npy":
+                write_npy(file, (vectors for _, vectors in windows), dimension=dimension)
+            else:
+                for texts, vectors in windows:
+                    file.writelines(line.encode("utf-8") for line in json_lines(texts, vectors))
+    except OSError as err:  # of the output: the reader of the input has errors of its own
+        raise OutputError(
+            f"--output {path}",
+            f"cannot be written: {err.strerror or err}",
+            None,
+            "Check its directory and the free space.",
+        ) from err
 
 
 def _self_test(embedder: Embedder) -> int:
     report = embedder.self_test()
     verdict = "passed" if report.passed else "FAILED"
     print(
-        f"self-test {verdict}: {embedder.precision} on {embedder.provider}, {report.texts} texts, smallest cosine to PyTorch {report.min_cosine:.7f}, "
-        f"largest difference {report.max_difference:.1e}"
+        f"self-test {verdict}: {embedder.precision} on {embedder.provider}, {report.texts} texts, "
+        f"smallest cosine to PyTorch {report.min_cosine:.7f}, largest difference {report.max_difference:.1e}"
     )
     return 0 if report.passed else 1
 

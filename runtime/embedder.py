@@ -1,57 +1,30 @@
 """What users import: a bundle, opened once, that turns texts into vectors."""
 
-import json
-import logging
+import itertools
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from enum import StrEnum
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from pathlib import Path
-from typing import TypeVar
+from types import TracebackType
+from typing import Any, Self, Unpack
 
-import numpy as np
-from safetensors.numpy import load_file
 from tqdm import tqdm
 
-from gircse.runtime import tokenization
+from gircse.runtime.batch_runner import BatchRunner, EncodeOptions
 from gircse.runtime.bundle import Bundle
-from gircse.runtime.errors import BundleError, ProviderError
+from gircse.runtime.errors import OptionError, member_of
 from gircse.runtime.manifest import Layout, Manifest
-from gircse.runtime.numerics import Float32, row_cosine
-from gircse.runtime.precision import precision_spec
+from gircse.runtime.numerics import Float32
 from gircse.runtime.provider import Provider
 from gircse.runtime.provider_selection import SessionHandle, SessionOptions, open_provider
+from gircse.runtime.self_test import SelfTestReport, all_vectors, compare_with_golden, read_golden_vectors
+from gircse.runtime.sentence_transformers_arguments import EncodeArguments, check_fixed_arguments, named_instruction
 from gircse.runtime.session import Session, StepOutputs
-from gircse.runtime.tokenization import Overflow, TokenBatch
-
-Choice = TypeVar("Choice", bound=StrEnum)
-
-logger = logging.getLogger(__name__)
+from gircse.runtime.tokenization import Overflow, iterate_texts, open_tokenizer
 
 DEFAULT_BATCH_SIZE = 32
 DEFAULT_BATCH_TOKENS = 4096
-
-
-@dataclass(frozen=True)
-class SelfTestReport:
-    """How far the golden texts are from the PyTorch reference, over every text and step.
-
-    Attributes:
-        texts: number of golden texts.
-        min_cosine: smallest cosine.
-        max_difference: largest difference of an element.
-        limit: smallest cosine that passes at this precision.
-    """
-
-    texts: int
-    min_cosine: float
-    max_difference: float
-    limit: float
-
-    @property
-    def passed(self) -> bool:
-        """Whether every vector is within tolerance; NaN fails."""
-        return self.min_cosine >= self.limit
+WINDOW_BATCHES = 32
+"""Full batches that ``encode_iter`` reads ahead by default, so that texts of similar length meet in a batch."""
 
 
 class Embedder:
@@ -61,8 +34,8 @@ class Embedder:
         tokenizer: gives the token ids of texts, as the graphs see them.
 
     Example:
-        >>> embedder = Embedder("gircse-demo-8")
-        >>> embedder.encode(["How do I reset my PIN?"]).shape
+        >>> with Embedder("gircse-demo-8") as embedder:
+        ...     embedder.encode(["How do I reset my PIN?"]).shape
         (1, 576)
     """
 
@@ -75,7 +48,6 @@ class Embedder:
         layout: Layout | str | None = None,
         threads: int | None = None,
         verify: bool = True,
-        session: Session | None = None,
     ) -> None:
         """Open a bundle and load its graphs or its engine.
 
@@ -88,27 +60,54 @@ class Embedder:
                 ``stepwise``, or the engine that there is.
             threads: threads of one run on the CPU; None lets ONNX Runtime take the physical cores.
             verify: compare the SHA-256 of every file that is used with the manifest while the graphs load.
-            session: one of this bundle that is open already, to run on instead; ``precision`` has to name its variant.
 
         Raises:
             BundleError: the bundle cannot be used.
-            ProviderError: the provider is unknown or not installed.
-            ValueError: ``threads`` is below 1.
+            ProviderError: the provider is not installed or cannot run the bundle.
+            OptionError: there is no such provider or layout, or ``threads`` is below 1.
         """
         if threads is not None and threads < 1:
-            raise ValueError(f"threads: {threads} | at least 1 | leave it out to use every physical core")
-        self._bundle = Bundle.open(path)
-        self.tokenizer = tokenization.open_tokenizer(self._bundle)
-        if session is not None:
-            self._opened = SessionHandle(session, Provider.CPU, precision or self._bundle.default_precision(()))
-            return
+            hint = "Leave it out to use every physical core."
+            raise OptionError("threads", f"is {threads}", "it has to be at least 1", hint)
+        where = member_of(Provider, "provider", provider)
         options = SessionOptions(
             precision=precision,
-            layout=None if layout is None else _enum(Layout, "layout", layout),
+            layout=None if layout is None else member_of(Layout, "layout", layout),
             threads=threads,
             verify=verify,
         )
-        self._opened = open_provider(self._bundle, _enum(Provider, "provider", provider), options)
+        bundle = Bundle.open(path)
+        self._take(bundle, open_provider(bundle, where, options))
+
+    @classmethod
+    def from_session(cls, bundle: Bundle, session: Session, *, precision: str) -> Self:
+        """Return an embedder on a session that is open already; it reports the CPU as its provider.
+
+        Args:
+            bundle: an opened bundle.
+            session: runs the bundle's graphs, or others in their place; ``close`` closes it.
+            precision: the variant of the bundle that it stands for.
+        """
+        embedder = cls.__new__(cls)
+        embedder._take(bundle, SessionHandle(session, Provider.CPU, precision))
+        return embedder
+
+    def _take(self, bundle: Bundle, opened: SessionHandle) -> None:
+        self._bundle, self._opened = bundle, opened
+        self.tokenizer = open_tokenizer(bundle)
+        self._runner = BatchRunner(bundle.manifest, self.tokenizer, opened.session)
+
+    def close(self) -> None:
+        """Free the graphs or the engine. Closing twice does nothing; embedding afterwards is an ``OptionError``."""
+        self._runner.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
 
     @property
     def provider(self) -> Provider:
@@ -125,11 +124,30 @@ class Embedder:
         """The manifest of the bundle."""
         return self._bundle.manifest
 
+    @property
+    def embedding_dimension(self) -> int:
+        """Length of a vector."""
+        return self.manifest.graph.hidden_size
+
+    @property
+    def max_tokens(self) -> int:
+        """Longest prompt in tokens, the instruction included."""
+        return self.manifest.graph.max_tokens
+
+    @property
+    def steps(self) -> int:
+        """K, the most refinement steps that the bundle can run."""
+        return self.manifest.graph.steps
+
+    def get_sentence_embedding_dimension(self) -> int:
+        """Return ``embedding_dimension``, under the name that sentence-transformers has for it."""
+        return self.embedding_dimension
+
     def encode(
         self,
-        texts: Sequence[str],
+        texts: str | Iterable[str],
         *,
-        instruction: str = "",
+        instruction: str | None = None,
         steps: int | None = None,
         batch_size: int = DEFAULT_BATCH_SIZE,
         batch_tokens: int = DEFAULT_BATCH_TOKENS,
@@ -137,57 +155,139 @@ class Embedder:
         on_overflow: Overflow | str = Overflow.TRUNCATE,
         show_progress: bool = False,
         prompt: str | None = None,
+        prompt_name: str | None = None,
+        show_progress_bar: bool | None = None,
+        output_value: str | None = "sentence_embedding",
+        precision: str = "float32",
         convert_to_numpy: bool = True,
+        convert_to_tensor: bool = False,
+        device: object = None,
         normalize_embeddings: bool = True,
+        truncate_dim: int | None = None,
     ) -> Float32:
-        """Embed texts; row i belongs to ``texts[i]`` and does not depend on the other texts.
+        """Embed texts; row i belongs to text i and does not depend on the other texts.
 
         An empty text without instruction is embedded as the single padding token. Prompts longer than the bundle's
         ``max_tokens`` are cut on the right, and a warning is logged with their number.
 
+        The arguments from ``prompt`` on are those of sentence-transformers.
+
         Args:
-            texts: the texts.
-            instruction: task description put before every text; leave it empty for documents to be retrieved.
+            texts: one text, or any iterable of texts: a list, a generator, a one-dimensional array or Series.
+            instruction: task description put before every text; leave it out for documents to be retrieved.
             steps: refinement steps, 0 to the bundle's K; None is K. 0 is the normalized prompt state.
-            batch_size: most texts of a batch.
-            batch_tokens: most tokens of a batch, padding included.
+            batch_size: maximum texts per batch.
+            batch_tokens: maximum tokens per batch, padding included.
             all_steps: return z_1..z_steps of every text.
             on_overflow: ``truncate`` or ``error`` for prompts that are too long.
             show_progress: show a progress bar on stderr.
-            prompt: put before every text as it stands, as sentence-transformers does; instead of ``instruction``.
-            convert_to_numpy: as in sentence-transformers; there is no other kind of result.
-            normalize_embeddings: as in sentence-transformers; the graphs give unit vectors only.
+            prompt: put before every text as it is; instead of ``instruction``.
+            prompt_name: ``query`` for the bundle's query instruction or ``document`` for nothing, where neither
+                ``instruction`` nor ``prompt`` is given.
+            show_progress_bar: same as ``show_progress``.
+            output_value: only ``sentence_embedding``.
+            precision: only ``float32``; ``Embedder(path, precision=...)`` chooses that of the graphs.
+            convert_to_numpy: only True.
+            convert_to_tensor: only False.
+            device: only None.
+            normalize_embeddings: only True: the graphs give unit vectors.
+            truncate_dim: only None: the models are not trained for shorter vectors.
 
         Returns:
-            (n, hidden) float32 unit vectors, or (n, steps, hidden) with ``all_steps``.
+            (n, hidden) float32 unit vectors, or (n, steps, hidden) with ``all_steps``; of one text without the n.
 
         Raises:
-            TypeError: ``texts`` is not a sequence of strings.
-            ValueError: an argument is out of range, a text cannot be UTF-8, or a prompt is too long and
-                ``on_overflow`` is ``error``.
+            TypeError: ``texts`` is neither a string nor an iterable of strings.
+            OptionError: an argument is out of range or not supported, UTF-8 cannot hold a text, or a prompt is too long
+                and ``on_overflow`` is ``error``.
         """
-        if not (convert_to_numpy and normalize_embeddings):
-            raise ValueError(
-                f"convert_to_numpy {convert_to_numpy}, normalize_embeddings {normalize_embeddings} | True: a bundle "
-                "gives unit vectors as numpy arrays | leave them out"
-            )
-        steps = self._check_steps(steps)
-        token_ids = self.tokenizer(texts, instruction=instruction, prompt=prompt, on_overflow=on_overflow)
-        manifest = self.manifest
-        shape = (
-            (len(texts), steps, manifest.graph.hidden_size) if all_steps else (len(texts), manifest.graph.hidden_size)
+        check_fixed_arguments(
+            output_value=output_value,
+            precision=precision,
+            convert_to_numpy=convert_to_numpy,
+            convert_to_tensor=convert_to_tensor,
+            device=device,
+            normalize_embeddings=normalize_embeddings,
+            truncate_dim=truncate_dim,
         )
-        result = np.empty(shape, np.float32)
-        with tqdm(total=len(texts), unit="text", disable=not show_progress) as bar:
-            for rows, outputs in self.run_batches(
-                token_ids, steps=steps, batch_size=batch_size, batch_tokens=batch_tokens
-            ):
-                if all_steps:
-                    result[list(rows)] = outputs.step_embeddings
-                else:
-                    result[list(rows)] = outputs.step_embeddings[:, -1] if steps else outputs.prompt_embedding
-                bar.update(len(rows))
-        return result
+        options = EncodeOptions(
+            instruction=self._instruction(instruction, prompt=prompt, prompt_name=prompt_name),
+            prompt=prompt,
+            steps=steps,
+            batch_size=batch_size,
+            batch_tokens=batch_tokens,
+            all_steps=all_steps,
+            on_overflow=on_overflow,
+        )
+        single = isinstance(texts, str)
+        listed = [texts] if isinstance(texts, str) else list(iterate_texts(texts))
+        with tqdm(total=len(listed), unit="text", disable=not (show_progress or show_progress_bar)) as bar:
+            vectors, cut = self._runner.embed(listed, options, bar.update)
+        self.tokenizer.log_cut(cut, len(listed))
+        return vectors[0] if single else vectors
+
+    def encode_query(self, texts: str | Iterable[str], **arguments: Unpack[EncodeArguments]) -> Float32:
+        """Embed queries: ``encode`` with the bundle's query instruction, unless one or a prompt is given."""
+        arguments.setdefault("prompt_name", "query")
+        return self.encode(texts, **arguments)
+
+    def encode_document(self, texts: str | Iterable[str], **arguments: Unpack[EncodeArguments]) -> Float32:
+        """Embed documents: ``encode`` with nothing before the text, unless an instruction or a prompt is given."""
+        arguments.setdefault("prompt_name", "document")
+        return self.encode(texts, **arguments)
+
+    def encode_iter(
+        self,
+        texts: Iterable[str],
+        *,
+        window: int | None = None,
+        instruction: str | None = None,
+        steps: int | None = None,
+        batch_size: int = DEFAULT_BATCH_SIZE,
+        batch_tokens: int = DEFAULT_BATCH_TOKENS,
+        all_steps: bool = False,
+        on_overflow: Overflow | str = Overflow.TRUNCATE,
+        show_progress: bool = False,
+        prompt: str | None = None,
+        prompt_name: str | None = None,
+    ) -> Iterator[Float32]:
+        """Embed any number of texts in flat memory: read ``window`` texts, yield their vectors, read the next.
+
+        The other arguments are those of ``encode``. ``texts`` is read no further than the window that is being
+        embedded; None is a window of 32 full batches.
+
+        Texts meet those of similar length only inside their window. A larger window wastes less padding; a smaller one
+        needs less memory and yields its first vectors sooner. As texts share batches with other texts than in
+        ``encode``, the last bits of a vector may differ.
+
+        The number of texts that were cut is logged once, after the last window.
+
+        Returns:
+            An iterator over the windows: (n_i, hidden) float32 unit vectors in the order of the texts, or
+            (n_i, steps, hidden) with ``all_steps``.
+
+        Raises:
+            TypeError: as in ``encode``; one string is refused too.
+            OptionError: as in ``encode``. A wrong argument is refused at once, a text when its window is read.
+        """
+        options = EncodeOptions(
+            instruction=self._instruction(instruction, prompt=prompt, prompt_name=prompt_name),
+            prompt=prompt,
+            steps=steps,
+            batch_size=batch_size,
+            batch_tokens=batch_tokens,
+            all_steps=all_steps,
+            on_overflow=on_overflow,
+        )
+        self._runner.embed([], options, lambda _: None)  # a wrong argument shows now, not with the first window
+        if window is None:
+            window = WINDOW_BATCHES * batch_size
+        if window < 1:
+            raise OptionError("window", f"is {window}", "it has to be at least 1")
+        bar: tqdm[Any] = tqdm(
+            total=len(texts) if isinstance(texts, Sized) else None, unit="text", disable=not show_progress
+        )
+        return self._windows(iterate_texts(texts), options, window, bar)
 
     def run_batches(
         self,
@@ -205,71 +305,40 @@ class Embedder:
             batch_size: as in ``encode``.
             batch_tokens: as in ``encode``.
 
-        Yields:
-            The positions of a batch's texts, and their embeddings at every step.
+        Returns:
+            An iterator over the positions of a batch's texts, and their embeddings at every step.
 
         Raises:
-            ValueError: an argument is out of range.
+            OptionError: an argument is out of range, or the embedder is closed.
         """
-        steps = self._check_steps(steps)
-        if batch_size < 1 or batch_tokens < 1:
-            raise ValueError(f"batch_size {batch_size}, batch_tokens {batch_tokens} | at least 1 each | raise them")
-        for batch in tokenization.padded_batches(
-            token_ids, pad_token_id=self.manifest.pad_token_id, batch_size=batch_size, batch_tokens=batch_tokens
-        ):
-            yield batch.rows, self._run(batch, steps)
+        return self._runner.run_batches(token_ids, steps=steps, batch_size=batch_size, batch_tokens=batch_tokens)
 
     def self_test(self) -> SelfTestReport:
         """Embed the golden texts and compare every step with the PyTorch reference in the bundle.
 
         Raises:
             BundleError: the bundle holds no golden vectors.
+            OptionError: the embedder is closed.
         """
-        if not self.manifest.golden:
-            raise BundleError(
-                f"{self._bundle.directory}: no golden vectors ({self.manifest.golden_missing_reason}) | "
-                "golden.json and golden.safetensors | export again on a machine where the reference can run"
-            )
-        cases = json.loads(self._bundle.file("golden.json").read_text(encoding="utf-8"))["cases"]
-        expected = load_file(self._bundle.file("golden.safetensors"))
+        golden = read_golden_vectors(self._bundle)
         # One batch, whose rows come back longest first.
-        every = {"batch_size": len(cases), "batch_tokens": sys.maxsize}
-        ((rows, outputs),) = self.run_batches([case["token_ids"] for case in cases], **every)
-        ours = np.concatenate([outputs.prompt_embedding[:, None], outputs.step_embeddings], axis=1)
-        theirs = np.concatenate([expected["prompt_embedding"][:, None], expected["step_embeddings"]], axis=1)[
-            list(rows)
-        ]
-        return SelfTestReport(
-            texts=len(cases),
-            min_cosine=float(row_cosine(ours, theirs).min()),
-            max_difference=float(np.abs(ours - theirs).max()),
-            limit=precision_spec(self.precision).self_test_min_cosine,
-        )
+        whole = {"batch_size": len(golden.token_ids), "batch_tokens": sys.maxsize}
+        ((rows, outputs),) = self.run_batches(golden.token_ids, **whole)
+        return compare_with_golden(all_vectors(outputs), golden.vectors[list(rows)], precision=self.precision)
 
-    def _run(self, batch: TokenBatch, steps: int) -> StepOutputs:
-        """Run a batch, in several parts where the session takes no more texts at once."""
-        texts, tokens = batch.input_ids.shape
-        session = self._opened.session
-        most = session.max_batch(tokens) or texts
-        parts = [
-            session.run(batch.input_ids[at : at + most], batch.attention_mask[at : at + most], steps=steps)
-            for at in range(0, texts, most)
-        ]
-        return parts[0] if len(parts) == 1 else StepOutputs(*map(np.concatenate, zip(*parts, strict=True)))
+    def _windows(
+        self, texts: Iterator[str], options: EncodeOptions, window: int, bar: "tqdm[Any]"
+    ) -> Iterator[Float32]:
+        done = cut = 0
+        with bar:
+            while listed := list(itertools.islice(texts, window)):
+                vectors, cut_here = self._runner.embed(listed, options, bar.update, first_row=done)
+                done, cut = done + len(listed), cut + cut_here
+                yield vectors
+        self.tokenizer.log_cut(cut, done)
 
-    def _check_steps(self, steps: int | None) -> int:
-        if steps is None:
-            return self.manifest.graph.steps
-        if not 0 <= steps <= self.manifest.graph.steps:
-            raise ValueError(
-                f"steps: {steps} | this bundle has 0..{self.manifest.graph.steps} | "
-                f"choose one of these or export with --steps {steps}"
-            )
-        return steps
-
-
-def _enum(kind: type[Choice], name: str, value: str) -> Choice:
-    try:
-        return kind(value)
-    except ValueError as err:
-        raise ProviderError(f"{name} {value!r}: unknown | one of {', '.join(kind)} | choose one of these") from err
+    def _instruction(self, instruction: str | None, *, prompt: str | None, prompt_name: str | None) -> str:
+        named = named_instruction(prompt_name, self.manifest.query_instruction)
+        if instruction is None:
+            return named if prompt is None else ""
+        return instruction

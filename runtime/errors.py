@@ -7,6 +7,11 @@ An error is data (:class:`GircseError` lists its parts) and prints as plain sent
 A wrong type is a plain ``TypeError``, its text made by the same :func:`sentence`.
 """
 
+from enum import StrEnum
+from typing import TypeVar
+
+Member = TypeVar("Member", bound=StrEnum)
+
 
 class GircseError(Exception):
     """Base of every error of the toolkit.
@@ -15,8 +20,8 @@ class GircseError(Exception):
         where: what is wrong: a file, a flag, a tensor.
         got: what was found there, as the rest of a sentence that begins with ``where``.
         expected: what should have been there, as a clause of its own; None where ``got`` says enough.
-        hint: what to do, as a sentence; a hint that ends with a command has no full stop after it. None where nobody can
-            know.
+        hint: what to do, as a sentence; a hint that ends with a command has no full stop after it. None where nobody
+            can know.
     """
 
     def __init__(self, where: str, got: str = "", expected: str | None = None, hint: str | None = None) -> None:
@@ -76,3 +81,15 @@ def sentence(where: str, got: str, expected: str | None = None, hint: str | None
     if expected is not None:
         text += f"; {expected.rstrip('.')}"
     return f"{text}. {hint}" if hint is not None else f"{text}."
+
+
+def member_of(kind: type[Member], where: str, value: str) -> Member:
+    """Return the member of an enum that a caller named; ``where`` is the argument.
+
+    Raises:
+        OptionError: there is no such member.
+    """
+    try:
+        return kind(value)
+    except ValueError as err:
+        raise OptionError(where, f"is {value!r}", f"it has to be one of {', '.join(kind)}") from err

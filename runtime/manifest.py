@@ -92,13 +92,15 @@ class GraphFacts(Record, frozen=True):
         sizes = (self.max_tokens, self.hidden_size, self.num_layers, self.kv_size, self.vocab_size)
         if not 0 <= self.steps <= MAX_STEPS or min(sizes) < 1 or not self.temperature > 0:
             raise BundleError(
-                f"{MANIFEST_NAME}: {self} | 0..{MAX_STEPS} steps, sizes of at least 1, a temperature above 0 | "
-                "export the bundle again"
+                MANIFEST_NAME,
+                f"has values that no export writes: {self}",
+                f"there are 0 to {MAX_STEPS} steps, sizes are at least 1, and the temperature is above 0",
+                "Export the bundle again.",
             )
 
     @property
     def layouts(self) -> set[Layout]:
-        """The graphs of a variant; where there are two, one of INT8 has the stepwise graph alone."""
+        """The graphs of a variant; where there are two, an INT8 variant has the stepwise graph alone."""
         return {Layout.STEPWISE, self.layout} if self.steps else {self.layout}
 
     @property
@@ -155,7 +157,7 @@ class Manifest(Record, frozen=True):
         model: where the backbone came from.
         adapter: where the LoRA adapter came from, or None.
         graph: what the graphs compute.
-        prompt_template: how an instruction and a text become the prompt; a text without instruction stands alone.
+        prompt_template: how an instruction and a text become the prompt; without instruction, the text is the prompt.
         pad_token_id: fills padding, and stands for an empty prompt.
         variants: precision name to its files.
         golden: whether golden.json and golden.safetensors are there.
@@ -185,19 +187,25 @@ class Manifest(Record, frozen=True):
             graphs, layouts = set(variant.graphs), self.graph.layouts
             if not graphs <= layouts or (graphs != layouts and Layout.STEPWISE not in graphs):
                 raise BundleError(
-                    f"{MANIFEST_NAME}: variant {precision} has {listed(graphs)} | layout "
-                    f"{self.graph.layout} has {listed(layouts)} | export the bundle again"
+                    MANIFEST_NAME,
+                    f"gives variant {precision} the graphs {listed(graphs) or 'none'}",
+                    f"layout {self.graph.layout} has {listed(layouts)}",
+                    "Export the bundle again.",
                 )
             required |= variant.files
         if missing := sorted(required - set(self.files)):
             raise BundleError(
-                f"{MANIFEST_NAME}: no entry for {missing[0]} | every file stands under 'files' with its hash | "
-                "export the bundle again"
+                MANIFEST_NAME,
+                f"has no entry for {missing[0]}",
+                "every file is listed under 'files' with its hash",
+                "Export the bundle again.",
             )
         if self.prompt_template.count("{text}") != 1:
             raise BundleError(
-                f"{MANIFEST_NAME}: prompt_template {self.prompt_template!r} | {{text}} exactly once | "
-                "export the bundle again"
+                MANIFEST_NAME,
+                f"has the prompt template {self.prompt_template!r}",
+                "a template holds {text} exactly once",
+                "Export the bundle again.",
             )
 
     def to_json(self) -> bytes:
@@ -209,7 +217,7 @@ class Manifest(Record, frozen=True):
         """Read the content of ``gircse.json``.
 
         Raises:
-            BundleError: no JSON, from a newer schema, or with missing, unknown or ill-typed fields.
+            BundleError: not JSON, from a newer schema, or with missing, unknown or ill-typed fields.
         """
         return decode_versioned(
             cls,

@@ -1,4 +1,4 @@
-"""Pooling and comparison of step states: free functions on arrays."""
+"""Array types, and pooling and comparison of step states: free functions on arrays."""
 
 import numpy as np
 from numpy.typing import NDArray
@@ -6,6 +6,7 @@ from numpy.typing import NDArray
 from gircse.runtime.manifest import Pooling
 
 Float32 = NDArray[np.float32]
+Int64 = NDArray[np.int64]
 
 L2_EPSILON = 1e-12
 """Smallest norm that is divided by, as in ``torch.nn.functional.normalize``."""

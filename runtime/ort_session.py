@@ -8,17 +8,19 @@ import numpy as np
 
 from gircse.runtime import tensor_names
 from gircse.runtime.bundle import Bundle
-from gircse.runtime.errors import BundleError, ProviderError
+from gircse.runtime.errors import BundleError, OptionError, ProviderError
 from gircse.runtime.manifest import GraphFacts, Layout
+from gircse.runtime.numerics import Int64
+from gircse.runtime.precision import CPU_ORDER
 from gircse.runtime.provider import Provider
-from gircse.runtime.session import Int64, Session, StepOutputs, step_outputs
+from gircse.runtime.session import Session, StepOutputs, step_outputs
 
 EXECUTION_PROVIDERS = {
     Provider.CPU: ("CPUExecutionProvider",),
     Provider.CUDA: ("CUDAExecutionProvider", "CPUExecutionProvider"),
     Provider.ORT_TENSORRT: ("TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"),
 }
-"""What each provider asks of ONNX Runtime; the later ones take the few nodes that compute shapes."""
+"""What each provider requests from ONNX Runtime; the later ones take the few nodes that compute shapes."""
 
 _OPTIONS = {"CUDAExecutionProvider": {"use_tf32": "0"}}
 """By default the CUDA provider computes FP32 products in TF32, whose vectors are not those of FP32."""
@@ -37,7 +39,7 @@ class UnrolledSession:
 
     def run(self, input_ids: Int64, attention_mask: Int64, *, steps: int) -> StepOutputs:
         """Embed one batch; (batch, tokens) int64 each."""
-        values = self._graph.run(
+        values = _still_open(self._graph).run(
             self._outputs, {tensor_names.INPUT_IDS: input_ids, tensor_names.ATTENTION_MASK: attention_mask}
         )
         outputs = dict(zip(self._outputs, values, strict=True))
@@ -46,16 +48,16 @@ class UnrolledSession:
         return StepOutputs(prompt, outputs.get(tensor_names.STEP_EMBEDDINGS, nothing)[:, :steps])
 
     def max_batch(self, tokens: int) -> int | None:
-        """Return None: any batch that memory holds."""
+        """Return None: any batch that fits in memory."""
         return None
 
     def close(self) -> None:
-        """Let go of the graph and its weights."""
+        """Release the graph and its weights."""
         self._graph = None
 
 
 class StepwiseSession:
-    """One graph, run once for the prompt and once a step; a run costs just the steps it is asked for."""
+    """One graph, run once for the prompt and once per step; a run costs only the steps that it is asked for."""
 
     def __init__(self, graph: Any, facts: GraphFacts, *, device: str = "cpu") -> None:
         """Take an ``onnxruntime.InferenceSession`` of the stepwise graph, and ONNX Runtime's name of its device."""
@@ -68,6 +70,7 @@ class StepwiseSession:
         """Embed one batch; (batch, tokens) int64 each. State and KV cache stay on the device from step to step."""
         from onnxruntime import OrtValue
 
+        graph = _still_open(self._graph)  # kept for all passes, should another thread close the session meanwhile
         run_once = self._run_on_cpu if self._device == "cpu" else self._run_on_device
         mask = np.pad(attention_mask, ((0, 0), (0, steps)), constant_values=1)
         batch, tokens = input_ids.shape
@@ -80,41 +83,44 @@ class StepwiseSession:
         for k in range(steps + 1):
             arrays[tensor_names.ATTENTION_MASK] = np.ascontiguousarray(mask[:, : tokens + k])
             names = [tensor_names.NEXT_HIDDEN, *(self._present if k < steps else [])]
-            hidden, *cache = run_once(arrays, kept, names)
+            hidden, *cache = run_once(graph, arrays, kept, names)
             states[:, k] = (hidden if isinstance(hidden, np.ndarray) else hidden.numpy())[:, 0]
             arrays = {tensor_names.INPUT_IDS: input_ids[:, :0]}
-            kept = {
-                tensor_names.HIDDEN: hidden,
-                **dict(zip(self._past, cache, strict=False)),
-            }  # no cache after the last
+            kept = {tensor_names.HIDDEN: hidden, **dict(zip(self._past, cache, strict=False))}  # no cache at the end
         return step_outputs(states, self._facts.pooling)
 
     def max_batch(self, tokens: int) -> int | None:
-        """Return None: any batch that memory holds."""
+        """Return None: any batch that fits in memory."""
         return None
 
     def close(self) -> None:
-        """Let go of the graph and its weights."""
+        """Release the graph and its weights."""
         self._graph = None
 
-    def _run_on_cpu(self, arrays: dict[str, Any], kept: dict[str, Any], names: Sequence[str]) -> Any:
+    def _run_on_cpu(self, graph: Any, arrays: dict[str, Any], kept: dict[str, Any], names: Sequence[str]) -> Any:
         """Run the graph on arrays and values of an earlier run; the outputs are arrays, and nothing is copied.
 
-        A binding would do the same in a call for each of the many cache tensors: 1 to 2 ms of an embedding more.
+        A binding would do the same with one call for each of the many cache tensors: 1 to 2 ms more per embedding.
         """
-        return self._graph.run(names, {**arrays, **kept})
+        return graph.run(names, {**arrays, **kept})
 
-    def _run_on_device(self, arrays: dict[str, Any], kept: dict[str, Any], names: Sequence[str]) -> Any:
+    def _run_on_device(self, graph: Any, arrays: dict[str, Any], kept: dict[str, Any], names: Sequence[str]) -> Any:
         """Run the graph on arrays of the host and values of an earlier run; the outputs stay on the device."""
-        binding = self._graph.io_binding()
+        binding = graph.io_binding()
         for name, array in arrays.items():
             binding.bind_cpu_input(name, array)
         for name, value in kept.items():
             binding.bind_ortvalue_input(name, value)
         for name in names:
             binding.bind_output(name, self._device)
-        self._graph.run_with_iobinding(binding)
+        graph.run_with_iobinding(binding)
         return binding.get_outputs()
+
+
+def _still_open(graph: Any) -> Any:
+    if graph is None:
+        raise OptionError("session", "is closed", None, "Open the bundle again.")
+    return graph
 
 
 def open_session(
@@ -147,8 +153,10 @@ def open_session(
     found = graph.get_modelmeta().custom_metadata_map.get(tensor_names.GRAPH_IDENTITY_KEY)
     if found != facts.identity:
         raise BundleError(
-            f"{path}: a graph of {found} | the manifest describes {facts.identity} | "
-            "the graph belongs to another bundle: export again"
+            str(path),
+            f"belongs to another bundle: it computes {found}",
+            f"the manifest describes {facts.identity}",
+            "Export the bundle again.",
         )
     if layout is Layout.UNROLLED:
         return UnrolledSession(graph)
@@ -186,18 +194,22 @@ def load_graph(
     try:
         session = ort.InferenceSession(content or str(path), options, providers=providers)
     except Exception as err:  # onnxruntime raises its own exceptions, which share only Exception
-        came = _first_line(str(err))
-        if "NOT_IMPLEMENTED" in came:
+        reason = _first_line(str(err))
+        if "NOT_IMPLEMENTED" in reason:
             raise ProviderError(
-                f"provider {provider}: {path} does not run there ({came}) | a precision that it has kernels for, on the "
-                "CPU fp32 or fp16 | choose another precision or provider"
+                f"provider {provider}",
+                f"cannot run {path}: {reason}",
+                f"the CPU has kernels for {', '.join(CPU_ORDER)}",
+                "Choose another precision or provider.",
             ) from err
-        raise BundleError(f"{path}: {came} | a graph that ONNX Runtime loads | export again") from err
-    if session.get_providers()[0] != wanted[0]:  # ONNX Runtime only warns and goes on with what is left
+        raise BundleError(str(path), f"cannot be loaded by ONNX Runtime: {reason}", None, "Export again.") from err
+    started = session.get_providers()[0]
+    if started != wanted[0]:  # ONNX Runtime only warns and continues with what is left
         raise ProviderError(
-            f"provider {provider}: ONNX Runtime could not start {wanted[0]} and fell back to "
-            f"{session.get_providers()[0]} | a GPU with the driver and CUDA libraries that onnxruntime "
-            f"{ort.__version__} needs | mend the installation, or choose another provider"
+            f"provider {provider}",
+            f"did not start: ONNX Runtime could not start {wanted[0]} and fell back to {started}",
+            f"onnxruntime {ort.__version__} needs a GPU with its driver and CUDA libraries",
+            "Fix the installation, or choose another provider.",
         )
     return session
 
@@ -213,14 +225,18 @@ def import_onnxruntime(provider: Provider) -> Any:
         import onnxruntime
     except ImportError as err:
         raise ProviderError(
-            f"provider {provider}: onnxruntime is not installed | onnxruntime 1.31 or later | "
-            f"pip install 'gircse-deploy[{extra}]'"
+            f"provider {provider}",
+            "needs onnxruntime 1.31 or later, which is not installed",
+            None,
+            f"Install it: pip install 'gircse-deploy[{extra}]'",
         ) from err
     wanted = EXECUTION_PROVIDERS[provider][0]
     if wanted not in onnxruntime.get_available_providers():
         raise ProviderError(
-            f"provider {provider}: this onnxruntime has {', '.join(onnxruntime.get_available_providers())} | {wanted} | "
-            f"pip uninstall onnxruntime, then pip install 'gircse-deploy[{extra}]'"
+            f"provider {provider}",
+            f"needs {wanted}",
+            f"this onnxruntime has {', '.join(onnxruntime.get_available_providers())}",
+            f"Replace it: pip uninstall onnxruntime && pip install 'gircse-deploy[{extra}]'",
         )
     return onnxruntime
 

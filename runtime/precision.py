@@ -49,17 +49,17 @@ class PrecisionSpec:
 
     Attributes:
         dtype: type of float weights and of the KV cache, under the name that numpy, torch and ONNX share.
-        calibrated: made from a calibration. Such a variant has the stepwise graph alone: an unrolled one would hold K + 1
-            packed copies of every weight.
+        calibrated: made from a calibration. Such a variant has the stepwise graph alone: an unrolled one would hold
+            K + 1 packed copies of every weight.
         cpu: ONNX Runtime's CPU provider has kernels for it.
         emulated: on the CPU, ``gircse-parity`` rounds every value to ``dtype`` itself, as a GPU would; ONNX Runtime
             computes in FP32 there and would hide what a GPU does.
         tensorrt: engines can be built from it.
-        gpu_rank: place among the variants of a bundle, the best first, where a GPU runs it and none is named. INT8 costs
-            accuracy, so it comes last, and first of its kinds the one that multiplies integers.
+        gpu_rank: place among the variants of a bundle, the best first, where a GPU runs it and none is named. INT8
+            costs accuracy, so it comes last, and first of its kinds the one that multiplies integers.
         float32: what stays in FP32, in words, for the manifest.
-        self_test_min_cosine: smallest cosine to the golden vectors that passes. It finds damage; how good a precision is,
-            ``limits`` say.
+        self_test_min_cosine: smallest cosine to the golden vectors that passes. It detects damage; how good a precision
+            is, ``limits`` say.
         limits: what it has to keep.
     """
 
@@ -128,8 +128,8 @@ SPECS: Mapping[Precision, PrecisionSpec] = {
         gpu_rank=3,
         float32=_INT8_FLOAT,
         self_test_min_cosine=0.97,  # measured 0.988
-        # Another batch shape changes the last bit of FP32 sums, which flips roundings to 8 bits: batch difference 0.017 to
-        # 0.026. A scale taken over the batch (ONNX Runtime's quantize_dynamic) has 0.127.
+        # Another batch shape changes the last bit of FP32 sums, which flips roundings to 8 bits: batch difference 0.017
+        # to 0.026. A scale taken over the batch (ONNX Runtime's quantize_dynamic) has 0.127.
         limits=ParityLimits(0.98, 0.99, 0.93, 0.004, 5e-2),
     ),
     Precision.INT8_WEIGHTS: PrecisionSpec(

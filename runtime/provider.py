@@ -4,7 +4,7 @@ from enum import StrEnum
 
 
 class Provider(StrEnum):
-    """What computes the vectors; ``auto`` is the best of the others that is installed and usable.
+    """What computes the vectors; ``auto`` picks the best of the others that is installed and usable.
 
     ``tensorrt`` and ``tensorrt-rtx`` run engines of ``gircse-build``; the others run the graphs in ONNX Runtime.
     """

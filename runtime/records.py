@@ -39,7 +39,7 @@ def decode_versioned(
         remake: how to make the file again, as a sentence.
 
     Raises:
-        GircseError: of the class ``error``: no JSON, another schema version, or missing, unknown or ill-typed fields.
+        GircseError: of the class ``error``: not JSON, another schema version, or missing, unknown or ill-typed fields.
     """
     try:
         version = msgspec.json.decode(content, type=_Version).schema_version

@@ -2,13 +2,8 @@
 
 from typing import NamedTuple, Protocol
 
-import numpy as np
-from numpy.typing import NDArray
-
 from gircse.runtime.manifest import Pooling
-from gircse.runtime.numerics import Float32, l2_normalize, pool_states
-
-Int64 = NDArray[np.int64]
+from gircse.runtime.numerics import Float32, Int64, l2_normalize, pool_states
 
 
 class StepOutputs(NamedTuple):
@@ -30,7 +25,7 @@ class Session(Protocol):
         """Embed one batch; (batch, tokens) int64 each."""
 
     def max_batch(self, tokens: int) -> int | None:
-        """Return the most texts of that many tokens that one run takes; None if there is no limit."""
+        """Return how many texts of that many tokens one run takes at most; None if there is no limit."""
 
     def close(self) -> None:
         """Free what the session holds; closing twice does nothing, and a run afterwards is an error."""

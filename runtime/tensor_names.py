@@ -43,7 +43,7 @@ HIDDEN = "hidden"
 NEXT_HIDDEN = "next_hidden"
 
 GRAPH_IDENTITY_KEY = "gircse"
-"""Key of the ONNX metadata entry that repeats the manifest's identity (see ``Manifest.graph_identity``)."""
+"""Key of the ONNX metadata entry that repeats the manifest's identity (see ``GraphFacts.identity``)."""
 
 
 def cache_names(prefix: str, num_layers: int) -> list[str]:

@@ -1,12 +1,15 @@
-r"""Texts from files, one a line: the one reader of every command.
+r"""Texts from files, one text per line: the reader that all commands share.
 
 A file is UTF-8, with or without a byte order mark; one whose name ends in ``.gz`` is unpacked. A line ends at ``\n`` or
-``\r\n`` and nowhere else (``str.splitlines`` would also cut a text in two at a form feed or U+2028), and its text is what
-stands there, spaces included. Blank lines are the caller's choice: ``read_lines`` keeps them, so that line i + 1 is text
-i, and ``read_texts`` leaves them out.
+``\r\n`` and nowhere else (``str.splitlines`` would also cut a text in two at a form feed or U+2028), and its text is
+everything before that, spaces included. Blank lines are the caller's choice: ``read_lines`` keeps them, so that line
+i + 1 is text i, and ``read_texts`` leaves them out.
+
+Lines are read when they are asked for: a file of any size takes no memory.
 """
 
 import codecs
+import contextlib
 import gzip
 import zlib
 from collections.abc import Iterable, Iterator
@@ -29,14 +32,14 @@ class TextLine(NamedTuple):
 
 
 def read_texts(path: Path) -> list[str]:
-    """Read the texts of a file; lines of nothing but white space are left out.
+    """Read the texts of a file; lines of white space alone are left out.
 
     Raises:
         TextFileError: the file cannot be read, is not UTF-8, or holds no text.
     """
     texts = [line.text for line in read_lines(path) if line.text.strip()]
     if not texts:
-        raise TextFileError(f"{path}: no text | one text a line | check the path")
+        raise TextFileError(str(path), "has no text", "one text per line is expected", "Check the path.")
     return texts
 
 
@@ -46,12 +49,11 @@ def read_lines(path: Path) -> Iterator[TextLine]:
     Raises:
         TextFileError: the file cannot be read or is not UTF-8.
     """
-    try:
-        with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
-            yield from decode_lines(file, str(path))
-    except (OSError, EOFError, zlib.error) as err:
-        came = getattr(err, "strerror", None) or err
-        raise TextFileError(f"{path}: {came} | a text file that can be read | check the path") from err
+    with (
+        _named_errors(str(path)),
+        gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file,
+    ):
+        yield from decode_lines(file, str(path))
 
 
 def decode_lines(lines: Iterable[bytes], name: str) -> Iterator[TextLine]:
@@ -62,16 +64,34 @@ def decode_lines(lines: Iterable[bytes], name: str) -> Iterator[TextLine]:
         name: of the file, for errors.
 
     Raises:
-        TextFileError: a line is not UTF-8.
+        TextFileError: the file cannot be read, or a line is not UTF-8.
     """
-    for number, line in enumerate(lines, start=1):
-        where = f"{name}, line {number}"
-        content = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
-        if not content:  # a byte order mark and nothing else
-            return
-        try:
-            yield TextLine(where, content.removesuffix(b"\n").removesuffix(b"\r").decode("utf-8"))
-        except UnicodeDecodeError as err:
-            raise TextFileError(
-                f"{where}: {err.reason} at byte {err.start} | UTF-8 | convert the file, for example with iconv"
-            ) from err
+    with _named_errors(name):
+        for number, line in enumerate(lines, start=1):
+            where = f"{name}, line {number}"
+            content = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+            if not content:  # a byte order mark and nothing else
+                return
+            yield TextLine(where, _decode(content.removesuffix(b"\n").removesuffix(b"\r"), where))
+
+
+def _decode(content: bytes, where: str) -> str:
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as err:
+        raise TextFileError(
+            f"{where},",
+            f"is not UTF-8: {err.reason} at byte {err.start}",
+            None,
+            "Convert the file, for example with iconv.",
+        ) from err
+
+
+@contextlib.contextmanager
+def _named_errors(name: str) -> Iterator[None]:
+    """Turn whatever reading and unpacking raise into an error that names the file."""
+    try:
+        yield
+    except (OSError, EOFError, zlib.error) as err:
+        reason = getattr(err, "strerror", None) or err
+        raise TextFileError(name, f"cannot be read: {reason}", None, "Check the path.") from err

@@ -1,21 +1,20 @@
 """From texts to padded batches of token ids: prompt template, tokens, truncation, length buckets."""
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from gircse.runtime.bundle import Bundle
-from gircse.runtime.errors import BundleError
+from gircse.runtime.errors import BundleError, OptionError, member_of, sentence
+from gircse.runtime.numerics import Int64
 
 logger = logging.getLogger(__name__)
-
-Int64 = NDArray[np.int64]
 
 PROMPT_TEMPLATE = "Instruct: {instruction}\nQuery:{text}"
 
@@ -60,33 +59,66 @@ class PromptTokenizer:
 
     def __call__(
         self,
-        texts: Sequence[str],
+        texts: Iterable[str],
         *,
         instruction: str = "",
         prompt: str | None = None,
         on_overflow: Overflow | str = Overflow.TRUNCATE,
     ) -> list[list[int]]:
-        """Return the token ids of each text; the arguments are those of ``Embedder.encode``.
+        """Return the token ids of each text, and log how many were cut; the arguments are those of ``Embedder.encode``.
 
         Raises:
-            TypeError: ``texts`` is not a sequence of strings.
-            ValueError: a text cannot be UTF-8, both ``instruction`` and ``prompt`` are given, or a prompt is too long
-                and ``on_overflow`` is ``error``.
+            TypeError: ``texts`` is not an iterable of strings.
+            OptionError: see :meth:`tokenize`.
+        """
+        listed = list(iterate_texts(texts))
+        token_ids, cut = self.tokenize(listed, instruction=instruction, prompt=prompt, on_overflow=on_overflow)
+        self.log_cut(cut, len(listed))
+        return token_ids
+
+    def tokenize(
+        self,
+        texts: Sequence[str],
+        *,
+        instruction: str = "",
+        prompt: str | None = None,
+        on_overflow: Overflow | str = Overflow.TRUNCATE,
+        first_row: int = 0,
+    ) -> tuple[list[list[int]], int]:
+        """Return the token ids of each text, and how many texts were cut.
+
+        Args:
+            texts: a sequence of strings.
+            instruction: as in ``Embedder.encode``.
+            prompt: as in ``Embedder.encode``.
+            on_overflow: as in ``Embedder.encode``.
+            first_row: number of the first text, for errors.
+
+        Raises:
+            TypeError: a text is not a string.
+            OptionError: UTF-8 cannot hold a text, both ``instruction`` and ``prompt`` are given, or a prompt is too
+                long and ``on_overflow`` is ``error``.
         """
         if instruction and prompt is not None:
-            raise ValueError(
-                f"instruction {instruction!r} and prompt {prompt!r} | one of them | use instruction, which the model "
-                "was trained with"
+            raise OptionError(
+                "instruction",
+                f"is {instruction!r} and prompt is {prompt!r}",
+                "only one of them can be given",
+                "Use instruction, which the model was trained with.",
             )
+        overflow = member_of(Overflow, "on_overflow", on_overflow)
         check_text("instruction", instruction)
         check_text("prompt", prompt or "")
-        check_texts(texts)
+        for row, text in enumerate(texts, start=first_row):
+            check_text(f"texts[{row}]", text)
         prompts = [(prompt or "") + format_prompt(instruction, text, template=self.template) for text in texts]
         token_ids = tokenize(self.tokenizer, prompts, empty_token_id=self.pad_token_id)
-        token_ids, cut = truncate(token_ids, max_tokens=self.max_tokens, on_overflow=Overflow(on_overflow))
+        return truncate(token_ids, max_tokens=self.max_tokens, on_overflow=overflow, first_row=first_row)
+
+    def log_cut(self, cut: int, texts: int) -> None:
+        """Warn that some of the texts were cut, if any were."""
         if cut:
-            logger.warning("%d of %d texts were cut to %d tokens", cut, len(texts), self.max_tokens)
-        return token_ids
+            logger.warning("%d of %d texts were cut to %d tokens", cut, texts, self.max_tokens)
 
 
 def open_tokenizer(bundle: Bundle) -> PromptTokenizer:
@@ -109,14 +141,16 @@ def load_tokenizer(path: Path) -> Tokenizer:
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as err:  # the library raises plain Exception
-        raise BundleError(f"{path}: {err} | a tokenizer.json of Hugging Face tokenizers | replace the file") from err
+        raise BundleError(
+            str(path), f"is not a tokenizer.json of Hugging Face tokenizers: {err}", None, "Replace the file."
+        ) from err
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
 
 
 def format_prompt(instruction: str, text: str, *, template: str = PROMPT_TEMPLATE) -> str:
-    """Put an instruction before a text; without instruction the text stands alone.
+    """Put an instruction before a text; without instruction the text is the whole prompt.
 
     ``str.replace``, not ``str.format``: braces in a text are text.
     """
@@ -126,32 +160,48 @@ def format_prompt(instruction: str, text: str, *, template: str = PROMPT_TEMPLAT
     return before.replace("{instruction}", instruction) + text + after
 
 
-def check_texts(texts: Sequence[str]) -> None:
-    """Refuse anything but a sequence of strings that UTF-8 can hold.
+def iterate_texts(texts: Any) -> Iterator[str]:
+    """Return an iterator over texts: a list, a generator, a one-dimensional array or Series of strings, and so on.
+
+    The elements are checked by ``PromptTokenizer``.
 
     Raises:
-        TypeError: one string instead of a sequence, or an element that is no string.
-        ValueError: a string with a lone surrogate.
+        TypeError: ``texts`` is one string, is not iterable, has no order, or would iterate over something else.
     """
-    if isinstance(texts, (str, bytes)):
-        raise TypeError(f"texts: one {type(texts).__name__} | a sequence of str | pass [text]")
-    for row, text in enumerate(texts):
-        check_text(f"texts[{row}]", text)
+    kind = f"has type {type(texts).__name__}"
+    if isinstance(texts, str):
+        raise TypeError(sentence("texts", "is one string", "an iterable of str is expected", "Pass [text]."))
+    if isinstance(texts, (bytes, bytearray)):
+        raise TypeError(sentence("texts", kind, "an iterable of str is expected", "Pass [texts.decode()]."))
+    if isinstance(texts, Mapping):
+        hint = "Pass list(texts.values()), or list(texts) if you mean the keys."
+        raise TypeError(sentence("texts", kind, "iterating it would embed its keys", hint))
+    if isinstance(texts, (set, frozenset)):
+        raise TypeError(sentence("texts", kind, "its vectors would have no order", "Pass list(texts)."))
+    if (dimensions := getattr(texts, "ndim", 1)) != 1:  # numpy, and a DataFrame, which would iterate its column names
+        hint = "Pass one column of it."
+        raise TypeError(sentence("texts", f"{kind} and {dimensions} dimensions", "one dimension is expected", hint))
+    try:
+        return iter(texts)
+    except TypeError as err:
+        raise TypeError(sentence("texts", kind, "a str or an iterable of str is expected", "Pass [text].")) from err
 
 
 def check_text(where: str, text: str) -> None:
     """Refuse anything but a string that UTF-8 can hold; ``where`` names it in the error.
 
     Raises:
-        TypeError: it is no string.
-        ValueError: it holds a lone surrogate.
+        TypeError: it is not a string.
+        OptionError: it holds a lone surrogate.
     """
     if not isinstance(text, str):
-        raise TypeError(f"{where}: {type(text).__name__} | str | convert or drop it")
+        raise TypeError(
+            sentence(where, f"has type {type(text).__name__}", "a str is expected", "Convert it, or drop it.")
+        )
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as err:
-        raise ValueError(f"{where}: {err} | text that UTF-8 can hold | repair the string") from err
+        raise OptionError(where, f"cannot be encoded as UTF-8: {err}", None, "Repair the string.") from err
 
 
 def tokenize(tokenizer: Tokenizer, prompts: Sequence[str], *, empty_token_id: int) -> list[list[int]]:
@@ -164,34 +214,39 @@ def tokenize(tokenizer: Tokenizer, prompts: Sequence[str], *, empty_token_id: in
     return [encoding.ids or [empty_token_id] for encoding in encodings]
 
 
-def truncate(token_ids: list[list[int]], *, max_tokens: int, on_overflow: Overflow) -> tuple[list[list[int]], int]:
+def truncate(
+    token_ids: list[list[int]], *, max_tokens: int, on_overflow: Overflow, first_row: int = 0
+) -> tuple[list[list[int]], int]:
     """Cut prompts to ``max_tokens`` on the right, as the reference code does.
 
     Returns:
         The prompts and how many of them were cut.
 
     Raises:
-        ValueError: a prompt is too long and ``on_overflow`` is ``error``.
+        OptionError: a prompt is too long and ``on_overflow`` is ``error``; the first prompt is called ``first_row``.
     """
     too_long = [row for row, ids in enumerate(token_ids) if len(ids) > max_tokens]
     if too_long and on_overflow is Overflow.ERROR:
         row = too_long[0]
-        raise ValueError(
-            f"texts[{row}]: {len(token_ids[row])} tokens ({len(too_long)} texts are too long) | at most {max_tokens} "
-            "tokens, the instruction included | shorten them, or allow truncation with on_overflow='truncate'"
+        more = f", and {len(too_long) - 1} more of these {len(token_ids)} texts are too long" if too_long[1:] else ""
+        raise OptionError(
+            f"texts[{first_row + row}]",
+            f"has {len(token_ids[row])} tokens{more}",
+            f"the bundle takes at most {max_tokens}, the instruction included",
+            "Shorten the texts, or allow truncation with on_overflow='truncate'.",
         )
     return [ids[:max_tokens] for ids in token_ids], len(too_long)
 
 
 def length_buckets(lengths: Sequence[int], *, batch_size: int, batch_tokens: int) -> Iterator[tuple[int, ...]]:
-    """Group prompts of like length, longest first, under a row limit and a budget of padded tokens.
+    """Group prompts of similar length, longest first, under a row limit and a budget of padded tokens.
 
     A prompt that alone exceeds the budget is a batch of its own.
 
     Args:
         lengths: tokens of each prompt.
-        batch_size: most prompts of a batch.
-        batch_tokens: most tokens of a batch, padding included.
+        batch_size: maximum prompts per batch.
+        batch_tokens: maximum tokens per batch, padding included.
 
     Yields:
         Positions of the prompts of one batch.

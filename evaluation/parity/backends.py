@@ -151,18 +151,17 @@ class BundleBackend:
 
     def open_embedder(self) -> Embedder:
         """Load the runtime."""
-        session = None
         if self._emulated:
             layout = self._bundle.layout(self._precision, self._layout)
             content = emulated_graph(self._bundle.graph(self._precision, layout)).SerializeToString()
             session = open_session(self._bundle, self._precision, layout=layout, threads=self._threads, content=content)
+            return Embedder.from_session(self._bundle, session, precision=self._precision)
         return Embedder(
             self._bundle.directory,
             precision=self._precision,
             provider=self._provider,
             layout=self._layout,
             threads=self._threads,
-            session=session,
         )
 
     def embed(self, token_ids: TokenIds, advance: Advance) -> Float32:

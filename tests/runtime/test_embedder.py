@@ -4,22 +4,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support.small_models import SmallModels, add_stepwise_variants, edit_manifest
+from support.small_models import SmallModels, add_stepwise_variants
 from support.tolerances import BATCH_MAX_DIFFERENCE
 
-from gircse.runtime import BundleError, Embedder, ProviderError, SelfTestReport
+from gircse.runtime import BundleError, Embedder, OptionError, ProviderError
 from gircse.runtime.bundle import Bundle
-from gircse.runtime.manifest import Layout
-from gircse.runtime.ort_session import StepwiseSession, load_graph
+from gircse.runtime.ort_session import open_session
 from gircse.runtime.precision import SPECS, Precision
 
 TEXTS = [
-    "where: what came | what was expected | what to do",
+    "input_ids has shape (33, 512); the engine takes batch 1..32.",
     "ok",
     "",
     "a text may be long or short, and its vector is its own",
     "ünïcödé 😀",
-    "a bundle appears whole or not at all " * 2,
+    "a bundle is written atomically " * 2,
     "ok",
 ]
 
@@ -63,18 +62,6 @@ def test_instruction_is_the_prompt_template(embedder: Embedder) -> None:
     assert np.abs(with_instruction - embedder.encode(["ok"])).max() > 0.01
 
 
-def test_arguments_of_sentence_transformers(embedder: Embedder) -> None:
-    wanted = embedder.encode(["query: ok"])
-    np.testing.assert_array_equal(
-        embedder.encode(["ok"], prompt="query: ", convert_to_numpy=True, normalize_embeddings=True), wanted
-    )
-    with pytest.raises(ValueError, match=r"instruction 'Find' and prompt 'query: ' \| one of them"):
-        embedder.encode(["ok"], prompt="query: ", instruction="Find")
-    for name in ("convert_to_numpy", "normalize_embeddings"):
-        with pytest.raises(ValueError, match=f"{name} False"):
-            embedder.encode(["ok"], **{name: False})
-
-
 def test_batches_of_token_ids(embedder: Embedder) -> None:
     token_ids = embedder.tokenizer(TEXTS, instruction="Find")
     wanted = embedder.encode(TEXTS, instruction="Find", all_steps=True)
@@ -84,7 +71,7 @@ def test_batches_of_token_ids(embedder: Embedder) -> None:
         assert np.abs(outputs.step_embeddings - wanted[list(rows)]).max() < BATCH_MAX_DIFFERENCE
         seen += rows
     assert sorted(seen) == list(range(7))
-    with pytest.raises(ValueError, match="steps: 6"):
+    with pytest.raises(OptionError, match=r"^steps is 6; this bundle has 0 to 5"):
         next(embedder.run_batches(token_ids, steps=6))
 
 
@@ -101,24 +88,30 @@ def test_truncation_is_reported(embedder: Embedder, caplog: pytest.LogCaptureFix
         vectors = embedder.encode([long, "ok", long + "more"])
     assert "2 of 3 texts were cut to 48 tokens" in caplog.text
     np.testing.assert_allclose(vectors[0], vectors[2], atol=1e-6)  # they differ only beyond the cut
-    with pytest.raises(ValueError, match=r"texts\[0\]: \d+ tokens \(2 texts are too long\)"):
+    with pytest.raises(OptionError, match=r"^texts\[0\] has \d+ tokens, and 1 more of these 3 texts are too long; "):
         embedder.encode([long, "ok", long], on_overflow="error")
 
 
 @pytest.mark.parametrize(
     ("arguments", "match"),
     [
-        ({"steps": 6}, r"steps: 6 \| this bundle has 0\.\.5"),
-        ({"steps": -1}, r"steps: -1"),
-        ({"batch_size": 0}, r"batch_size 0"),
-        ({"batch_tokens": 0}, r"batch_tokens 0"),
-        ({"on_overflow": "drop"}, r"'drop' is not a valid Overflow"),
-        ({"instruction": "\ud800"}, r"instruction: .*surrogates"),
+        ({"steps": 6}, r"steps is 6; this bundle has 0 to 5\. Choose one of these, or export with --steps 6$"),
+        ({"steps": 65}, r"steps is 65; this bundle has 0 to 5\. Choose one of these\.$"),
+        ({"steps": -1}, r"steps is -1; .* Choose one of these\.$"),
+        ({"batch_size": 0}, r"batch_size is 0; it has to be at least 1\."),
+        ({"batch_tokens": 0}, r"batch_tokens is 0; it has to be at least 1\."),
+        ({"on_overflow": "drop"}, r"on_overflow is 'drop'; it has to be one of truncate, error\."),
+        ({"instruction": "\ud800"}, r"instruction cannot be encoded as UTF-8: .*surrogates"),
+        ({"prompt": "\ud800"}, r"prompt cannot be encoded as UTF-8: .*surrogates"),
+        ({"prompt": "query: ", "instruction": "Find"}, r"instruction is 'Find' and prompt is 'query: '; only one"),
     ],
 )
 def test_bad_arguments(embedder: Embedder, arguments: dict[str, object], match: str) -> None:
-    with pytest.raises(ValueError, match=match):
-        embedder.encode(["ok"], **arguments)
+    for texts in (["ok"], "ok", []):
+        with pytest.raises(OptionError, match=f"^{match}"):
+            embedder.encode(texts, **arguments)
+    with pytest.raises(OptionError, match=f"^{match}"):
+        embedder.encode_iter(["ok"], **arguments)  # at once, not with the first window
 
 
 def test_threads_share_one_embedder(embedder: Embedder) -> None:
@@ -134,63 +127,101 @@ def test_layouts_agree(small_models: SmallModels) -> None:
     assert np.abs(difference).max() < BATCH_MAX_DIFFERENCE
 
 
-def test_self_test_fails_on_wrong_weights(small_bundle: Path) -> None:
-    """The self-test must notice a bundle whose vectors are not the reference's."""
-    path = small_bundle / "fp32" / "weights.bin"
-    weights = np.fromfile(path, np.float32)
-    weights[: len(weights) // 2] *= 1.05
-    weights.tofile(path)
-    report = Embedder(small_bundle, verify=False).self_test()
-    assert not report.passed
-    assert report.min_cosine < SPECS[Precision.FP32].self_test_min_cosine
-
-
 def test_a_variant_without_the_unrolled_graph_runs_stepwise(small_models: SmallModels, small_bundle: Path) -> None:
     add_stepwise_variants(small_bundle, "int8")
     wanted = Embedder(small_models.bundle("qwen2"), layout="stepwise").encode(TEXTS, all_steps=True)
     embedder = Embedder(small_bundle, precision="int8")
     np.testing.assert_array_equal(embedder.encode(TEXTS, all_steps=True), wanted)
     assert embedder.self_test().limit == SPECS[Precision.INT8].self_test_min_cosine
-    with pytest.raises(BundleError, match=r"int8: layout unrolled \| it has stepwise"):
+    with pytest.raises(BundleError, match=r"int8, has no unrolled graph; it has stepwise\."):
         Embedder(small_bundle, precision="int8", layout="unrolled")
 
 
-def test_the_cpu_runs_without_a_binding_and_gets_the_same_bits(small_models: SmallModels) -> None:
-    """A binding for each of the many cache tensors costs more; it stays the way of a GPU, and is as good here."""
-
-    class Bound(StepwiseSession):
-        _run_on_cpu = StepwiseSession._run_on_device
-
-    bundle = Bundle.open(small_models.bundle("llama", precisions=("fp32", "fp16")))
-    facts = bundle.manifest.graph
-    draw = np.random.default_rng(0)
-    input_ids = draw.integers(1, facts.vocab_size, (3, 12))
-    mask = np.tril(np.ones((12, 12), np.int64))[[11, 4, 0], ::-1]  # left padding
-    for precision in bundle.manifest.variants:
-        graph = load_graph(bundle.graph(precision, Layout.STEPWISE), threads=1)
-        for steps in (0, 1, facts.steps):
-            ours, theirs = (kind(graph, facts).run(input_ids, mask, steps=steps) for kind in (StepwiseSession, Bound))
-            np.testing.assert_array_equal(ours.prompt_embedding, theirs.prompt_embedding)
-            np.testing.assert_array_equal(ours.step_embeddings, theirs.step_embeddings)
-
-
-def test_self_test_does_not_pass_nan() -> None:
-    assert not SelfTestReport(1, float("nan"), 0.0, limit=0.9).passed
-
-
-def test_self_test_without_golden_vectors(small_bundle: Path) -> None:
-    edit_manifest(small_bundle, lambda m: m.update(golden=False, golden_missing_reason="no memory"))
-    with pytest.raises(BundleError, match=r"no golden vectors \(no memory\)"):
-        Embedder(small_bundle).self_test()
-
-
 def test_providers_and_threads_are_checked(small_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ProviderError, match="provider 'coreml': unknown"):
+    with pytest.raises(OptionError, match=r"^provider is 'coreml'; it has to be one of auto, cpu, cuda, "):
         Embedder(small_bundle, provider="coreml")
-    with pytest.raises(ProviderError, match=r"provider cuda: this onnxruntime has .*CPUExecutionProvider \| CUDA"):
+    with pytest.raises(OptionError, match=r"^layout is 'rolled'; it has to be one of unrolled, stepwise\.$"):
+        Embedder(small_bundle, layout="rolled")
+    with pytest.raises(
+        ProviderError, match=r"^provider cuda needs CUDA\w+; this onnxruntime has .*CPUExecutionProvider"
+    ):
         Embedder(small_bundle, provider="cuda")
-    with pytest.raises(ValueError, match="threads: 0"):
+    with pytest.raises(OptionError, match=r"^threads is 0; it has to be at least 1\."):
         Embedder(small_bundle, threads=0)
     monkeypatch.setitem(__import__("sys").modules, "onnxruntime", None)
     with pytest.raises(ProviderError, match=r"pip install 'gircse-deploy\[cpu\]'"):
         Embedder(small_bundle)
+
+
+def test_one_text_gives_one_vector(embedder: Embedder) -> None:
+    wanted = embedder.encode(["ok"], all_steps=True)
+    for text in ("ok", np.str_("ok")):
+        np.testing.assert_array_equal(embedder.encode(text), wanted[0, -1])
+        np.testing.assert_array_equal(embedder.encode(text, all_steps=True), wanted[0])
+
+
+def test_texts_come_in_any_iterable(embedder: Embedder) -> None:
+    wanted = embedder.encode(TEXTS)
+    for texts in (tuple(TEXTS), iter(TEXTS), (text for text in TEXTS), np.array(TEXTS), np.array(TEXTS, dtype=object)):
+        np.testing.assert_array_equal(embedder.encode(texts), wanted)
+    for wrong in ({"title": "ok"}, {"ok"}, b"ok", None, [None]):
+        for method in (embedder.encode, embedder.encode_query, lambda texts: list(embedder.encode_iter(texts))):
+            with pytest.raises(TypeError, match=r"^texts"):
+                method(wrong)
+
+
+def test_queries_and_documents(small_models: SmallModels) -> None:
+    embedder = Embedder(small_models.bundle("qwen2", query_instruction="Find"))
+    with_instruction, plain = embedder.encode(["ok"], instruction="Find"), embedder.encode(["ok"])
+    assert np.abs(with_instruction - plain).max() > 0.01
+    for vectors, wanted in [
+        (embedder.encode_query(["ok"]), with_instruction),
+        (embedder.encode_query("ok"), with_instruction[0]),
+        (embedder.encode_query(["ok"], steps=2), embedder.encode(["ok"], instruction="Find", steps=2)),
+        (embedder.encode_query(["ok"], instruction="Other"), embedder.encode(["ok"], instruction="Other")),
+        (embedder.encode_query(["ok"], instruction=""), plain),
+        (embedder.encode_query(["ok"], prompt="query: "), embedder.encode(["query: ok"])),
+        (embedder.encode_document(["ok"]), plain),
+        (embedder.encode_document(["ok"], instruction="Find"), with_instruction),
+        (next(embedder.encode_iter(["ok"], prompt_name="query")), with_instruction),
+    ]:
+        np.testing.assert_array_equal(vectors, wanted)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'batchsize'"):
+        embedder.encode_query(["ok"], batchsize=3)
+
+
+def test_without_a_query_instruction_queries_are_embedded_as_they_are(embedder: Embedder) -> None:
+    np.testing.assert_array_equal(embedder.encode_query(TEXTS), embedder.encode(TEXTS))
+
+
+def test_facts_of_the_bundle(embedder: Embedder) -> None:
+    assert (embedder.embedding_dimension, embedder.max_tokens, embedder.steps) == (48, 48, 5)
+    assert embedder.get_sentence_embedding_dimension() == 48
+
+
+def test_a_closed_embedder_says_so(small_models: SmallModels) -> None:
+    with Embedder(small_models.bundle("qwen2"), threads=1) as embedder:
+        assert embedder.encode("ok").shape == (48,)
+        windows = embedder.encode_iter(TEXTS, window=2)
+        next(windows)
+    embedder.close()  # again
+    for use in (
+        lambda: embedder.encode("ok"),
+        lambda: embedder.encode_iter(["ok"]),
+        embedder.self_test,
+        windows.__next__,
+    ):
+        with pytest.raises(OptionError, match=r"^embedder is closed\. Open the bundle again"):
+            use()
+    assert embedder.embedding_dimension == 48  # what the manifest says is still there
+
+
+def test_an_embedder_on_an_open_session(small_models: SmallModels) -> None:
+    bundle = Bundle.open(small_models.bundle("qwen2"))
+    session = open_session(bundle, "fp32", threads=2)
+    with Embedder.from_session(bundle, session, precision="fp32") as embedder:
+        wanted = Embedder(bundle.directory, threads=2).encode(TEXTS)
+        np.testing.assert_array_equal(embedder.encode(TEXTS), wanted)
+        assert (embedder.provider, embedder.precision) == ("cpu", "fp32")
+    with pytest.raises(OptionError, match="session is closed"):
+        session.run(np.ones((1, 3), np.int64), np.ones((1, 3), np.int64), steps=1)

@@ -452,7 +452,7 @@ def test_engine_is_never_given_more_than_its_profile_takes(machine: Machine, bun
             sizes.append(len(input_ids))
             return session.run(input_ids, attention_mask, steps=steps)
 
-    watching = Embedder(bundle, session=Watched(), precision="fp16")
+    watching = Embedder.from_session(Bundle.open(bundle), Watched(), precision="fp16")
     np.testing.assert_array_equal(watching.encode(TEXTS), embedder.encode(TEXTS))
     assert sizes == [3, 3, 2]
     sizes.clear()

@@ -2,6 +2,7 @@
 
 import gzip
 import io
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -57,25 +58,27 @@ def test_texts_are_the_lines_that_are_not_blank(tmp_path: Path) -> None:
 def test_no_text(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "texts.txt"
     path.write_bytes(content)
-    with pytest.raises(TextFileError, match=r"texts\.txt: no text \| one text a line \| check the path"):
+    with pytest.raises(
+        TextFileError, match=r"texts\.txt has no text; one text per line is expected\. Check the path\."
+    ):
         read_texts(path)
 
 
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("texts.txt", b"fine\ncaf\xe9\n", r"texts\.txt, line 2: .* at byte 3 \| UTF-8 \| convert the file"),
-        ("texts.txt", b"\xef\xbb\xbf\xff\n", r"line 1: invalid start byte at byte 0 \| UTF-8"),
-        ("texts.txt", None, r"texts\.txt: No such file or directory \| a text file .* \| check the path"),
-        ("texts.txt.gz", b"no gzip", r"texts\.txt\.gz: Not a gzipped file .* \| a text file that can be read"),
-        ("texts.txt.gz", gzip.compress(b"cut off\n")[:-6], r"Compressed file ended before .* \| a text file"),
+        ("texts.txt", b"fine\ncaf\xe9\n", r"texts\.txt, line 2, is not UTF-8: .* at byte 3\. Convert the file"),
+        ("texts.txt", b"\xef\xbb\xbf\xff\n", r"line 1, is not UTF-8: invalid start byte at byte 0\."),
+        ("texts.txt", None, r"texts\.txt cannot be read: No such file or directory\. Check the path\."),
+        ("texts.txt.gz", b"no gzip", r"texts\.txt\.gz cannot be read: Not a gzipped file"),
+        ("texts.txt.gz", gzip.compress(b"cut off\n")[:-6], r"cannot be read: Compressed file ended before"),
         (
             "texts.txt.gz",
             gzip.compress(b"")[:10] + b"\xff" * 20,
-            r"texts\.txt\.gz: .*decompress.* \| a text file",
+            r"texts\.txt\.gz cannot be read: .*decompress",
         ),
-        ("texts.txt.gz", gzip.compress(b"\xff\n"), r"texts\.txt\.gz, line 1: invalid start byte"),
-        (".", None, r"\S+: Is a directory \| a text file"),
+        ("texts.txt.gz", gzip.compress(b"\xff\n"), r"texts\.txt\.gz, line 1, is not UTF-8: invalid start byte"),
+        (".", None, r"\S+ cannot be read: Is a directory"),
     ],
 )
 def test_unreadable_files(tmp_path: Path, name: str, content: bytes | None, message: str) -> None:
@@ -83,3 +86,25 @@ def test_unreadable_files(tmp_path: Path, name: str, content: bytes | None, mess
         (tmp_path / name).write_bytes(content)
     with pytest.raises(TextFileError, match=message):
         list(read_lines(tmp_path / name))
+
+
+def test_lines_are_read_when_they_are_asked_for() -> None:
+    asked = 0
+
+    def content() -> Iterator[bytes]:
+        nonlocal asked
+        for asked in range(1, 100):  # noqa: B007
+            yield b"line\n"
+
+    lines = decode_lines(content(), "here")
+    assert [next(lines).text for _ in range(3)] == ["line"] * 3
+    assert asked == 3
+
+
+def test_a_failing_stream_is_named() -> None:
+    def content() -> Iterator[bytes]:
+        yield b"one\n"
+        raise OSError(5, "Input/output error")
+
+    with pytest.raises(TextFileError, match=r"^stdin cannot be read: Input/output error\. Check the path\.$"):
+        list(decode_lines(content(), "stdin"))

@@ -1,0 +1,112 @@
+"""From texts to vectors, batch by batch, on one session: what every way to encode shares."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from gircse.runtime.errors import OptionError
+from gircse.runtime.manifest import MAX_STEPS, Manifest
+from gircse.runtime.numerics import Float32
+from gircse.runtime.session import Session, StepOutputs
+from gircse.runtime.tokenization import Overflow, PromptTokenizer, TokenBatch, padded_batches
+
+
+@dataclass(frozen=True)
+class EncodeOptions:
+    """How texts are embedded; the fields are arguments of ``Embedder.encode``."""
+
+    instruction: str
+    prompt: str | None
+    steps: int | None
+    batch_size: int
+    batch_tokens: int
+    all_steps: bool
+    on_overflow: Overflow | str
+
+
+class BatchRunner:
+    """Runs texts and token ids of any number through a session."""
+
+    def __init__(self, manifest: Manifest, tokenizer: PromptTokenizer, session: Session) -> None:
+        """Take a session; ``close`` closes it."""
+        self._manifest, self._tokenizer, self._session = manifest, tokenizer, session
+        self._closed = False
+
+    def close(self) -> None:
+        """Close the session; closing twice does nothing."""
+        self._closed = True
+        self._session.close()
+
+    def embed(
+        self, texts: Sequence[str], options: EncodeOptions, advance: Callable[[int], object], *, first_row: int = 0
+    ) -> tuple[Float32, int]:
+        """Embed a list of texts; the errors are those of ``Embedder.encode``.
+
+        Args:
+            texts: a sequence of strings; an empty one checks the options.
+            options: how to embed them.
+            advance: told how many texts were just done.
+            first_row: number of the first text, for errors.
+
+        Returns:
+            The vectors in the order of the texts, and how many texts were cut.
+        """
+        steps = self.check_steps(options.steps)
+        token_ids, cut = self._tokenizer.tokenize(
+            texts,
+            instruction=options.instruction,
+            prompt=options.prompt,
+            on_overflow=options.on_overflow,
+            first_row=first_row,
+        )
+        hidden = self._manifest.graph.hidden_size
+        result = np.empty((len(texts), steps, hidden) if options.all_steps else (len(texts), hidden), np.float32)
+        for rows, outputs in self.run_batches(
+            token_ids, steps=steps, batch_size=options.batch_size, batch_tokens=options.batch_tokens
+        ):
+            if options.all_steps:
+                result[list(rows)] = outputs.step_embeddings
+            else:
+                result[list(rows)] = outputs.step_embeddings[:, -1] if steps else outputs.prompt_embedding
+            advance(len(rows))
+        return result, cut
+
+    def run_batches(
+        self, token_ids: Sequence[list[int]], *, steps: int | None, batch_size: int, batch_tokens: int
+    ) -> Iterator[tuple[tuple[int, ...], StepOutputs]]:
+        """Run token ids batch by batch, as ``Embedder.run_batches`` describes."""
+        if self._closed:
+            raise OptionError("embedder", "is closed", None, "Open the bundle again: Embedder(path).")
+        steps = self.check_steps(steps)
+        for name, value in (("batch_size", batch_size), ("batch_tokens", batch_tokens)):
+            if value < 1:
+                raise OptionError(name, f"is {value}", "it has to be at least 1")
+        for batch in padded_batches(
+            token_ids, pad_token_id=self._manifest.pad_token_id, batch_size=batch_size, batch_tokens=batch_tokens
+        ):
+            yield batch.rows, self._run(batch, steps)
+
+    def check_steps(self, steps: int | None) -> int:
+        """Return the number of steps to run; None is K.
+
+        Raises:
+            OptionError: the bundle does not have as many.
+        """
+        most = self._manifest.graph.steps
+        if steps is None:
+            return most
+        if not 0 <= steps <= most:
+            export = f", or export with --steps {steps}" if most < steps <= MAX_STEPS else "."
+            raise OptionError("steps", f"is {steps}", f"this bundle has 0 to {most}", f"Choose one of these{export}")
+        return steps
+
+    def _run(self, batch: TokenBatch, steps: int) -> StepOutputs:
+        """Run a batch, in several parts where the session takes fewer texts at once."""
+        texts, tokens = batch.input_ids.shape
+        most = self._session.max_batch(tokens) or texts
+        parts = [
+            self._session.run(batch.input_ids[at : at + most], batch.attention_mask[at : at + most], steps=steps)
+            for at in range(0, texts, most)
+        ]
+        return parts[0] if len(parts) == 1 else StepOutputs(*map(np.concatenate, zip(*parts, strict=True)))

@@ -1,0 +1,44 @@
+"""The self-test: what passes, what fails, and what there is to compare with."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from support.small_models import SmallModels, edit_manifest
+
+from gircse.runtime import BundleError, Embedder, SelfTestReport
+from gircse.runtime.bundle import Bundle
+from gircse.runtime.precision import SPECS, Precision
+from gircse.runtime.self_test import compare_with_golden, read_golden_vectors
+
+
+def test_golden_vectors_have_a_row_for_the_prompt_and_every_step(small_models: SmallModels) -> None:
+    golden = read_golden_vectors(Bundle.open(small_models.bundle("qwen2")))
+    assert golden.vectors.shape == (12, 6, 48)
+    assert len(golden.token_ids) == 12
+    report = compare_with_golden(golden.vectors, golden.vectors, precision="fp32")
+    assert (report.texts, report.max_difference) == (12, 0.0)
+    assert report.passed
+    shifted = np.roll(golden.vectors, 1, axis=0)  # every text has the vectors of another one
+    assert not compare_with_golden(shifted, golden.vectors, precision="fp32").passed
+
+
+def test_self_test_fails_on_wrong_weights(small_bundle: Path) -> None:
+    """The self-test must notice a bundle whose vectors are not the reference's."""
+    path = small_bundle / "fp32" / "weights.bin"
+    weights = np.fromfile(path, np.float32)
+    weights[: len(weights) // 2] *= 1.05
+    weights.tofile(path)
+    report = Embedder(small_bundle, verify=False).self_test()
+    assert not report.passed
+    assert report.min_cosine < SPECS[Precision.FP32].self_test_min_cosine
+
+
+def test_self_test_does_not_pass_nan() -> None:
+    assert not SelfTestReport(1, float("nan"), 0.0, limit=0.9).passed
+
+
+def test_self_test_without_golden_vectors(small_bundle: Path) -> None:
+    edit_manifest(small_bundle, lambda m: m.update(golden=False, golden_missing_reason="no memory"))
+    with pytest.raises(BundleError, match=r"has no golden vectors \(no memory\)\. Export again"):
+        Embedder(small_bundle).self_test()
