@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+import onnx_ir as ir
 import psutil
 
 from gircse.checkpoint.silence import quiet_transformers
@@ -154,7 +155,7 @@ class BundleBackend:
         session = None
         if self._emulated:
             layout = self._bundle.layout(self._precision, self._layout)
-            content = emulated_graph(self._bundle.graph(self._precision, layout)).SerializeToString()
+            content = ir.to_proto(emulated_graph(self._bundle.graph(self._precision, layout))).SerializeToString()
             session = open_session(self._bundle, self._precision, layout=layout, threads=self._threads, content=content)
         return Embedder(
             self._bundle.directory,
