@@ -21,8 +21,8 @@ PARSERS = {
     "gircse-export": export_command._parser,
     "gircse-build": build_command._parser,
     "gircse-embed": embed_command._parser,
-    "gircse-parity": parity_command._parser,
-    "gircse-bench": bench_command._parser,
+    "gircse-parity": parity_command.build_parser,
+    "gircse-bench": bench_command.build_parser,
 }
 
 

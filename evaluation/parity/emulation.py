@@ -43,7 +43,7 @@ def emulated_graph(path: Path) -> ir.Model:
 
 
 def _round(graph: ir.Graph, node: ir.Node, exact: ir.Value) -> None:
-    """Let everything that reads a value read it rounded; the rounded value takes the name, by which a probe finds it."""
+    """Let every reader of a value read it rounded; the rounded value takes its name, by which a probe finds it."""
     low = exact.dtype
     name, shape = exact.name, exact.shape
     rounded, wide = ir.Value(), ir.Value(type=_WIDE, shape=shape)
