@@ -91,12 +91,9 @@ def print_load_time(bundle: Path, threads: int) -> None:
 def print_latency(embedders: dict[str, Embedder], reference: Reference, *, tokens: int, repeats: int) -> None:
     """Time one prompt of so many tokens, every backend in turn."""
     ids = random.Random(0).choices(range(1000, 40000), k=tokens)
-    batch = pad_batch((0,), [ids], pad_token_id=0)
     backends: dict[str, Callable[[], object]] = {"torch": lambda: reference([ids])}
     for name, embedder in embedders.items():
-        backends[name] = lambda session=embedder._opened.session: session.run(
-            batch.input_ids, batch.attention_mask, steps=reference.steps
-        )
+        backends[name] = lambda embedder=embedder: list(embedder.run_batches([ids]))
     seconds: dict[str, list[float]] = {name: [] for name in backends}
     for _ in range(repeats + 2):
         for name, backend in backends.items():

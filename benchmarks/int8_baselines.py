@@ -64,7 +64,7 @@ class Setup:
 
     Attributes:
         bundle: the bundle.
-        graph: a copy of its FP32 stepwise graph and weights, beside which the tools may write.
+        graph: a copy of its FP32 stepwise graph and weights, next to which the tools may write.
         calibration: token ids of each calibration text.
     """
 

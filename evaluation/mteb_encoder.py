@@ -161,7 +161,7 @@ def model_meta_from_manifest(
     }
     return ModelMeta.create_empty(
         {
-            # mteb wants organization/model, and only a snapshot of Hugging Face, which has a revision, is called so.
+            # mteb requires organization/model; only a Hugging Face snapshot, which has a revision, has such a name.
             "name": source.name if source.revision else f"local/{Path(source.name).name}",
             "revision": hashlib.sha256(manifest.to_json()).hexdigest(),
             "adapted_from": manifest.model.name if manifest.adapter and manifest.model.revision else None,

@@ -1,7 +1,7 @@
 """What a benchmark measures: a precision of a bundle, the PyTorch loop, llama.cpp.
 
-A spec travels to a process of its own and is opened there. Heavy packages are imported when it is, so that the process
-holds only those of its own backend.
+A spec is sent to a separate process and opened there. ``open`` imports heavy packages itself, so that the process holds
+only those of its own backend.
 """
 
 import contextlib

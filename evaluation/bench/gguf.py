@@ -126,7 +126,7 @@ def _check_supported(directory: Path) -> None:
             raise CheckpointError(
                 str(directory),
                 f"has {key} {found}",
-                f"gircse-bench writes GGUF files for {expected} only",
+                f"gircse-bench writes GGUF files only for {key} {expected}",
                 "Convert the merged model with llama.cpp's convert_hf_to_gguf.py --outtype q8_0 and pass the file with "
                 "--gguf.",
             )

@@ -68,7 +68,7 @@ class LlamaCppBaseline:
             batch: maximum texts of one run.
             tokens: longest prompt.
             steps: largest K.
-            threads: threads of llama.cpp; numpy's BLAS has a setting of its own (``OPENBLAS_NUM_THREADS``).
+            threads: threads of llama.cpp; numpy's BLAS has its own setting (``OPENBLAS_NUM_THREADS``).
             temperature: T.
             pooling: what becomes of h_1..h_K.
             repack: let llama.cpp lay its weights out for this CPU, its default. Without it AMX is not used.

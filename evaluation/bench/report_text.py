@@ -40,7 +40,7 @@ def markdown(report: BenchReport) -> str:
     ]
     parts = [
         "# Benchmark",
-        f"{report.threads} threads per backend, each backend in a process of its own, all in turn at every setting, "
+        f"{report.threads} threads per backend, each backend in its own process, all in turn at every setting, "
         f"{report.warm_up} runs of each to warm up. Memory bandwidth, measured: {report.bandwidth / 1e9:.1f} GB/s.",
         "## Loading and memory",
         markdown_table(COST_COLUMNS, [_cost_cells(cost) for cost in report.backends]),

@@ -283,9 +283,9 @@ def _run_setting(
 
 
 def _input_ids(setting: _Setting, bundle: Bundle) -> Int64:
-    """Return the same tokens (batch, tokens) int64 for every backend: running prose, each row from another word on.
+    """Return the same tokens (batch, tokens) int64 for every backend: running prose, each row starting at another word.
 
-    Not random tokens: how flat the softmax over the vocabulary is decides what a soft token costs in INT8 variants.
+    Not random tokens: the entropy of the softmax over the vocabulary decides what a soft token costs in INT8 variants.
     """
     tokenizer = load_tokenizer(bundle.file("tokenizer.json"))
     prose = np.array(tokenizer.encode(PROSE, add_special_tokens=False).ids, np.int64)

@@ -1,4 +1,4 @@
-"""One backend of a benchmark in a process of its own.
+"""One backend of a benchmark in its own process.
 
 Thread pools of torch, ONNX Runtime, OpenBLAS and llama.cpp spin for a while when they are idle; in one process each
 would take the cores of the next one. A process per backend also gives each its own load time and peak memory. The

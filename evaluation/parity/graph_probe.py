@@ -144,9 +144,11 @@ class _InnerNames:
 def _instrumented(path: Path, model: ir.Model, prefixes: set[str], inner: _InnerNames) -> bytes:
     """Return the graph with a switch behind every soft token, the inner values being outputs."""
     graph = model.graph
+    values = {str(value.name): value for node in graph for value in node.outputs}
     for prefix in sorted(prefixes):
-        _add_probabilities(graph, prefix)
-    values = {value.name: value for node in graph for value in node.outputs}
+        if prefix + tensor_names.LOGITS in values:
+            name = prefix + tensor_names.PROBABILITIES
+            values[name] = _add_probabilities(graph, values[prefix + tensor_names.LOGITS], name)
     if missing := sorted((inner.soft_tokens | inner.read) - set(values)):
         raise BundleError(
             str(path),
@@ -164,15 +166,12 @@ def _instrumented(path: Path, model: ir.Model, prefixes: set[str], inner: _Inner
     return content
 
 
-def _add_probabilities(graph: ir.Graph, prefix: str) -> None:
+def _add_probabilities(graph: ir.Graph, logits: ir.Value, name: str) -> ir.Value:
     """Compute the probabilities of all tokens where a graph has the logits only, as INT8 variants do."""
-    values = {value.name: value for node in graph for value in node.outputs}
-    logits = values.get(prefix + tensor_names.LOGITS)
-    if logits is None:
-        return
     softmax = ir.node("Softmax", [logits], {"axis": -1})
-    probabilities = ir.Value(name=prefix + tensor_names.PROBABILITIES)
+    probabilities = ir.Value(name=name)
     graph.extend([softmax, ir.node("Transpose", softmax.outputs, {"perm": [1, 0]}, outputs=[probabilities])])
+    return probabilities
 
 
 def _add_switch(graph: ir.Graph, computed: ir.Value, force: ir.Value) -> None:

@@ -1,4 +1,4 @@
-"""The parity run from end to end: a reference, one or more candidates, and what lies between them."""
+"""The parity run from end to end: a reference, one or more candidates, and how far they differ."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field

@@ -44,7 +44,7 @@ def test_what_would_be_written_wrongly_is_refused(
     small_models: SmallModels, tmp_path: Path, name: str, found: str
 ) -> None:
     checkpoint = resolve_checkpoint(str(small_models.checkpoint(name)))
-    with pytest.raises(CheckpointError, match=f"{found} .* --gguf"):
+    with pytest.raises(CheckpointError, match=f"has {found}; .* --gguf"):
         write_q8_0_gguf(checkpoint, tmp_path / "model.gguf")
     assert not list(tmp_path.iterdir())
 

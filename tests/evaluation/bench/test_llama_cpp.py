@@ -188,7 +188,7 @@ def test_a_missing_package_names_its_extra(monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.mark.slow
 def test_the_demo_agrees_with_pytorch(tmp_path: Path) -> None:
-    """As the benchmark runs it, in a process of its own: llama.cpp's default weights use AMX where there is any."""
+    """As the benchmark runs it, in its own process: llama.cpp's default weights use AMX where there is any."""
     pytest.importorskip("llama_cpp", reason=NOT_INSTALLED)
     bundle = export_bundle(ExportOptions(output=tmp_path / "demo", steps=8, layout="stepwise"))
     checkpoint = resolve_checkpoint("demo")

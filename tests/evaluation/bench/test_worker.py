@@ -1,4 +1,4 @@
-"""A backend in a process of its own gives the right vectors, and its errors reach the parent."""
+"""A backend in its own process gives the right vectors, and its errors reach the parent."""
 
 import os
 import signal
