@@ -4,10 +4,9 @@
     gircse-export --steps 8 --layout stepwise --output /tmp/stepwise
     python benchmarks/embed_speed.py /tmp/unrolled /tmp/stepwise
 
-Both sides run FP32 on the same threads in the same process, warmed up alike, their repeats interleaved. The PyTorch
-side is the reference loop (Hugging Face model, SDPA, KV cache, adapter merged) with the same prompts; for the mixed
-texts both sides try the same batch sizes and each keeps its best, PyTorch with the texts in the given order and sorted
-by length.
+Both backends run FP32 on the same threads in the same process, warmed up alike, their repeats interleaved. PyTorch is
+the reference loop (Hugging Face model, SDPA, KV cache, adapter merged) with the same prompts; for the mixed texts both
+try the same batch sizes and each keeps its best, PyTorch with the texts in the given order and sorted by length.
 """
 
 import argparse
@@ -38,7 +37,7 @@ def main() -> None:
     """Run every measurement and print one line each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundles", nargs="+", type=Path)
-    parser.add_argument("--texts", type=Path, help="one text a line (default: 256 pieces of this project's prose)")
+    parser.add_argument("--texts", type=Path, help="one text per line (default: 256 pieces of this project's prose)")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=15)
     args = parser.parse_args()
@@ -58,7 +57,7 @@ def main() -> None:
 
 
 class Reference:
-    """The PyTorch side: token ids in, z_K out."""
+    """The PyTorch backend: token ids in, z_K out."""
 
     def __init__(self, embedder: Embedder) -> None:
         """Load the model that the bundle's manifest names."""
@@ -90,25 +89,22 @@ def print_load_time(bundle: Path, threads: int) -> None:
 
 
 def print_latency(embedders: dict[str, Embedder], reference: Reference, *, tokens: int, repeats: int) -> None:
-    """Time one prompt of so many tokens, every side in turn."""
+    """Time one prompt of so many tokens, every backend in turn."""
     ids = random.Random(0).choices(range(1000, 40000), k=tokens)
-    batch = pad_batch((0,), [ids], pad_token_id=0)
-    sides: dict[str, Callable[[], object]] = {"torch": lambda: reference([ids])}
+    backends: dict[str, Callable[[], object]] = {"torch": lambda: reference([ids])}
     for name, embedder in embedders.items():
-        sides[name] = lambda session=embedder._session: session.run(
-            batch.input_ids, batch.attention_mask, steps=reference.steps
-        )
-    seconds: dict[str, list[float]] = {name: [] for name in sides}
+        backends[name] = lambda embedder=embedder: list(embedder.run_batches([ids]))
+    seconds: dict[str, list[float]] = {name: [] for name in backends}
     for _ in range(repeats + 2):
-        for name, side in sides.items():
-            seconds[name].append(timed(side))
+        for name, backend in backends.items():
+            seconds[name].append(timed(backend))
     for name, runs in seconds.items():
         ratio = statistics.median(seconds["torch"][2:]) / statistics.median(runs[2:])
         print(f"one prompt of {tokens} tokens, K = {reference.steps}, {name}: {spread(runs[2:])}, {ratio:.2f} x torch")
 
 
 def print_throughput(embedders: dict[str, Embedder], reference: Reference, texts: Sequence[str]) -> None:
-    """Time all texts at several batch sizes, every side in turn, and compare the best."""
+    """Time all texts at several batch sizes, every backend in turn, and compare the best."""
     first = next(iter(embedders.values()))
     token_ids = first.tokenizer(texts)
     lengths = sorted(map(len, token_ids))
@@ -121,20 +117,20 @@ def print_throughput(embedders: dict[str, Embedder], reference: Reference, texts
 
     best: dict[str, tuple[float, int]] = {}
     for size in BATCH_SIZES:
-        sides: dict[str, Callable[[], object]] = {
+        backends: dict[str, Callable[[], object]] = {
             "torch, given order": lambda size=size: run_reference(token_ids, size),
             "torch, sorted": lambda size=size: run_reference(by_length, size),
         }
         for name, embedder in embedders.items():
-            sides[name] = lambda embedder=embedder, size=size: embedder.encode(
+            backends[name] = lambda embedder=embedder, size=size: embedder.encode(
                 texts, batch_size=size, batch_tokens=1 << 30
             )
-        for name, side in sides.items():
-            best[name] = min(best.get(name, (float("inf"), 0)), (timed(side), size))
+        for name, backend in backends.items():
+            best[name] = min(best.get(name, (float("inf"), 0)), (timed(backend), size))
     for name, (seconds, size) in best.items():
         ratios = ", ".join(
-            f"{best[torch_side][0] / seconds:.2f} x {torch_side}"
-            for torch_side in ("torch, given order", "torch, sorted")
+            f"{best[reference_name][0] / seconds:.2f} x {reference_name}"
+            for reference_name in ("torch, given order", "torch, sorted")
         )
         print(f"{name}: {seconds:.2f} s at its best batch size {size}, {len(texts) / seconds:.1f} texts/s; {ratios}")
 
@@ -151,10 +147,10 @@ def project_prose(count: int) -> list[str]:
     return texts
 
 
-def timed(side: Callable[[], object]) -> float:
+def timed(backend: Callable[[], object]) -> float:
     """Return the seconds of one call."""
     start = time.perf_counter()
-    side()
+    backend()
     return time.perf_counter() - start
 
 

@@ -1,10 +1,10 @@
-"""Quality of a bundle's INT8 variants and of three peers, on the same texts and calibrated with the same texts.
+"""Quality of a bundle's INT8 variants and of three baselines, on the same texts and calibrated with the same texts.
 
     pip install nvidia-modelopt    # not part of any extra of ours
-    python benchmarks/int8_peers.py gircse-demo-8 --calibration-texts calibration.txt.gz --texts texts.txt \
+    python benchmarks/int8_baselines.py gircse-demo-8 --calibration-texts calibration.txt.gz --texts texts.txt \
         --sts stsb_dev.tsv.gz
 
-Peers, each in the ways that its documentation gives for matrix products:
+Baselines, each in the ways that its documentation gives for matrix products:
     quantize_dynamic  ONNX Runtime: weights per channel, the scale of an activation from the values at hand
     quantize_static   ONNX Runtime: QDQ, weights per channel, the scale of an activation from a calibration
     modelopt          NVIDIA Model Optimizer: SmoothQuant, W8A8 fake-quantized in PyTorch
@@ -12,9 +12,9 @@ Peers, each in the ways that its documentation gives for matrix products:
 Each row is measured against the bundle's FP32 vectors at K: rank correlation of the similarities of all pairs, share of
 common ten nearest neighbors, smallest cosine; with --sts also the Spearman correlation of the task. ``products`` says
 how many of the graph's matrix products have two INT8 operands, those inside attention not counted. What a tool makes
-and cannot run, or refuses to make, is a row with its message. Every side gets the same batches (at most 32 texts, by
-length). The calibration texts are those of ``gircse-calibrate --samples`` with the same number, one at a time, so that no
-padding is calibrated on. The tools write several copies of the graph where TMPDIR points to.
+and cannot run, or refuses to make, is a row with its message. Every backend gets the same batches (at most 32 texts, by
+length). The calibration texts are those of ``gircse-calibrate --samples`` with the same number, one at a time, so that
+no padding is calibrated on. The tools write several copies of the graph where TMPDIR points to.
 """
 
 import argparse
@@ -33,13 +33,14 @@ import onnx
 import torch
 
 from gircse.checkpoint.reference import load_reference, refine, step_states
-from gircse.evaluation.parity.backends import source_checkpoint
+from gircse.evaluation.parity.references import source_checkpoint
 from gircse.evaluation.tasks.files import STS_INSTRUCTION, read_sts
 from gircse.evaluation.tasks.prompts import Prompt, read_prompts, tokenize_prompts
 from gircse.evaluation.tasks.scoring import StsTask
 from gircse.reporting.similarity import neighbor_overlap, pairwise_rank_correlation
 from gircse.runtime import Embedder, tensor_names
 from gircse.runtime.bundle import Bundle
+from gircse.runtime.command import comma_separated
 from gircse.runtime.manifest import GraphFacts, Layout
 from gircse.runtime.numerics import Float32, row_cosine
 from gircse.runtime.ort_session import StepwiseSession, load_graph, open_session
@@ -59,11 +60,11 @@ Feed = dict[str, Any]
 
 @dataclass(frozen=True)
 class Setup:
-    """What a peer quantizes.
+    """What a baseline quantizes.
 
     Attributes:
         bundle: the bundle.
-        graph: a copy of its FP32 stepwise graph and weights, beside which the tools may write.
+        graph: a copy of its FP32 stepwise graph and weights, next to which the tools may write.
         calibration: token ids of each calibration text.
     """
 
@@ -81,23 +82,35 @@ class Backend:
 
 
 Way = tuple[str, Callable[[Path], Backend]]
-"""Name of a way to quantize, and what does it; it may write into the folder that it is given."""
+"""Name of a way to quantize, and the function that does it; it may write into the folder that it is given."""
 
 
 def main() -> None:
-    """Compare the bundle's own INT8 variants, then the peers."""
+    """Compare the bundle's own INT8 variants, then the baselines."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundle", type=Path, help="bundle with FP32 graphs")
-    parser.add_argument("--calibration-texts", type=Path, required=True, metavar="FILE", help="one a line, may be .gz")
+    parser.add_argument(
+        "--calibration-texts", type=Path, required=True, metavar="FILE", help="one text per line, may be .gz"
+    )
     parser.add_argument("--samples", type=int, default=128, help="calibration texts to draw from the file")
-    parser.add_argument("--texts", type=Path, required=True, metavar="FILE", help="texts to compare on, one a line")
+    parser.add_argument(
+        "--texts", type=Path, required=True, metavar="FILE", help="texts to compare on, one text per line"
+    )
     parser.add_argument("--sts", type=Path, metavar="FILE", help="scored pairs, TSV: score, sentence1, sentence2")
-    parser.add_argument("--precision", nargs="*", help="the bundle's own variants to compare (default: its INT8 ones)")
-    parser.add_argument("--peers", default=",".join(PACKAGES), help="default: %(default)s")
+    parser.add_argument(
+        "--precision",
+        type=comma_separated(str),
+        metavar="P,...",
+        help="the bundle's own variants to compare (default: its INT8 ones)",
+    )
+    parser.add_argument(
+        "--against",
+        type=comma_separated(baseline),
+        default=tuple(PACKAGES),
+        metavar=",".join(PACKAGES),
+        help="baselines (default: all)",
+    )
     args = parser.parse_args()
-    peers = args.peers.split(",")
-    if unknown := set(peers) - set(PACKAGES):
-        parser.error(f"--peers: {', '.join(sorted(unknown))} | some of {', '.join(PACKAGES)}")
 
     bundle = Bundle.open(args.bundle)
     own = args.precision
@@ -107,34 +120,41 @@ def main() -> None:
     sts = read_sts(args.sts, instruction=STS_INSTRUCTION) if args.sts else None
     print(f"{versions()}; K = {bundle.manifest.graph.steps}, {len(texts)} texts, {len(calibration)} calibration texts")
     with tempfile.TemporaryDirectory() as scratch:
-        evaluate_gates = Judge(bundle, texts, sts)
+        comparison = Comparison(bundle, texts, sts)
         for precision in own:
             session = open_session(bundle, precision, layout=Layout.STEPWISE)
-            evaluate_gates.print_row(f"{bundle.directory.name}:{precision}", Backend(session))
-        token_ids = tokenize_prompts(evaluate_gates.embedder(Backend(evaluate_gates.fp32)).tokenizer, calibration)
+            comparison.print_row(f"{bundle.directory.name}:{precision}", Backend(session))
+        token_ids = tokenize_prompts(comparison.embedder(Backend(comparison.fp32)).tokenizer, calibration)
         setup = Setup(bundle, copy_graph(bundle, Path(scratch)), token_ids)
-        for peer in peers:
-            print_peer(peer, setup, evaluate_gates)
+        for name in args.against:
+            print_baseline(name, setup, comparison)
 
 
-def print_peer(peer: str, setup: Setup, evaluate_gates: "Judge") -> None:
-    """Print a row for every way of a peer as it is done."""
+def baseline(name: str) -> str:
+    """Return the name of a baseline, for the command line; a ValueError where there is none."""
+    if name not in PACKAGES:
+        raise ValueError(f"{name!r} is not one of {', '.join(PACKAGES)}")
+    return name
+
+
+def print_baseline(baseline: str, setup: Setup, comparison: "Comparison") -> None:
+    """Print a row for every way of a baseline as it is done."""
     try:
-        for name, make in WAYS[peer](setup):
+        for name, make in WAYS[baseline](setup):
             with tempfile.TemporaryDirectory(dir=setup.graph.parent) as folder:
                 try:
                     with redirect_stdout(sys.stderr):  # the tools talk
-                        side = make(Path(folder))
-                    evaluate_gates.print_row(f"{peer}: {name}", side)
+                        backend = make(Path(folder))
+                    comparison.print_row(f"{baseline}: {name}", backend)
                 except Exception as err:  # the failure of a tool is a result
                     lines = [line for line in str(err).splitlines() if line.strip()] or [""]
-                    print(f"{peer + ': ' + name:{NAME_WIDTH}} fails: {type(err).__name__}: {lines[0]}", flush=True)
+                    print(f"{baseline + ': ' + name:{NAME_WIDTH}} fails: {type(err).__name__}: {lines[0]}", flush=True)
     except ImportError as err:
-        print(f"{peer}: {err} | pip install {PACKAGES[peer]}", flush=True)
+        print(f"{baseline}: {err}. Install it: pip install {PACKAGES[baseline]}", flush=True)
 
 
-class Judge:
-    """Holds what every side is compared with, and prints the rows."""
+class Comparison:
+    """Holds what every backend is compared with, and prints the rows."""
 
     def __init__(self, bundle: Bundle, texts: Sequence[Prompt], sts: StsTask | None) -> None:
         """Embed the texts in FP32 and print the header and the first row."""
@@ -145,25 +165,25 @@ class Judge:
         print(f"{'':{NAME_WIDTH}} {columns}{'  STS' if sts else ''}")
         self.print_row(f"{bundle.directory.name}:fp32", Backend(self.fp32))
 
-    def print_row(self, name: str, side: Backend) -> None:
-        """Embed with a side and print how far it is from FP32."""
-        vectors = self._embed(side, self._texts)
+    def print_row(self, name: str, backend: Backend) -> None:
+        """Embed with a backend and print how far it is from FP32."""
+        vectors = self._embed(backend, self._texts)
         if not np.isfinite(vectors).all():
             raise ValueError(f"{name}: NaN or infinity in the vectors")
         correlation = pairwise_rank_correlation(vectors, self._reference)
         overlap = neighbor_overlap(vectors, self._reference)
         cosine = row_cosine(vectors, self._reference).min()
-        row = f"{name:{NAME_WIDTH}} {side.products:>11} {correlation:11.4f} {overlap:7.3f} {cosine:12.4f}"
+        row = f"{name:{NAME_WIDTH}} {backend.products:>11} {correlation:11.4f} {overlap:7.3f} {cosine:12.4f}"
         if self._sts:
-            row += f" {self._sts.score(self._embed(side, self._sts.prompts)):.4f}"
+            row += f" {self._sts.score(self._embed(backend, self._sts.prompts)):.4f}"
         print(row, flush=True)
 
-    def embedder(self, side: Backend) -> Embedder:
-        """Return the runtime around a side."""
-        return Embedder.from_session(self._bundle, side.session, precision="fp32")
+    def embedder(self, backend: Backend) -> Embedder:
+        """Return the runtime around a backend."""
+        return Embedder.from_session(self._bundle, backend.session, precision="fp32")
 
-    def _embed(self, side: Backend, prompts: Sequence[Prompt]) -> Float32:
-        embedder = self.embedder(side)
+    def _embed(self, backend: Backend, prompts: Sequence[Prompt]) -> Float32:
+        embedder = self.embedder(backend)
         token_ids = tokenize_prompts(embedder.tokenizer, prompts)
         result = np.empty((len(prompts), self._bundle.manifest.graph.hidden_size), np.float32)
         for rows, outputs in embedder.run_batches(token_ids):
@@ -187,7 +207,7 @@ def dynamic_ways(setup: Setup) -> Iterator[Way]:
                 weight_type=QuantType.QInt8,
                 use_external_data_format=True,
             )
-            return onnx_side(folder / "graph.onnx", setup.bundle.manifest.graph)
+            return onnx_backend(folder / "graph.onnx", setup.bundle.manifest.graph)
 
         return make
 
@@ -233,7 +253,7 @@ def static_ways(setup: Setup) -> Iterator[Way]:
                 extra_options=options | ({} if outputs else {"OpTypesToExcludeOutputQuantization": list(operators)}),
                 calibration_cache_path=setup.graph.with_name("ranges.json") if min_max else None,
             )
-            return onnx_side(folder / "graph.onnx", facts)
+            return onnx_backend(folder / "graph.onnx", facts)
 
         return make
 
@@ -272,9 +292,8 @@ def modelopt_ways(setup: Setup) -> Iterator[Way]:
             linear = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
             done = sum(each.input_quantizer.is_enabled and each.weight_quantizer.is_enabled for each in linear)
             mtq.fold_weight(model)  # the same values, not rounded anew in every pass
-            return Backend(
-                TorchSession(model, facts), f"{done} of {len(linear) + 1}"
-            )  # and the mixture of the embeddings
+            # One more product: the soft-token embedding.
+            return Backend(TorchSession(model, facts), f"{done} of {len(linear) + 1}")
 
         return make
 
@@ -308,7 +327,7 @@ class StepwiseFeeds:
         return len(self._token_ids) * self._facts.steps
 
     def set_range(self, start_index: int, end_index: int) -> None:
-        """Let the next passes follow, so many of them."""
+        """Give the next ``end_index - start_index`` passes."""
         self._left = end_index - start_index
 
     def get_next(self) -> Feed | None:
@@ -346,7 +365,7 @@ class StepwiseFeeds:
 
 
 class TorchSession:
-    """A ``transformers`` model in the place of a graph."""
+    """A ``transformers`` model in place of a graph."""
 
     def __init__(self, model: Any, facts: GraphFacts) -> None:
         self._model, self._facts = model, facts
@@ -362,7 +381,7 @@ class TorchSession:
         return None
 
 
-def onnx_side(path: Path, facts: GraphFacts) -> Backend:
+def onnx_backend(path: Path, facts: GraphFacts) -> Backend:
     """Load a quantized stepwise graph, and count its matrix products of two INT8 operands."""
     nodes = onnx.load(path, load_external_data=False).graph.node
     dequantized = {node.output[0] for node in nodes if node.op_type == "DequantizeLinear"}
@@ -375,7 +394,7 @@ def onnx_side(path: Path, facts: GraphFacts) -> Backend:
 
 
 def copy_graph(bundle: Bundle, directory: Path) -> Path:
-    """Copy the FP32 stepwise graph with its weights: the tools write files of their own beside what they read."""
+    """Copy the FP32 stepwise graph with its weights: the tools write their own files next to what they read."""
     model = onnx.load(bundle.graph("fp32", Layout.STEPWISE))
     path = directory / "fp32.onnx"
     onnx.save_model(model, path, save_as_external_data=True)

@@ -1,1 +1,1 @@
-"""Measures what a bundle is worth: parity with a reference, quality on tasks, speed beside its peers."""
+"""Measure a bundle: parity with a reference, quality on tasks, speed against baselines."""

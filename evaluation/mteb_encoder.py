@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from gircse.runtime import Embedder, Manifest
 from gircse.runtime.embedder import DEFAULT_BATCH_SIZE
+from gircse.runtime.errors import OptionError, sentence
 from gircse.runtime.numerics import Float32
 
 try:
@@ -24,7 +25,15 @@ try:
     from mteb.models.model_meta import ModelMeta, ScoringFunction
     from mteb.types import BatchedInput, PromptType
 except ImportError as err:
-    raise ImportError(f"mteb: {err} | mteb 2.10 or later | pip install 'gircse-deploy[mteb]'", name="mteb") from err
+    raise ImportError(
+        sentence(
+            "mteb",
+            f"cannot be imported: {err}",
+            "version 2.10 or later is needed",
+            "Install it: pip install 'gircse-deploy[mteb]'",
+        ),
+        name="mteb",
+    ) from err
 
 if TYPE_CHECKING:
     from torch.utils.data import DataLoader
@@ -52,24 +61,26 @@ class MtebEncoder(AbsEncoder):
         steps: int | None = None,
         prompts: Mapping[str, str] | None = None,
     ) -> None:
-        """Open a bundle, or take an embedder that is open.
+        """Open a bundle, or take an open embedder.
 
         Args:
             bundle: bundle directory, or an embedder of one.
-            precision: variant to load; None takes the only one.
+            precision: variant to load; None takes the default of ``Embedder``.
             steps: refinement steps, 0 to the bundle's K; None is K.
             prompts: instructions that replace the tasks' own, under the keys that the module describes; an empty text
-                means none. mteb warns of keys that it does not know, but they count: a task of yours may have the name.
+                means none. mteb warns of keys that it does not know, but they count: your own task may have that name.
 
         Raises:
             BundleError: the bundle cannot be used.
-            ValueError: ``steps`` is out of range, or an open embedder is to change its precision.
+            OptionError: ``steps`` is out of range, or ``precision`` is given with an open embedder.
         """
         self.model = bundle if isinstance(bundle, Embedder) else Embedder(bundle, precision=precision)
         if self.model is bundle and precision is not None:
-            raise ValueError(
-                f"bundle: an open embedder, precision {precision!r} | with an embedder no precision | pass the path of "
-                "the bundle, and precision"
+            raise OptionError(
+                "precision",
+                f"is {precision!r}",
+                "an open embedder has a precision already",
+                "Pass the path of the bundle instead of an embedder.",
             )
         self.model.encode([], steps=steps)  # a wrong number shows here, not after the download of a task's data
         self._steps = steps
@@ -99,7 +110,7 @@ class MtebEncoder(AbsEncoder):
             hf_split: not used.
             hf_subset: not used.
             prompt_type: query, document, or None where the task does not distinguish them.
-            batch_size: most texts of a batch; ``mteb.evaluate`` passes 32 unless its ``encode_kwargs`` say otherwise.
+            batch_size: maximum texts per batch; ``mteb.evaluate`` passes 32 unless its ``encode_kwargs`` say otherwise.
             show_progress_bar: show a progress bar on stderr.
             precision: element type of the vectors, which mteb calls so; not the variant of the bundle.
 
@@ -107,12 +118,14 @@ class MtebEncoder(AbsEncoder):
             (n, hidden) float32 unit vectors, in the order of ``inputs``.
 
         Raises:
-            ValueError: ``precision`` is not ``float32``, or ``batch_size`` is below 1.
+            OptionError: ``precision`` is not ``float32``, or ``batch_size`` is below 1.
         """
         if precision != "float32":
-            raise ValueError(
-                f"encode_kwargs: precision {precision!r} | 'float32', the only vectors of a bundle | leave it out; "
-                "MtebEncoder(bundle, precision=...) chooses the graphs"
+            raise OptionError(
+                "encode_kwargs: precision",
+                f"is {precision!r}",
+                "a bundle gives 'float32' vectors only",
+                "Leave it out; MtebEncoder(bundle, precision=...) chooses the graphs.",
             )
         return self.model.encode(
             [text for batch in inputs for text in batch["text"]],
@@ -148,7 +161,7 @@ def model_meta_from_manifest(
     }
     return ModelMeta.create_empty(
         {
-            # mteb wants organization/model, and only a snapshot of Hugging Face, which has a revision, is called so.
+            # mteb requires organization/model; only a Hugging Face snapshot, which has a revision, has such a name.
             "name": source.name if source.revision else f"local/{Path(source.name).name}",
             "revision": hashlib.sha256(manifest.to_json()).hexdigest(),
             "adapted_from": manifest.model.name if manifest.adapter and manifest.model.revision else None,

@@ -1,10 +1,13 @@
-"""What ``gircse-parity`` and ``gircse-bench`` share: the flags of the tasks, and tables on the terminal."""
+"""What ``gircse-parity`` and ``gircse-bench`` share: their packages, the flags of the tasks, tables on the terminal."""
 
 import argparse
 import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+EXTRAS = "cpu,evaluation,export,demo"
+"""What to install: export and demo are for the PyTorch reference."""
 
 _TASKS = (
     ("sts", "FILE", "scored pairs, TSV: score, sentence1, sentence2"),
@@ -25,7 +28,7 @@ def add_task_flags(parser: Any) -> None:
 
 
 def pop_task_options(args: dict[str, Any]) -> Any:
-    """Take the tasks out of parsed arguments, as ``TaskOptions``."""
+    """Remove the task flags from parsed arguments and return them as ``TaskOptions``."""
     from gircse.evaluation.tasks.files import TaskOptions
 
     names = [key for name, _, _ in _TASKS for key in (name, f"{name}_instruction") if key in args]
@@ -33,7 +36,7 @@ def pop_task_options(args: dict[str, Any]) -> Any:
 
 
 def show_tables(tables: Iterable[Any], *, width: int) -> None:
-    """Print ``rich`` tables; a file or a pipe, whose lines have no end, gets ``width`` columns."""
+    """Print ``rich`` tables; to a file or a pipe, which has no width, ``width`` columns wide."""
     from rich.console import Console
 
     console = Console() if sys.stdout.isatty() else Console(width=width)

@@ -1,1 +1,1 @@
-"""Measure bundles beside their baselines."""
+"""Measure bundles against baselines."""

@@ -18,7 +18,7 @@ from safetensors import safe_open
 from gircse.checkpoint.demo import cache_directory
 from gircse.checkpoint.source import Checkpoint, read_json
 from gircse.runtime.bundle import file_sha256
-from gircse.runtime.errors import CheckpointError
+from gircse.runtime.errors import CheckpointError, ProviderError
 from gircse.runtime.numerics import Float32
 
 ARCHITECTURE = "llama"
@@ -33,7 +33,8 @@ def gguf_of(checkpoint: Checkpoint) -> Path:
         checkpoint: as for :func:`write_q8_0_gguf`. Another file of it, or another adapter, gives another GGUF.
 
     Raises:
-        CheckpointError: another architecture, or gguf is not installed.
+        CheckpointError: another architecture.
+        ProviderError: gguf is not installed.
     """
     _check_supported(checkpoint.directory)
     contents = [checkpoint.model.config_sha256, *(file_sha256(shard) for shard in checkpoint.shards)]
@@ -62,19 +63,20 @@ def embedding_table(checkpoint: Checkpoint) -> Float32:
             table: Float32 = file.get_tensor(_EMBEDDING_TABLE).float().numpy()
             return table
     raise CheckpointError(
-        f"{checkpoint.directory}: no {_EMBEDDING_TABLE} | a checkpoint with one | use a model of a supported type"
+        str(checkpoint.directory), f"has no {_EMBEDDING_TABLE}", None, "Use a model of a supported type."
     )
 
 
 def write_q8_0_gguf(checkpoint: Checkpoint, destination: Path) -> None:
-    """Write the merged model to ``destination``, which appears whole or not at all. Holds the model in FP32.
+    """Write the merged model to ``destination``, atomically. Holds the model in FP32.
 
     Args:
         checkpoint: a model of type ``llama`` without rotary scaling, and the adapter to merge.
-        destination: the GGUF file; one that stands there is replaced.
+        destination: the GGUF file; an existing one is replaced.
 
     Raises:
-        CheckpointError: another architecture, or gguf is not installed.
+        CheckpointError: another architecture.
+        ProviderError: gguf is not installed.
     """
     gguf = _gguf()
     _check_supported(checkpoint.directory)
@@ -101,14 +103,17 @@ def _gguf() -> Any:
     try:
         import gguf
     except ImportError as err:
-        raise CheckpointError(
-            "llama.cpp: gguf is not installed | needed to write the GGUF file | pip install 'gircse-deploy[llama-cpp]'"
+        raise ProviderError(
+            "gguf",
+            "is not installed",
+            "it writes the GGUF file of llama.cpp",
+            "Install it: pip install 'gircse-deploy[llama-cpp]'",
         ) from err
     return gguf
 
 
 def _check_supported(directory: Path) -> None:
-    """Refuse what this file would write wrongly: llama.cpp would compute something else without a word."""
+    """Refuse what this file would write wrongly: llama.cpp would silently compute something else."""
     config = read_json(directory / "config.json")
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     for key, found, expected in (
@@ -119,8 +124,11 @@ def _check_supported(directory: Path) -> None:
     ):
         if found != expected:
             raise CheckpointError(
-                f"{directory}: {key} {found} | {expected}, the only one whose GGUF is written here | convert the merged "
-                "model with llama.cpp's convert_hf_to_gguf.py --outtype q8_0 and pass the file with --gguf"
+                str(directory),
+                f"has {key} {found}",
+                f"gircse-bench writes GGUF files only for {key} {expected}",
+                "Convert the merged model with llama.cpp's convert_hf_to_gguf.py --outtype q8_0 and pass the file with "
+                "--gguf.",
             )
 
 

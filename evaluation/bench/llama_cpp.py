@@ -1,15 +1,15 @@
-"""The same vectors from llama.cpp, as fast as its C API gives them: a peer to measure ourselves against.
+"""The same vectors from llama.cpp, as fast as its C API gives them: a baseline to measure ourselves against.
 
-llama.cpp has no soft tokens, so it computes the states and numpy mixes the next input::
+llama.cpp has no soft tokens, so it computes the states, and numpy the soft-token embedding that comes next::
 
     llama_decode(prompt)                     -> logits of the last token of each text
     K times: softmax(logits / T) @ E         in numpy, FP32
              llama_decode(embeddings = that) -> h_k and the logits of the next step
     z_K = normalized mean of h_1..h_K, or normalized h_K
 
-One call runs all texts of a batch as sequences of their own. The prompt asks for logits only: a llama.cpp context that
-returns states returns them, and logits, for every token. It offers no states without logits, so the last step projects
-onto the vocabulary for nothing.
+One call runs all texts of a batch, each as its own sequence. The prompt asks for logits only: a llama.cpp context that
+returns states returns them, and logits, for every token. It offers no states without logits, so the last step's
+projection onto the vocabulary is wasted.
 """
 
 import ctypes
@@ -22,26 +22,26 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from gircse.runtime.errors import CheckpointError, ProviderError
+from gircse.runtime.errors import CheckpointError, OptionError, ProviderError
 from gircse.runtime.manifest import Pooling
 from gircse.runtime.numerics import Float32, l2_normalize
 
 Int64 = NDArray[np.int64]
 
 BASELINE_ENVIRONMENT = {"OPENBLAS_THREAD_TIMEOUT": "4", "GOMP_SPINCOUNT": "10000"}
-"""For the process that runs the peer, from its start on. Idle threads of numpy's OpenBLAS and of llama.cpp's OpenMP
-spin by default, each on the cores that the other needs: 447 ms instead of 183 for one text of 24 tokens, K = 8, with the
-demo on two cores of a Xeon without use of AMX."""
+"""For the process that runs the baseline, from its start. Idle threads of numpy's OpenBLAS and of llama.cpp's OpenMP
+spin by default, each on the cores that the other needs: 447 ms instead of 183 for one text of 24 tokens, K = 8, with
+the demo on two cores of a Xeon without use of AMX."""
 
 CRASH_HINT = (
-    "some GCCs, 12.2 is one, miscompile llama.cpp's AMX set-up (ggml-org/llama.cpp#20824); a build that does not: "
+    "Some versions of GCC, such as 12.2, miscompile llama.cpp's AMX setup (ggml-org/llama.cpp#20824). To avoid it: "
     "CMAKE_ARGS=-DCMAKE_CXX_FLAGS=-fno-dse pip install --force-reinstall --no-cache-dir llama-cpp-python"
 )
 """What to do when the process dies in llama.cpp, which no code of ours can catch."""
 
 _GGML_LOG_LEVEL_ERROR = 4
 _errors: list[str] = []
-"""What llama.cpp reported since the call in progress began, its cause first."""
+"""What llama.cpp has reported since the current call began, the cause first."""
 
 
 class LlamaCppBaseline:
@@ -60,22 +60,22 @@ class LlamaCppBaseline:
         pooling: Pooling = Pooling.MEAN,
         repack: bool = True,
     ) -> None:
-        """Load the model and make room for the largest batch.
+        """Load the model and allocate for the largest batch.
 
         Args:
             gguf: the model's GGUF file.
             embedding_table: (vocabulary, hidden) float32, E.
-            batch: most texts of one run.
+            batch: maximum texts of one run.
             tokens: longest prompt.
             steps: largest K.
-            threads: threads of llama.cpp; those of numpy's BLAS are its own affair (``OPENBLAS_NUM_THREADS``).
+            threads: threads of llama.cpp; numpy's BLAS has its own setting (``OPENBLAS_NUM_THREADS``).
             temperature: T.
             pooling: what becomes of h_1..h_K.
             repack: let llama.cpp lay its weights out for this CPU, its default. Without it AMX is not used.
 
         Raises:
             CheckpointError: llama.cpp cannot load the file, or it is of another model than the table.
-            ProviderError: llama-cpp-python is missing, or memory does not suffice.
+            ProviderError: llama-cpp-python is missing, or there is not enough memory.
         """
         self._lib = _llama_cpp()
         self._shape, self._steps = (batch, tokens), steps
@@ -101,7 +101,8 @@ class LlamaCppBaseline:
             (batch, hidden) float32, z_K.
 
         Raises:
-            ValueError: more texts, tokens or steps than there is room for, or none; or the peer is closed.
+            OptionError: more texts, tokens or steps than there is room for, or none.
+            ValueError: the baseline is closed.
             ProviderError: llama.cpp fails.
         """
         self._check_fits(input_ids, steps)
@@ -122,7 +123,7 @@ class LlamaCppBaseline:
         return l2_normalize(pooled)  # the sum has the direction of the mean
 
     def close(self) -> None:
-        """Free the context and the model; more than once does no harm."""
+        """Free the context and the model; closing twice does nothing."""
         self._context = None
         self._opened.close()
 
@@ -134,12 +135,14 @@ class LlamaCppBaseline:
 
     def _check_fits(self, input_ids: Int64, steps: int) -> None:
         if self._context is None:
-            raise ValueError("run: the peer is closed | an open one | open another")
+            raise ValueError("the llama.cpp baseline is closed")
         fits = input_ids.ndim == 2 and 0 < input_ids.size and np.less_equal(input_ids.shape, self._shape).all()
         if not fits or not 1 <= steps <= self._steps:
-            raise ValueError(
-                f"run: input_ids {input_ids.shape}, steps {steps} | up to {self._shape} and 1 to {self._steps} | "
-                "open the peer with more room"
+            raise OptionError(
+                "input_ids",
+                f"has shape {input_ids.shape}, for {steps} steps",
+                f"this baseline takes shapes up to {self._shape} and 1 to {self._steps} steps",
+                "Open the baseline with more room.",
             )
 
     def _rows(self, getter: Callable[[Any], Any], shape: tuple[int, ...]) -> Float32:
@@ -148,7 +151,7 @@ class LlamaCppBaseline:
         return rows
 
     def _mix(self, logits: Float32, *, out: Float32) -> None:
-        """Write softmax(logits / T) @ E; divided by the sum only at the end, on hidden instead of vocabulary values."""
+        """Write softmax(logits / T) @ E, divided by the sum at the end: hidden divisions instead of vocabulary ones."""
         weights = self._weights[: len(logits)]
         np.subtract(logits, logits.max(axis=1, keepdims=True), out=weights)
         if self._temperature != 1.0:
@@ -184,12 +187,12 @@ class _Batch:
 
 @functools.cache
 def _llama_cpp() -> Any:
-    """Import llama-cpp-python and start llama.cpp, silent but for the error that our messages repeat."""
+    """Import llama-cpp-python and start llama.cpp, silent except for the error that our messages repeat."""
     try:
         import llama_cpp
     except ImportError as err:
         raise ProviderError(
-            "llama.cpp: llama-cpp-python is not installed | the package | pip install 'gircse-deploy[llama-cpp]'"
+            "llama-cpp-python", "is not installed", None, "Install it: pip install 'gircse-deploy[llama-cpp]'"
         ) from err
     llama_cpp.llama_log_set(_log_callback(llama_cpp), ctypes.c_void_p(0))
     llama_cpp.llama_backend_init()
@@ -212,7 +215,9 @@ def _open_model(lib: Any, gguf: Path, *, repack: bool) -> Any:
     _errors.clear()
     model = lib.llama_model_load_from_file(str(gguf).encode(), params)
     if not model:
-        raise CheckpointError(f"{gguf}: {_reason('not loaded')} | a GGUF file that llama.cpp loads | check --gguf")
+        raise CheckpointError(
+            str(gguf), f"cannot be loaded by llama.cpp: {_reason('no message')}", None, "Check --gguf."
+        )
     return model
 
 
@@ -220,8 +225,10 @@ def _check_same_model(lib: Any, model: Any, table: Float32, gguf: Path) -> None:
     found = (lib.llama_vocab_n_tokens(lib.llama_model_get_vocab(model)), lib.llama_model_n_embd(model))
     if found != table.shape:
         raise CheckpointError(
-            f"{gguf}: vocabulary and hidden size {found} | {table.shape}, as in the embedding table | "
-            "pass the GGUF file of the same model"
+            str(gguf),
+            f"has vocabulary and hidden size {found}",
+            f"the embedding table has {table.shape}",
+            "Pass the GGUF file of the same model.",
         )
 
 
@@ -239,7 +246,10 @@ def _open_context(lib: Any, model: Any, *, batch: int, tokens: int, room: int, t
     context = lib.llama_init_from_model(model, params)
     if not context:
         raise ProviderError(
-            f"llama.cpp: {_reason('no context')} | room for {batch} x {room} tokens | a smaller batch or more memory"
+            "llama.cpp",
+            f"opens no context for {batch} x {room} tokens: {_reason('no message')}",
+            None,
+            "Choose a smaller batch, or use a machine with more memory.",
         )
     return context
 
@@ -249,7 +259,10 @@ def _decode(lib: Any, context: Any, batch: _Batch) -> None:
     code = lib.llama_decode(context, batch.struct)
     if code:
         raise ProviderError(
-            f"llama.cpp: llama_decode gave {code} ({_reason('no message')}) | 0 | check the token ids and the GGUF file"
+            "llama.cpp",
+            f"failed: llama_decode gave {code} ({_reason('no message')})",
+            None,
+            "Check the token ids and the GGUF file.",
         )
 
 

@@ -30,16 +30,16 @@ def _latency_by_step(report: BenchReport) -> Any:
         x="refinement steps k",
         y="milliseconds (median, range)",
     )
-    for index, side in enumerate(dict.fromkeys(entry.side for entry in entries)):
-        points = [entry for entry in entries if entry.side == side]
+    for index, backend in enumerate(dict.fromkeys(entry.backend for entry in entries)):
+        points = [entry for entry in entries if entry.backend == backend]
         medians = [1000 * entry.seconds.median for entry in points]
         below = [1000 * (entry.seconds.median - entry.seconds.low) for entry in points]
         above = [1000 * (entry.seconds.high - entry.seconds.median) for entry in points]
         steps = [entry.steps for entry in points]
-        axes.errorbar(steps, medians, yerr=[below, above], marker="o", capsize=3, color=f"C{index}", label=side)
+        axes.errorbar(steps, medians, yerr=[below, above], marker="o", capsize=3, color=f"C{index}", label=backend)
         rooflines = [1000 * entry.roofline_s for entry in points if entry.roofline_s is not None]
         if rooflines:
-            label = f"{side}: reading the weights at {report.bandwidth / 1e9:.0f} GB/s"
+            label = f"{backend}: reading the weights at {report.bandwidth / 1e9:.0f} GB/s"
             axes.plot(steps, rooflines, "_--", color=f"C{index}", alpha=0.7, label=label)
     axes.set_ylim(bottom=0)
     axes.legend(fontsize="small")
@@ -47,15 +47,17 @@ def _latency_by_step(report: BenchReport) -> Any:
 
 
 def _throughput_by_batch(report: BenchReport) -> Any:
-    """At the most steps, where every side has run, and the fewest tokens."""
+    """At the most steps, where every backend has run, and the fewest tokens."""
     steps = max(entry.steps for entry in report.latencies)
     tokens = min(entry.tokens for entry in report.latencies)
     figure, axes = new_figure(f"Throughput, {tokens} tokens, k = {steps}", x="batch", y="texts per second")
-    for side in dict.fromkeys(entry.side for entry in report.latencies):
+    for backend in dict.fromkeys(entry.backend for entry in report.latencies):
         points = [
-            entry for entry in report.latencies if (entry.side, entry.steps, entry.tokens) == (side, steps, tokens)
+            entry
+            for entry in report.latencies
+            if (entry.backend, entry.steps, entry.tokens) == (backend, steps, tokens)
         ]
-        axes.plot([entry.batch for entry in points], [entry.texts_per_s for entry in points], marker="o", label=side)
+        axes.plot([entry.batch for entry in points], [entry.texts_per_s for entry in points], marker="o", label=backend)
     axes.set_ylim(bottom=0)
     axes.legend(fontsize="small")
     return figure
@@ -70,10 +72,10 @@ def _quality_by_latency(report: BenchReport, quality: Sequence[Quality]) -> Any:
         y=quality[0].metric,
     )
     for one in quality:
-        points = [entry for entry in entries if entry.side == one.side]
+        points = [entry for entry in entries if entry.backend == one.backend]
         times = [1000 * entry.seconds.median for entry in points]
         scores = [one.scores[entry.steps] for entry in points]
-        axes.plot(times, scores, marker="o", label=one.side)
+        axes.plot(times, scores, marker="o", label=one.backend)
         for entry, time, score in zip(points, times, scores, strict=True):
             axes.annotate(
                 f"k={entry.steps}", (time, score), textcoords="offset points", xytext=(4, 4), fontsize="small"

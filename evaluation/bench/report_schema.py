@@ -24,18 +24,18 @@ class Spread(Record, frozen=True):
 
 
 class BackendCost(Record, frozen=True):
-    """What a side costs before and besides its runs.
+    """What a backend costs besides its runs.
 
     Attributes:
-        side: name of the side.
+        backend: its name.
         load_s: time from the imported library to the loaded model, in fresh processes.
-        peak_bytes: most memory that its process has held at once, over the whole benchmark.
+        peak_bytes: peak memory of its process over the whole benchmark.
         model_bytes: size of the files that it loads.
-        min_cosine: smallest cosine of its vectors to those of the first side, over every setting: do they compute
+        min_cosine: smallest cosine of its vectors to those of the first backend, over every setting: do they compute
             the same?
     """
 
-    side: str
+    backend: str
     load_s: Spread
     peak_bytes: int
     model_bytes: int
@@ -43,10 +43,10 @@ class BackendCost(Record, frozen=True):
 
 
 class Latency(Record, frozen=True):
-    """One side at one setting.
+    """One backend at one setting.
 
     Attributes:
-        side: name of the side.
+        backend: its name.
         batch: texts of a run.
         tokens: tokens of each text.
         steps: refinement steps.
@@ -55,7 +55,7 @@ class Latency(Record, frozen=True):
         roofline_s: time that reading the weights alone takes at the measured memory bandwidth; bundles only.
     """
 
-    side: str
+    backend: str
     batch: int
     tokens: int
     steps: int
@@ -67,7 +67,7 @@ class Latency(Record, frozen=True):
 class Quality(Record, frozen=True):
     """Scores of one bundle and precision on one task; ``scores`` holds the steps 0..K."""
 
-    side: str
+    backend: str
     task: str
     metric: str
     scores: tuple[float, ...]
@@ -78,11 +78,11 @@ class BenchReport(Record, frozen=True):
 
     Attributes:
         schema_version: version of these fields.
-        threads: threads of each side.
-        warm_up: runs of each side at each setting that are not counted.
+        threads: threads of each backend.
+        warm_up: runs of each backend at each setting that are not counted.
         bandwidth: bytes of memory read per second by so many threads, measured.
-        sides: what each side costs.
-        latencies: every side at every setting.
+        backends: what each backend costs.
+        latencies: every backend at every setting.
         quality: where tasks were given.
         environment: machine and versions.
     """
@@ -91,7 +91,7 @@ class BenchReport(Record, frozen=True):
     threads: int
     warm_up: int
     bandwidth: float
-    sides: tuple[BackendCost, ...]
+    backends: tuple[BackendCost, ...]
     latencies: tuple[Latency, ...]
     quality: tuple[Quality, ...]
     environment: dict[str, str]

@@ -8,12 +8,12 @@ from rich.table import Table
 from gircse.evaluation.bench.report_schema import BackendCost, BenchReport, Latency, Quality
 from gircse.reporting.files import markdown_table
 
-COST_COLUMNS = ("side", "load", "peak memory", "model files", "cosine to the first")
+COST_COLUMNS = ("backend", "load", "peak memory", "model files", "cosine to the first")
 
 
 def terminal_tables(report: BenchReport) -> list[Table]:
     """Return the tables that ``bench.md`` has too."""
-    costs = _table("Loading and memory", COST_COLUMNS, [_cost_cells(cost) for cost in report.sides])
+    costs = _table("Loading and memory", COST_COLUMNS, [_cost_cells(cost) for cost in report.backends])
     header, rows = _latency_rows(report)
     tables = [costs, _table(f"Median time of a run (p95), {report.threads} threads", header, rows)]
     if report.quality:
@@ -26,7 +26,7 @@ def markdown(report: BenchReport) -> str:
     header, rows = _latency_rows(report)
     spread_rows = [
         (
-            entry.side,
+            entry.backend,
             f"{entry.batch} x {entry.tokens}",
             str(entry.steps),
             f"{entry.seconds.median:.4f}",
@@ -40,20 +40,20 @@ def markdown(report: BenchReport) -> str:
     ]
     parts = [
         "# Benchmark",
-        f"{report.threads} threads a side, each side in a process of its own, the sides in turn at every setting, "
+        f"{report.threads} threads per backend, each backend in its own process, all in turn at every setting, "
         f"{report.warm_up} runs of each to warm up. Memory bandwidth, measured: {report.bandwidth / 1e9:.1f} GB/s.",
         "## Loading and memory",
-        markdown_table(COST_COLUMNS, [_cost_cells(cost) for cost in report.sides]),
+        markdown_table(COST_COLUMNS, [_cost_cells(cost) for cost in report.backends]),
         "## Median time of a run (p95)",
         markdown_table(header, rows),
-        "A ratio is the time over that of the first side in the row.",
+        "A ratio is the time over that of the first backend in the row.",
     ]
     if report.quality:
         parts += ["## Quality by step", markdown_table(*_quality_rows(report.quality))]
     parts += [
         "## Every measurement, in seconds",
         markdown_table(
-            ("side", "batch x tokens", "k", "median", "p95", "range", "repeats", "texts/s", "roofline"), spread_rows
+            ("backend", "batch x tokens", "k", "median", "p95", "range", "repeats", "texts/s", "roofline"), spread_rows
         ),
         "Roofline: the time that reading the weights takes at the measured bandwidth; caches can beat it.",
         "## Environment",
@@ -65,7 +65,7 @@ def markdown(report: BenchReport) -> str:
 def _cost_cells(cost: BackendCost) -> tuple[str, ...]:
     load = cost.load_s
     return (
-        cost.side,
+        cost.backend,
         f"{load.median:.2f} s ({load.low:.2f} to {load.high:.2f})",
         f"{cost.peak_bytes / 2**30:.2f} GiB",
         f"{cost.model_bytes / 2**20:.0f} MiB",
@@ -74,16 +74,22 @@ def _cost_cells(cost: BackendCost) -> tuple[str, ...]:
 
 
 def _latency_rows(report: BenchReport) -> tuple[list[str], list[list[str]]]:
-    """One row a setting, one column a side; the others with their ratio to the first that ran."""
-    sides = [cost.side for cost in report.sides]
+    """One row per setting, one column per backend; the others with their ratio to the first that ran."""
+    backends = [cost.backend for cost in report.backends]
     found: dict[tuple[int, int, int], dict[str, Latency]] = {}
     for entry in report.latencies:
-        found.setdefault((entry.batch, entry.tokens, entry.steps), {})[entry.side] = entry
+        found.setdefault((entry.batch, entry.tokens, entry.steps), {})[entry.backend] = entry
     rows = []
-    for (batch, tokens, steps), by_side in found.items():
-        first = next(by_side[side] for side in sides if side in by_side)
-        rows.append([f"{batch} x {tokens}", str(steps), *(_latency_cell(by_side.get(side), first) for side in sides)])
-    return ["batch x tokens", "k", *sides], rows
+    for (batch, tokens, steps), by_backend in found.items():
+        first = next(by_backend[backend] for backend in backends if backend in by_backend)
+        rows.append(
+            [
+                f"{batch} x {tokens}",
+                str(steps),
+                *(_latency_cell(by_backend.get(backend), first) for backend in backends),
+            ]
+        )
+    return ["batch x tokens", "k", *backends], rows
 
 
 def _latency_cell(entry: Latency | None, first: Latency) -> str:
@@ -102,9 +108,10 @@ def _time(seconds: float) -> str:
 def _quality_rows(quality: Sequence[Quality]) -> tuple[list[str], list[list[str]]]:
     steps = range(len(quality[0].scores))
     rows = [
-        [entry.side, f"{entry.task}, {entry.metric}", *(f"{score:.4f}" for score in entry.scores)] for entry in quality
+        [entry.backend, f"{entry.task}, {entry.metric}", *(f"{score:.4f}" for score in entry.scores)]
+        for entry in quality
     ]
-    return ["side", "task", *(f"k={step}" for step in steps)], rows
+    return ["backend", "task", *(f"k={step}" for step in steps)], rows
 
 
 def _table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:

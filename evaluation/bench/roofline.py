@@ -4,10 +4,9 @@ import functools
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import onnx
+import onnx_ir as ir
 
 from gircse.runtime.bundle import Bundle
 from gircse.runtime.manifest import Layout
@@ -52,13 +51,13 @@ def weight_bytes_read(bundle: Bundle, precision: str, *, layout: Layout | None =
 @functools.cache  # the same few graphs are asked for at every setting
 def _bytes_read(path: Path, vocab_size: int) -> tuple[int, int]:
     """Return the bytes of decoder weights and of vocabulary weights that the nodes of a graph read."""
-    graph = onnx.load(path, load_external_data=False).graph
-    weights = {tensor.name: tensor for tensor in graph.initializer}
-    read = [weights[name] for node in graph.node if node.op_type != "Gather" for name in node.input if name in weights]
-    vocabulary = sum(_tensor_bytes(tensor) for tensor in read if vocab_size in tensor.dims)
-    return sum(map(_tensor_bytes, read)) - vocabulary, vocabulary
-
-
-def _tensor_bytes(tensor: Any) -> int:
-    item: int = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
-    return int(np.prod(tensor.dims)) * item
+    graph = ir.load(path).graph
+    read = [
+        value.const_value
+        for node in graph
+        if node.op_type != "Gather"
+        for value in node.inputs
+        if value is not None and value.const_value is not None and value.is_initializer()
+    ]
+    vocabulary = sum(tensor.nbytes for tensor in read if vocab_size in tensor.shape.numpy())
+    return sum(tensor.nbytes for tensor in read) - vocabulary, vocabulary

@@ -1,1 +1,1 @@
-"""Compare a bundle with a reference, step by step, and evaluate_gates it."""
+"""Compare a bundle with a reference, step by step, with gates."""

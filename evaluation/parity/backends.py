@@ -1,17 +1,16 @@
-"""The two kinds of sides that are compared: the PyTorch reference, and one precision of a bundle.
+"""The two kinds of backends that are compared: the PyTorch reference, and one precision of a bundle.
 
 Both take token ids and sort them into the same batches of like length, so that nothing but the computation differs.
 """
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+import onnx_ir as ir
 import psutil
 
-from gircse.checkpoint.silence import quiet_transformers
-from gircse.checkpoint.source import Checkpoint, resolve_checkpoint
+from gircse.checkpoint.source import Checkpoint
 from gircse.evaluation.parity.emulation import emulated_graph
 from gircse.evaluation.parity.graph_probe import GraphProbe
 from gircse.evaluation.parity.step_trace import (
@@ -23,17 +22,16 @@ from gircse.evaluation.parity.step_trace import (
     collect_states,
     collect_trace,
 )
-from gircse.evaluation.tasks.prompts import Prompt
 from gircse.runtime import Embedder
 from gircse.runtime.bundle import Bundle
 from gircse.runtime.embedder import DEFAULT_BATCH_SIZE, DEFAULT_BATCH_TOKENS
-from gircse.runtime.errors import MeasurementError
+from gircse.runtime.errors import MeasurementError, OptionError
 from gircse.runtime.manifest import Layout, Manifest
 from gircse.runtime.numerics import Float32, l2_normalize, pool_states
 from gircse.runtime.ort_session import open_session
 from gircse.runtime.precision import Precision, precision_spec
 from gircse.runtime.provider import Provider
-from gircse.runtime.tokenization import format_prompt, open_tokenizer, padded_batches
+from gircse.runtime.tokenization import open_tokenizer, padded_batches
 
 TokenIds = Sequence[list[int]]
 
@@ -42,7 +40,7 @@ TORCH_BYTES = 5 << 28
 
 
 class Backend(Protocol):
-    """Computes embeddings of token ids."""
+    """Computes embeddings of token ids, and shows what it computes on the way."""
 
     @property
     def name(self) -> str:
@@ -69,7 +67,8 @@ class TorchBackend:
             threads: threads on the CPU; None leaves it to torch.
 
         Raises:
-            MeasurementError: the device is not there, or memory does not suffice.
+            OptionError: torch cannot use the device.
+            MeasurementError: there is not enough memory.
         """
         import torch
 
@@ -83,8 +82,11 @@ class TorchBackend:
         try:
             self._model = load_reference(checkpoint, device=device, precision=Precision(dtype))
         except (RuntimeError, AssertionError) as err:  # what torch raises for a device that is not there
-            raise MeasurementError(
-                f"--device {device}: {str(err).splitlines()[0]} | a device of this machine's torch | choose cpu"
+            raise OptionError(
+                f"--device {device}",
+                f"cannot be used: {str(err).splitlines()[0]}",
+                None,
+                "Choose a device of this machine's torch, such as cpu.",
             ) from err
         self.name = f"PyTorch {dtype} on {device}"
 
@@ -133,7 +135,7 @@ class BundleBackend:
         provider: Provider = Provider.CPU,
         threads: int | None = None,
     ) -> None:
-        """Load nothing yet: the runtime and the probe are opened when they are needed, and dropped.
+        """Load nothing yet: the runtime and the probe are opened when they are needed, and dropped afterwards.
 
         Args:
             bundle: an opened bundle.
@@ -153,8 +155,10 @@ class BundleBackend:
         """Load the runtime."""
         if self._emulated:
             layout = self._bundle.layout(self._precision, self._layout)
-            content = emulated_graph(self._bundle.graph(self._precision, layout)).SerializeToString()
-            session = open_session(self._bundle, self._precision, layout=layout, threads=self._threads, content=content)
+            graph = ir.to_proto(emulated_graph(self._bundle.graph(self._precision, layout)))
+            session = open_session(
+                self._bundle, self._precision, layout=layout, threads=self._threads, content=graph.SerializeToString()
+            )
             return Embedder.from_session(self._bundle, session, precision=self._precision)
         return Embedder(
             self._bundle.directory,
@@ -185,11 +189,11 @@ class BundleBackend:
         return self.embed(token_ids, lambda _: None), self._trace(self._open_probe(), token_ids, advance)
 
     def trace_and_force(self, token_ids: TokenIds, soft_tokens: Float32, advance: Advance) -> tuple[StepTrace, Float32]:
-        """Return what is computed on the way, and the states when every step is fed another side's soft tokens.
+        """Return what is computed on the way, and the states when every step is fed another backend's soft tokens.
 
         Args:
             token_ids: token ids of each text.
-            soft_tokens: (n, K, hidden) float32 of the other side.
+            soft_tokens: (n, K, hidden) float32 of the other backend.
             advance: told how many texts were just done; each is counted twice.
 
         Returns:
@@ -211,8 +215,14 @@ class BundleBackend:
         )
 
 
+def token_count(bundle: Bundle) -> int:
+    """Return the number of vocabulary rows that belong to a token; the rows after them are padding."""
+    vocabulary = open_tokenizer(bundle).tokenizer.get_vocab()
+    return max(*vocabulary.values(), bundle.manifest.pad_token_id) + 1
+
+
 def _check_memory(manifest: Manifest) -> None:
-    """Refuse to load a model that cannot fit, where the FP32 weights of the bundle tell its size."""
+    """Refuse to load a model that cannot fit; only the FP32 weights of a bundle tell its size."""
     variant = manifest.variants.get("fp32")
     if variant is None:
         return
@@ -220,87 +230,12 @@ def _check_memory(manifest: Manifest) -> None:
     free = psutil.virtual_memory().available
     if needed > free:
         raise MeasurementError(
-            f"memory: {free / 2**30:.1f} GiB available | {needed / 2**30:.1f} GiB for the PyTorch model in FP32 | use a "
-            "larger machine, or another bundle or precision as --reference"
+            "the PyTorch model in FP32",
+            f"needs {needed / 2**30:.1f} GiB of memory",
+            f"{free / 2**30:.1f} GiB are available",
+            "Use a larger machine, or name another bundle or precision as --reference.",
         )
 
 
 def _numpy(tensor: Any) -> Any:
     return None if tensor is None else tensor.float().cpu().numpy()
-
-
-def source_checkpoint(manifest: Manifest, *, model: str | None = None, adapter: str | None = None) -> Checkpoint:
-    """Find the checkpoint that a bundle was exported from, and make sure that it is the same.
-
-    Args:
-        manifest: of the bundle.
-        model: where the model lies now, if not where the manifest says.
-        adapter: where the adapter lies now.
-
-    Raises:
-        CheckpointError: it cannot be found.
-        MeasurementError: its config or its adapter has another hash than at the export.
-    """
-    revision = manifest.model.revision if model is None else None
-    recorded = manifest.adapter.name if manifest.adapter else "none"
-    checkpoint = resolve_checkpoint(model or manifest.model.name, adapter=adapter or recorded, revision=revision)
-    ours = (checkpoint.model.config_sha256, checkpoint.adapter.sha256 if checkpoint.adapter else None)
-    theirs = (manifest.model.config_sha256, manifest.adapter.sha256 if manifest.adapter else None)
-    for what, came, expected in zip(("config.json", "adapter"), ours, theirs, strict=True):
-        if came != expected:
-            raise MeasurementError(
-                f"{checkpoint.directory}: {what} with SHA-256 {came} | {expected}, as when the bundle was exported | "
-                "export again, or name the right checkpoint with --model and --adapter"
-            )
-    return checkpoint
-
-
-def checkpoint_token_ids(checkpoint: Checkpoint, bundle: Bundle, prompts: Sequence[Prompt]) -> list[list[int]]:
-    """Tokenize prompts as the training code does, with the checkpoint's own tokenizer, for comparison with ours."""
-    from transformers import AutoTokenizer
-
-    manifest = bundle.manifest
-    with quiet_transformers():
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint.directory)
-    texts = [format_prompt(prompt.instruction, prompt.text, template=manifest.prompt_template) for prompt in prompts]
-    found = tokenizer(texts, add_special_tokens=False)["input_ids"]
-    return [ids[: manifest.graph.max_tokens] or [manifest.pad_token_id] for ids in found]
-
-
-def token_count(bundle: Bundle) -> int:
-    """Return the number of vocabulary rows that belong to a token; the rows after them are padding."""
-    vocabulary = open_tokenizer(bundle).tokenizer.get_vocab()
-    return max(*vocabulary.values(), bundle.manifest.pad_token_id) + 1
-
-
-def check_same_task(ours: Bundle, theirs: Bundle) -> None:
-    """Refuse a reference bundle that computes something else; layout and weights' precision may differ.
-
-    Raises:
-        MeasurementError: K, pooling, sizes, prompt or tokenizer differ.
-    """
-
-    def facts(bundle: Bundle) -> dict[str, Any]:
-        manifest = bundle.manifest
-        names = ("architecture", "steps", "pooling", "temperature", "max_tokens", "hidden_size", "vocab_size")
-        return {
-            **{name: getattr(manifest.graph, name) for name in names},
-            "prompt_template": manifest.prompt_template,
-            "tokenizer.json": manifest.files["tokenizer.json"].sha256,
-        }
-
-    left, right = facts(ours), facts(theirs)
-    for name, value in left.items():
-        if value != right[name]:
-            raise MeasurementError(
-                f"--reference {theirs.directory}: {name} {right[name]} | {value}, as {ours.directory} has | choose a "
-                "reference that was exported with the same settings"
-            )
-
-
-def parse_bundle_reference(text: str) -> tuple[Path, str | None]:
-    """Split ``BUNDLE[:PRECISION]``; a directory whose own name has a colon is taken as it is."""
-    if Path(text).is_dir() or ":" not in text:
-        return Path(text), None
-    path, _, precision = text.rpartition(":")
-    return Path(path), precision

@@ -1,4 +1,4 @@
-"""From the embeddings of two sides to the numbers of a report, and to the verdicts."""
+"""From the embeddings of two backends to the numbers of a report, and to the verdicts."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,7 +28,7 @@ from gircse.runtime.numerics import Float32, pool_states, row_cosine
 from gircse.runtime.precision import ParityLimits
 
 PAIRWISE_TEXTS = 2000
-"""Most texts whose pairs are compared; of a longer list, a seeded sample of so many."""
+"""Maximum number of texts whose pairs are compared; a longer list is sampled with a fixed seed."""
 
 
 @dataclass(frozen=True)
@@ -36,12 +36,12 @@ class ReferenceRun:
     """What a candidate is compared with.
 
     Attributes:
-        name: of the side.
+        name: of the backend.
         vectors: (n, K + 1, hidden) float32, z_0..z_K of the texts.
         trace: what was computed on the way.
         task_vectors: for each task, (m, K + 1, hidden) float32 of its prompts.
-        token_mismatches: texts that the checkpoint's own tokenizer splits otherwise; None where both sides read the
-            same tokenizer.json.
+        token_mismatches: texts that the checkpoint's own tokenizer splits differently; None where both backends read
+            the same tokenizer.json.
     """
 
     name: str
@@ -71,11 +71,11 @@ def compare_steps(
         vectors: (n, K + 1, hidden) float32 of the candidate.
         trace: what it computed on the way.
         forced: (n, K + 1, hidden) float32, its states when fed the reference's soft tokens.
-        reference: the other side.
+        reference: what it is compared with.
         texts: what ``compare_texts`` found.
 
     Raises:
-        MeasurementError: the similarities between the texts of a side are all the same.
+        MeasurementError: the similarities between the texts are all the same.
     """
     rows = _pairwise_sample(len(vectors))
     free_cosines = row_cosine(trace.states, reference.trace.states)
@@ -86,8 +86,10 @@ def compare_steps(
         correlation = pairwise_rank_correlation(ours, theirs)
         if np.isnan(correlation):
             raise MeasurementError(
-                f"step {step}: all texts have the same similarity to each other | texts that differ | choose other "
-                "--texts; if these do differ, the model is broken"
+                f"step {step}",
+                "gives all texts the same similarity to each other",
+                None,
+                "Choose --texts that differ; if these do, the model is broken.",
             )
         cosines = [text.cosine[step] for text in texts]
         ratios = [text.norm_ratio[step] for text in texts]
@@ -119,7 +121,7 @@ def compare_batches(alone: Float32, batched: Float32) -> BatchVariance:
 
 
 def compare_tasks(tasks: Sequence[Task], ours: Sequence[Float32], theirs: Sequence[Float32]) -> list[TaskParity]:
-    """Score both sides on each task; for each, (m, K + 1, hidden) float32 vectors of its prompts.
+    """Score both backends on each task; for each, (m, K + 1, hidden) float32 vectors of its prompts.
 
     Raises:
         MeasurementError: a task gives no finite score.
@@ -180,8 +182,8 @@ def evaluate_gates(
     tasks: Sequence[TaskParity],
     token_mismatches: int | None,
 ) -> list[GateResult]:
-    """Hold the numbers against the limits."""
-    refined = steps[1:] or steps  # a bundle of K = 0 is judged by its prompt vectors
+    """Compare the numbers with the limits."""
+    refined = steps[1:] or steps  # a bundle with K = 0 has only its prompt vectors
     gates = [
         at_least("cosine", min(step.cosine_min for step in refined), limits.min_cosine),
         at_least("rank correlation", min(step.rank_correlation for step in refined), limits.min_rank_correlation),

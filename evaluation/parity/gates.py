@@ -1,4 +1,4 @@
-"""The limits that a candidate has to keep, by precision, and the verdicts."""
+"""The limits that a candidate has to keep, which depend on its precision, and the verdicts."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -24,12 +24,12 @@ def limits_of(precision: str, overrides: Mapping[str, float]) -> ParityLimits:
 
 
 def at_least(name: str, value: float, limit: float) -> GateResult:
-    """Judge a value that must not be smaller than its limit; NaN fails."""
+    """Return the gate of a value that must not be smaller than its limit; NaN fails."""
     return GateResult(name, value, ">=", limit, bool(value >= limit))
 
 
 def at_most(name: str, value: float, limit: float) -> GateResult:
-    """Judge a value that must not be larger than its limit; NaN fails."""
+    """Return the gate of a value that must not be larger than its limit; NaN fails."""
     return GateResult(name, value, "<=", limit, bool(value <= limit))
 
 

@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
-from onnx import TensorProto, helper
+import onnx_ir as ir
 
 from gircse.evaluation.parity.emulation import emulated_graph
 from gircse.evaluation.parity.step_trace import Batches, StepValues
@@ -32,7 +31,6 @@ from gircse.runtime.tokenization import padded_batches
 
 FORCE = "force"
 FORCED = ".forced"
-COMPUTED = ".computed"
 
 Feed = dict[str, Any]
 
@@ -70,8 +68,8 @@ class GraphProbe:
         )
         path = bundle.graph(precision, layout)
         emulated = precision_spec(precision).emulated
-        model = emulated_graph(path) if emulated else onnx.load(path, load_external_data=False)
-        self._graph = _load(path, model, inner, threads)
+        model = emulated_graph(path) if emulated else ir.load(path)
+        self._graph = load_graph(path, threads=threads, content=_instrumented(path, model, prefixes, inner))
 
     def refine(self, token_ids: Sequence[list[int]], *, forced: Float32 | None = None) -> Batches:
         """Refine texts in batches of like length.
@@ -122,7 +120,7 @@ class GraphProbe:
 
 
 def _soft_token_names(prefix: str) -> list[str]:
-    return [prefix + tensor_names.SOFT_TOKEN + COMPUTED, prefix + tensor_names.PROBABILITIES]
+    return [prefix + tensor_names.SOFT_TOKEN, prefix + tensor_names.PROBABILITIES]
 
 
 def _step_values(state: Float32, soft_token: Float32, probabilities: Float32) -> StepValues:
@@ -143,39 +141,44 @@ class _InnerNames:
     read: set[str]
 
 
-def _load(path: Path, model: Any, inner: _InnerNames, threads: int | None) -> Any:
-    _add_probabilities(model.graph)
-    found = {name for node in model.graph.node for name in node.output}
-    if missing := sorted((inner.soft_tokens | inner.read) - found):
+def _instrumented(path: Path, model: ir.Model, prefixes: set[str], inner: _InnerNames) -> bytes:
+    """Return the graph with a switch behind every soft token, the inner values being outputs."""
+    graph = model.graph
+    values = {str(value.name): value for node in graph for value in node.outputs}
+    for prefix in sorted(prefixes):
+        if prefix + tensor_names.LOGITS in values:
+            name = prefix + tensor_names.PROBABILITIES
+            values[name] = _add_probabilities(graph, values[prefix + tensor_names.LOGITS], name)
+    if missing := sorted((inner.soft_tokens | inner.read) - set(values)):
         raise BundleError(
-            f"{path}: no value {missing[0]} | graphs whose inner values are named | export the bundle again with this "
-            "version"
+            str(path),
+            f"has no value {missing[0]}",
+            "the probe finds inner values by their names",
+            "Export the bundle again with this version.",
         )
-    _instrument(model.graph, inner)
-    return load_graph(path, threads=threads, content=model.SerializeToString())
-
-
-def _add_probabilities(graph: Any) -> None:
-    """Compute the probabilities of all tokens where a graph has the logits only, as INT8 variants do."""
-    for name in [name for node in graph.node for name in node.output if name.endswith(f"/{tensor_names.LOGITS}")]:
-        probabilities = name.removesuffix(tensor_names.LOGITS) + tensor_names.PROBABILITIES
-        graph.node.append(helper.make_node("Softmax", [name], [f"{name}.softmax"], axis=-1))
-        graph.node.append(helper.make_node("Transpose", [f"{name}.softmax"], [probabilities], perm=[1, 0]))
-
-
-def _instrument(graph: Any, inner: _InnerNames) -> None:
-    """Put the switch behind every soft token and make the inner values outputs."""
-    nodes = []
-    for node in graph.node:
-        nodes.append(node)
-        name = node.output[0]
-        if name in inner.soft_tokens:
-            node.output[0] = name + COMPUTED
-            graph.input.append(helper.make_tensor_value_info(name + FORCED, TensorProto.FLOAT, [None, 1, None]))
-            nodes.append(helper.make_node("Where", [FORCE, name + FORCED, name + COMPUTED], [name]))
-    del graph.node[:]
-    graph.node.extend(nodes)
+    force = ir.val(FORCE, ir.DataType.BOOL, [])
     if inner.soft_tokens:
-        graph.input.append(helper.make_tensor_value_info(FORCE, TensorProto.BOOL, []))
-    outputs = inner.read | {name + COMPUTED for name in inner.soft_tokens}
-    graph.output.extend(onnx.ValueInfoProto(name=name) for name in sorted(outputs))
+        graph.inputs.append(force)
+    for name in sorted(inner.soft_tokens):
+        _add_switch(graph, values[name], force)
+    graph.outputs.extend(values[name] for name in sorted(inner.read | inner.soft_tokens))
+    content: bytes = ir.to_proto(model).SerializeToString()
+    return content
+
+
+def _add_probabilities(graph: ir.Graph, logits: ir.Value, name: str) -> ir.Value:
+    """Compute the probabilities of all tokens where a graph has the logits only, as INT8 variants do."""
+    softmax = ir.node("Softmax", [logits], {"axis": -1})
+    probabilities = ir.Value(name=name)
+    graph.extend([softmax, ir.node("Transpose", softmax.outputs, {"perm": [1, 0]}, outputs=[probabilities])])
+    return probabilities
+
+
+def _add_switch(graph: ir.Graph, computed: ir.Value, force: ir.Value) -> None:
+    forced = ir.val(f"{computed.name}{FORCED}", ir.DataType.FLOAT, [None, 1, None])
+    graph.inputs.append(forced)
+    chosen, producer = ir.Value(), computed.producer()
+    if producer is None:
+        raise ValueError(f"{computed.name} is not computed")
+    computed.replace_all_uses_with(chosen)
+    graph.insert_after(producer, ir.node("Where", [force, forced, computed], outputs=[chosen]))

@@ -1,4 +1,4 @@
-"""The result of a parity run as data: the content of ``parity.json``, whose JSON schema stands in docs/.
+"""The result of a parity run as data: the content of ``parity.json``, whose JSON schema is in docs/.
 
 All numbers are finite. Step 0 is the prompt (z_0: the normalized h_0), steps 1..K are the refinement.
 """
@@ -14,7 +14,7 @@ class SoftTokens(Record, frozen=True):
 
     Attributes:
         entropy: mean, in nats.
-        top1_mass: mean probability of the likeliest token.
+        top1_mass: mean probability of the top-1 token.
         padded_mass: largest probability on vocabulary rows that belong to no token.
         norm: mean length of s_k.
     """
@@ -70,7 +70,7 @@ class TextParity(Record, frozen=True):
 
 
 class TaskParity(Record, frozen=True):
-    """Scores of both sides on one task.
+    """Scores of both backends on one task.
 
     Attributes:
         task: name of the file or folder.
@@ -126,9 +126,9 @@ class CandidateReport(Record, frozen=True):
         gates: the verdicts.
         steps: steps 0..K.
         texts: each text, in the order of the input.
-        batch_variance: influence of the neighbors in a batch.
-        tasks: scores, where tasks were given.
-        cross_steps: where it was asked for.
+        batch_variance: influence of the other texts in a batch.
+        tasks: scores, if tasks were given.
+        cross_steps: the matrix, if it was asked for.
     """
 
     precision: str

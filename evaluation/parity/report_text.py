@@ -13,16 +13,16 @@ from gircse.reporting.files import markdown_table
 
 STEP_COLUMNS = ("k", "1-cos max", "mean", "norm ratio", "max diff", "rank corr", "top-10", "h_k free", "h_k forced")
 STEP_LEGEND = (
-    "1-cos (1 - cosine), norm ratio (before normalization, the one farthest from 1) and largest difference: z_k of "
-    "each text against the reference; rank corr: Spearman of the similarities of all pairs of texts; top-10: common nearest neighbors; h_k: "
-    "largest 1 - cosine of the state, running freely and fed the reference's soft tokens (teacher-forced); k = 0 is "
-    "the prompt"
+    "1-cos (1 - cosine), norm ratio (before normalization, the one farthest from 1) and max diff: z_k of each text "
+    "against the reference; rank corr: Spearman of the similarities of all pairs of texts; top-10: common nearest "
+    "neighbors; h_k: largest 1 - cosine of the state, running freely and fed the reference's soft tokens "
+    "(teacher-forced); k = 0 is the prompt"
 )
 WORST_TEXTS = 5
 
 
 def terminal_tables(report: ParityReport) -> list[Table]:
-    """Return one table for each candidate: its steps, and the verdicts below."""
+    """Return one table for each candidate: its steps, and the verdicts below it."""
     return [_terminal_table(report, candidate) for candidate in report.candidates]
 
 
@@ -127,9 +127,9 @@ def _cross_table(cross: CrossSteps) -> str:
 
 
 def _soft_token_table(report: ParityReport) -> str:
-    sides = [("reference", report.reference_soft_tokens)]
+    backends = [("reference", report.reference_soft_tokens)]
     for candidate in report.candidates:
-        sides.append((candidate.precision, tuple(step.soft_tokens for step in candidate.steps if step.soft_tokens)))
+        backends.append((candidate.precision, tuple(step.soft_tokens for step in candidate.steps if step.soft_tokens)))
     rows = [
         (
             str(k),
@@ -139,10 +139,10 @@ def _soft_token_table(report: ParityReport) -> str:
             f"{tokens.padded_mass:.1e}",
             f"{tokens.norm:.3f}",
         )
-        for name, steps in sides
+        for name, steps in backends
         for k, tokens in enumerate(steps, start=1)
     ]
-    return markdown_table(("k", "side", "entropy (nats)", "top-1 mass", "mass on padded rows", "norm of s_k"), rows)
+    return markdown_table(("k", "backend", "entropy (nats)", "top-1 mass", "mass on padded rows", "norm of s_k"), rows)
 
 
 def junit(report: ParityReport) -> bytes:
@@ -180,7 +180,7 @@ def _step_cells(step: StepParity) -> tuple[str, ...]:
 
 
 def _error(cosine: float) -> str:
-    """How far a cosine is from 1, which shows at every scale; rounding may put it above 1."""
+    """Return how far a cosine is from 1, which shows at every scale; rounding may put it above 1."""
     return f"{max(0.0, 1 - cosine):.1e}"
 
 

@@ -1,4 +1,4 @@
-"""The parity run from end to end: a reference, one or more candidates, and what lies between them."""
+"""The parity run from end to end: a reference, one or more candidates, and how far they differ."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,10 +12,6 @@ from gircse.evaluation.parity.backends import (
     BundleBackend,
     TokenIds,
     TorchBackend,
-    check_same_task,
-    checkpoint_token_ids,
-    parse_bundle_reference,
-    source_checkpoint,
 )
 from gircse.evaluation.parity.compare import (
     ReferenceRun,
@@ -28,13 +24,19 @@ from gircse.evaluation.parity.compare import (
     summarize_soft_tokens,
 )
 from gircse.evaluation.parity.gates import all_passed, limits_of
+from gircse.evaluation.parity.references import (
+    check_same_task,
+    checkpoint_token_ids,
+    parse_bundle_reference,
+    source_checkpoint,
+)
 from gircse.evaluation.parity.report_schema import SCHEMA_VERSION, CandidateReport, ParityReport
 from gircse.evaluation.tasks.files import TaskOptions, read_tasks
 from gircse.evaluation.tasks.prompts import Prompt, read_prompts, tokenize_prompts
 from gircse.evaluation.tasks.scoring import Task
 from gircse.reporting.progress import StageProgress
 from gircse.runtime.bundle import Bundle, file_sha256
-from gircse.runtime.errors import MeasurementError
+from gircse.runtime.errors import MeasurementError, OptionError
 from gircse.runtime.manifest import MANIFEST_NAME, Layout
 from gircse.runtime.numerics import Float32
 from gircse.runtime.precision import CPU_ORDER
@@ -44,7 +46,7 @@ from gircse.runtime.tokenization import open_tokenizer
 TORCH = "torch"
 
 ALONE_TEXTS = 32
-"""Texts that are also run alone, from the shortest to the longest in even steps."""
+"""Texts that are also run alone, evenly spread from the shortest to the longest."""
 
 
 @dataclass(frozen=True)
@@ -53,20 +55,20 @@ class ParityOptions:
 
     Attributes:
         bundle: bundle directory.
-        precisions: variants to evaluate_gates; empty means every one that has the layout, but not the reference.
+        precisions: variants to compare; empty means every one that has the layout, except the reference.
         reference: ``torch``, or ``BUNDLE[:PRECISION]``.
-        model: where the checkpoint lies now, if not where the manifest says.
-        adapter: where the adapter lies now.
+        model: where the checkpoint is now, if not where the manifest says.
+        adapter: where the adapter is now.
         device: of the PyTorch reference.
         dtype: of the PyTorch reference: ``fp32``, ``fp16`` or ``bf16``.
         texts: file of texts, or None for the built-in ones.
         instruction: for texts that bring none.
-        tasks: tasks that both sides are scored on.
+        tasks: tasks that both backends are scored on.
         cross_steps: compute the matrix of query steps against document steps.
         limits: limits that replace the defaults, by the name of the field of ``ParityLimits``.
-        layout: graph to evaluate_gates; None is the default of each variant.
-        provider: where the judged variants run; a bundle as reference runs on the CPU.
-        threads: threads of both sides; None leaves it to each.
+        layout: graph to compare; None is the default of each variant.
+        provider: where the compared variants run; a bundle as reference runs on the CPU.
+        threads: threads per backend; None leaves it to each.
     """
 
     bundle: Path
@@ -105,7 +107,7 @@ class ParityResult:
 
 @dataclass(frozen=True)
 class _Inputs:
-    """What both sides embed: texts that are looked at closely, and task prompts of which only the vectors count."""
+    """What both backends embed: texts that are traced step by step, and task prompts, which need only vectors."""
 
     prompts: Sequence[Prompt]
     text_ids: TokenIds
@@ -123,20 +125,22 @@ def measure_parity(options: ParityOptions, *, progress: StageProgress | None = N
 
     Raises:
         GircseError: a bundle, checkpoint, text file or task cannot be used, or a value is not finite.
-        ValueError: an option is out of range.
+        OptionError: an option is out of range.
     """
     progress = progress or StageProgress()
     if options.threads is not None and options.threads < 1:
-        raise ValueError(f"threads: {options.threads} | at least 1 | leave it out to use every physical core")
+        raise OptionError(
+            "threads", f"is {options.threads}", "the minimum is 1", "Leave it out to use every physical core."
+        )
     bundle = Bundle.open(options.bundle)
     reference_bundle = _open_reference_bundle(options, bundle)
     precisions = _choose_precisions(options, bundle, reference_bundle)
     inputs = _read_inputs(options, bundle)
     reference = _run_reference(options, bundle, reference_bundle, inputs, progress)
-    candidates, judged = {}, []
+    candidates, reports = {}, []
     for precision in precisions:
         candidates[precision], candidate = _run_candidate(options, bundle, precision, inputs, reference, progress)
-        judged.append(candidate)
+        reports.append(candidate)
     report = ParityReport(
         schema_version=SCHEMA_VERSION,
         bundle=bundle.directory.name,
@@ -148,7 +152,7 @@ def measure_parity(options: ParityOptions, *, progress: StageProgress | None = N
         reference_soft_tokens=tuple(
             summarize_soft_tokens(reference.trace.stats, step) for step in range(1, bundle.manifest.graph.steps + 1)
         ),
-        candidates=tuple(judged),
+        candidates=tuple(reports),
         environment=describe_environment(),
     )
     return ParityResult(report, inputs.prompts, reference.vectors, candidates)
@@ -171,8 +175,10 @@ def _choose_precisions(options: ParityOptions, bundle: Bundle, reference: tuple[
     others = [name for name in variants if not (itself and reference and name == reference[1])]
     if not options.precisions and not others:
         raise MeasurementError(
-            f"{bundle.directory}: {options.reference} is its only precision | a reference and something to compare "
-            "with it | choose another --reference, or name it with --precision to compare it with itself"
+            str(bundle.directory),
+            f"has no precision besides the reference {options.reference}",
+            None,
+            "Choose another --reference, or name it with --precision to compare it with itself.",
         )
     able = [name for name in others if options.layout in (None, *variants[name].graphs)]
     chosen = list(dict.fromkeys(options.precisions or able or others))
@@ -203,20 +209,22 @@ def _run_reference(
     progress: StageProgress,
 ) -> ReferenceRun:
     mismatches: int | None = None
-    side: Backend
+    backend: Backend
     if reference_bundle is not None:
-        side = BundleBackend(*reference_bundle, threads=options.threads)
+        backend = BundleBackend(*reference_bundle, threads=options.threads)
     else:
         with progress.stage(f"load the PyTorch model {bundle.manifest.model.name}"):
             checkpoint = source_checkpoint(bundle.manifest, model=options.model, adapter=options.adapter)
-            side = TorchBackend(bundle, checkpoint, device=options.device, dtype=options.dtype, threads=options.threads)
+            backend = TorchBackend(
+                bundle, checkpoint, device=options.device, dtype=options.dtype, threads=options.threads
+            )
             theirs = checkpoint_token_ids(checkpoint, bundle, inputs.prompts)
             mismatches = sum(a != b for a, b in zip(inputs.text_ids, theirs, strict=True))
     total = len(inputs.text_ids) + len(inputs.task_ids)
-    with progress.stage(f"embed {total} texts: {side.name}", total=total) as advance:
-        vectors, trace = side.embed_and_trace(inputs.text_ids, advance)
-        task_vectors = side.embed(inputs.task_ids, advance) if inputs.tasks else vectors[:0]
-    return ReferenceRun(side.name, vectors, trace, inputs.by_task(task_vectors), mismatches)
+    with progress.stage(f"embed {total} texts: {backend.name}", total=total) as advance:
+        vectors, trace = backend.embed_and_trace(inputs.text_ids, advance)
+        task_vectors = backend.embed(inputs.task_ids, advance) if inputs.tasks else vectors[:0]
+    return ReferenceRun(backend.name, vectors, trace, inputs.by_task(task_vectors), mismatches)
 
 
 def _run_candidate(
@@ -227,18 +235,20 @@ def _run_candidate(
     reference: ReferenceRun,
     progress: StageProgress,
 ) -> tuple[Float32, CandidateReport]:
-    side = BundleBackend(bundle, precision, layout=options.layout, provider=options.provider, threads=options.threads)
+    backend = BundleBackend(
+        bundle, precision, layout=options.layout, provider=options.provider, threads=options.threads
+    )
     alone_rows = _spread_by_length(inputs.text_ids)
     total = len(inputs.text_ids) + len(inputs.task_ids)
-    title = f"embed {total} texts, {len(alone_rows)} of them also alone: {side.name}"
+    title = f"embed {total} texts, {len(alone_rows)} of them also alone: {backend.name}"
     with progress.stage(title, total=total + len(alone_rows)) as advance:
-        embedder = side.open_embedder()
-        vectors = side.embed_with(embedder, inputs.text_ids, advance)
-        alone = side.embed_with(embedder, [inputs.text_ids[row] for row in alone_rows], advance, batch_size=1)
-        task_vectors = side.embed_with(embedder, inputs.task_ids, advance) if inputs.tasks else vectors[:0]
+        embedder = backend.open_embedder()
+        vectors = backend.embed_with(embedder, inputs.text_ids, advance)
+        alone = backend.embed_with(embedder, [inputs.text_ids[row] for row in alone_rows], advance, batch_size=1)
+        task_vectors = backend.embed_with(embedder, inputs.task_ids, advance) if inputs.tasks else vectors[:0]
         del embedder  # its weights, before the probe loads them again
-    with progress.stage(f"look inside: {side.name}", total=2 * len(inputs.text_ids)) as advance:
-        trace, forced = side.trace_and_force(inputs.text_ids, reference.trace.soft_tokens, advance)
+    with progress.stage(f"look inside: {backend.name}", total=2 * len(inputs.text_ids)) as advance:
+        trace, forced = backend.trace_and_force(inputs.text_ids, reference.trace.soft_tokens, advance)
     with progress.stage(f"compare {precision} with {reference.name}"):
         by_task = inputs.by_task(task_vectors)
         texts = compare_texts(vectors, trace, reference, bundle.manifest.graph.pooling)

@@ -12,8 +12,8 @@ class SoftTokenStats:
     """What the softmax over the vocabulary looks like, text by text and step by step; (n, K) float32 each.
 
     Attributes:
-        entropy: in nats; ln(vocab) for a uniform mixture, 0 for a single token.
-        top1_mass: probability of the likeliest token.
+        entropy: in nats; ln(vocab) where all tokens are equally probable, 0 for a single token.
+        top1_mass: probability of the top-1 token.
         padded_mass: probability on vocabulary rows that belong to no token.
         norm: length of the soft token s_k.
     """

@@ -1,4 +1,4 @@
-"""What a side computes on its way to the embedding, collected text by text, and checked to be finite."""
+"""What a backend computes on its way to the embedding, collected text by text, and checked to be finite."""
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields
@@ -48,12 +48,12 @@ class StepTrace:
 
 
 def collect_trace(
-    side: str, batches: Batches, facts: GraphFacts, *, texts: int, tokens: int, advance: Advance
+    backend: str, batches: Batches, facts: GraphFacts, *, texts: int, tokens: int, advance: Advance
 ) -> StepTrace:
     """Run batches and keep what is computed on the way.
 
     Args:
-        side: who computes, for errors.
+        backend: who computes, for errors.
         batches: every text once.
         facts: K and hidden size.
         texts: number of texts.
@@ -77,16 +77,16 @@ def collect_trace(
                 getattr(stats, field.name)[rows, step - 1] = getattr(of_step, field.name)
         advance(len(rows))
     # In the order of the computation: the first value that is not finite is where it went wrong.
-    check_finite(side, "state h", states[:, :1], first_step=0)
+    check_finite(backend, "state h", states[:, :1], first_step=0)
     for step in range(1, facts.steps + 1):
         one = slice(step - 1, step)
-        check_finite(side, "entropy of soft token s", stats.entropy[:, one, None], first_step=step)
-        check_finite(side, "soft token s", soft_tokens[:, one], first_step=step)
-        check_finite(side, "state h", states[:, step : step + 1], first_step=step)
+        check_finite(backend, "entropy of soft token s", stats.entropy[:, one, None], first_step=step)
+        check_finite(backend, "soft token s", soft_tokens[:, one], first_step=step)
+        check_finite(backend, "state h", states[:, step : step + 1], first_step=step)
     return StepTrace(states, soft_tokens, stats)
 
 
-def collect_states(side: str, batches: Batches, facts: GraphFacts, *, texts: int, advance: Advance) -> Float32:
+def collect_states(backend: str, batches: Batches, facts: GraphFacts, *, texts: int, advance: Advance) -> Float32:
     """Run batches and keep their states h_0..h_K (n, K + 1, hidden) float32; the arguments are as above.
 
     Raises:
@@ -97,15 +97,15 @@ def collect_states(side: str, batches: Batches, facts: GraphFacts, *, texts: int
         for step, values in enumerate(steps):
             states[rows, step] = values.state
         advance(len(rows))
-    check_finite(side, "state h", states, first_step=0)
+    check_finite(backend, "state h", states, first_step=0)
     return states
 
 
-def check_finite(side: str, what: str, values: Float32, *, first_step: int) -> None:
+def check_finite(backend: str, what: str, values: Float32, *, first_step: int) -> None:
     """Refuse NaN and infinity.
 
     Args:
-        side: who computed the values.
+        backend: who computed the values.
         what: their name.
         values: (n, steps, size) float32.
         first_step: step of ``values[:, 0]``.
@@ -118,7 +118,8 @@ def check_finite(side: str, what: str, values: Float32, *, first_step: int) -> N
         index = int(bad.any(axis=0).argmax())
         rows = np.flatnonzero(bad[:, index])
         raise MeasurementError(
-            f"{side}, step {first_step + index}: {what}_{first_step + index} has NaN or infinity in {len(rows)} of "
-            f"{len(bad)} texts, the first is text {rows[0]} | finite values | the precision overflows here, or the "
-            "weights hold such values: try a wider precision"
+            f"{backend}, step {first_step + index}: {what}_{first_step + index}",
+            f"has NaN or infinity in {len(rows)} of {len(bad)} texts, first in text {rows[0]}",
+            None,
+            "The precision overflows here, or the weights hold such values: try a wider precision.",
         )

@@ -1,4 +1,4 @@
-"""Read tasks from files: scored pairs and labeled texts from TSV, retrieval from BEIR layout. Any may end in ``.gz``."""
+"""Read tasks from files: scored pairs and labeled texts from TSV, retrieval from BEIR layout; all may be gzipped."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ CLASSIFICATION_INSTRUCTION = "Identify the intent or category of the text"
 
 @dataclass(frozen=True)
 class TaskOptions:
-    """Which tasks to read, and the instruction put before their texts; of retrieval, before the queries.
+    """Which tasks to read, and the instruction put before their texts (retrieval: before the queries).
 
     Attributes:
         sts: TSV of scored pairs.
@@ -63,12 +63,14 @@ def read_sts(path: Path, *, instruction: str) -> StsTask:
     """
     rows = list(_read_table(path, ("score", "sentence1", "sentence2"), flag="--sts"))
     if len(rows) < 3:
-        raise MeasurementError(f"--sts {path}: {len(rows)} pairs | at least 3 | choose a larger file")
+        raise MeasurementError(
+            f"--sts {path}", f"has {len(rows)} pairs", "at least 3 are needed", "Choose a larger file."
+        )
     prompts = list(dict.fromkeys(Prompt(text, instruction) for _, (_, *pair) in rows for text in pair))
     index = {prompt.text: at for at, prompt in enumerate(prompts)}
     gold = np.array([_number(score, where) for where, (score, _, _) in rows])
     if np.ptp(gold) == 0:
-        raise MeasurementError(f"--sts {path}: every score is {gold[0]} | scores that differ | choose another file")
+        raise MeasurementError(f"--sts {path}", f"has the score {gold[0]} everywhere", None, "Choose another file.")
     left, right = (np.array([index[pair[at]] for _, (_, *pair) in rows]) for at in (0, 1))
     return StsTask(_name(path), prompts, left, right, gold)
 
@@ -76,11 +78,11 @@ def read_sts(path: Path, *, instruction: str) -> StsTask:
 def read_retrieval(directory: Path, *, instruction: str) -> RetrievalTask:
     """Read a folder in BEIR layout: corpus.jsonl, queries.jsonl and qrels/test.tsv (or qrels.tsv).
 
-    A document is its title and its text, joined by a space as BEIR does. Queries without judgement are left out.
+    A document is its title and its text, joined by a space as BEIR does. Queries without judgment are left out.
 
     Raises:
         TextFileError: a file cannot be read or is not UTF-8.
-        MeasurementError: a file is missing or cannot be used, or a judgement names an unknown document.
+        MeasurementError: a file is missing or cannot be used, or a judgment names an unknown document.
     """
     corpus = {
         text_field(row, "_id", where): f"{text_field(row, 'title', where, default='')} {text_field(row, 'text', where)}"
@@ -97,12 +99,14 @@ def read_retrieval(directory: Path, *, instruction: str) -> RetrievalTask:
     ):
         if document not in corpus or query not in queries:
             raise MeasurementError(
-                f"{where}: query {query!r}, document {document!r} | ids of queries.jsonl and corpus.jsonl | "
-                "the judgements belong to another collection"
+                where,
+                f"judges query {query!r} and document {document!r}",
+                "queries.jsonl or corpus.jsonl lacks that id",
+                "Take the judgments of the same collection.",
             )
         qrels.setdefault(query, {})[document] = int(_number(relevance, where))
     if not qrels:
-        raise MeasurementError(f"{path}: no judgements | at least one | choose another collection")
+        raise MeasurementError(str(path), "has no judgments", None, "Choose another collection.")
     prompts = [Prompt(queries[query], instruction) for query in qrels] + [
         Prompt(text.strip()) for text in corpus.values()
     ]
@@ -119,25 +123,31 @@ def read_classification(path: Path, *, instruction: str) -> ClassificationTask:
     rows = [fields for _, fields in _read_table(path, ("label", "text"), flag="--classification")]
     names, labels = np.unique([label for label, _ in rows], return_inverse=True)
     if len(names) < 2:
-        raise MeasurementError(f"--classification {path}: {len(names)} labels | at least 2 | choose another file")
+        raise MeasurementError(
+            f"--classification {path}", f"has {len(names)} labels", "at least 2 are needed", "Choose another file."
+        )
     return ClassificationTask(_name(path), [Prompt(text, instruction) for _, text in rows], labels)
 
 
 def _read_table(path: Path, columns: Sequence[str], *, flag: str) -> list[tuple[str, list[str]]]:
-    """Return where each row stands, and its fields in the order of ``columns``."""
+    """Return the place of each row, for errors, and its fields in the order of ``columns``."""
     lines = read_lines(path)
     header = next(lines, TextLine("", "")).text.split("\t")
     if missing := [column for column in columns if column not in header]:
         raise MeasurementError(
-            f"{flag} {path}: columns {header} | a header line with {list(columns)}, separated by tabs | {missing[0]!r} is "
-            "missing: add the header or rename the column"
+            f"{flag} {path}",
+            f"has the columns {header}, without {missing[0]!r}",
+            f"the first line must name {list(columns)}, separated by tabs",
+            "Add the header, or rename the column.",
         )
     at = [header.index(column) for column in columns]
     rows = []
     for where, line in lines:
         fields = line.split("\t")
         if len(fields) != len(header):
-            raise MeasurementError(f"{where}: {len(fields)} fields | {len(header)}, as in the header | repair the line")
+            raise MeasurementError(
+                where, f"has {len(fields)} fields", f"the header has {len(header)}", "Repair the line."
+            )
         rows.append((where, [fields[index] for index in at]))
     return rows
 
@@ -147,8 +157,10 @@ def _find(directory: Path, *names: str) -> Path:
     found = next((path for path in candidates if path.is_file()), None)
     if found is None:
         raise MeasurementError(
-            f"--retrieval {directory}: no {' or '.join(names)} | a folder in BEIR layout: corpus.jsonl, queries.jsonl, "
-            "qrels/test.tsv | check the path"
+            f"--retrieval {directory}",
+            f"has no {' or '.join(names)}",
+            "a folder in BEIR layout has corpus.jsonl, queries.jsonl and qrels/test.tsv",
+            "Check the path.",
         )
     return found
 
@@ -159,7 +171,7 @@ def _number(text: str, where: str) -> float:
     except ValueError:
         value = float("nan")
     if not np.isfinite(value):
-        raise MeasurementError(f"{where}: score {text!r} | a number | repair the line")
+        raise MeasurementError(where, f"has the score {text!r}", "a score is a finite number", "Repair the line.")
     return value
 
 

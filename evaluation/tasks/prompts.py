@@ -1,4 +1,4 @@
-"""Texts to measure on: the built-in set, a file of the user's, and prompts of several instructions at once."""
+"""Texts to measure on: the built-in set, the user's own file, and prompts with different instructions."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -25,13 +25,13 @@ def read_prompts(path: Path | None, *, instruction: str = "") -> list[Prompt]:
     """Read the texts of a parity run; repeated ones count once.
 
     Args:
-        path: UTF-8, one text a line or, if it is named ``.jsonl``, one object ``{"text": ..., "instruction": ...}`` a
-            line, the instruction being optional; ``.gz`` is unpacked. None takes the built-in texts.
-        instruction: for texts that bring none.
+        path: UTF-8, one text per line or, if it is named ``.jsonl``, one object ``{"text": ..., "instruction": ...}``
+            per line, the instruction being optional; ``.gz`` is unpacked. None takes the built-in texts.
+        instruction: for texts that have none.
 
     Raises:
         TextFileError: the file cannot be read, is not UTF-8, or holds no text.
-        MeasurementError: a line is no JSON object, or there are fewer than 20 different texts.
+        MeasurementError: a line is not a JSON object, or there are fewer than 20 different texts.
     """
     source = path or BUILTIN
     if Path(source.name.removesuffix(".gz")).suffix == ".jsonl":
@@ -44,8 +44,10 @@ def read_prompts(path: Path | None, *, instruction: str = "") -> list[Prompt]:
     prompts = list(dict.fromkeys(rows))
     if len(prompts) < MIN_TEXTS:
         raise MeasurementError(
-            f"--texts {source}: {len(prompts)} different texts | at least {MIN_TEXTS}, or ranks and neighbors mean "
-            "nothing | add texts, or leave --texts out for the built-in ones"
+            f"--texts {source}",
+            f"has {len(prompts)} different texts",
+            f"with fewer than {MIN_TEXTS}, ranks and neighbors mean nothing",
+            "Add texts, or leave --texts out for the built-in ones.",
         )
     return prompts
 
@@ -62,11 +64,11 @@ def tokenize_prompts(tokenizer: PromptTokenizer, prompts: Sequence[Prompt]) -> l
 
 
 def read_json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield where each JSON object stands, and the object; blank lines are skipped.
+    """Yield the place of each JSON object, for errors, and the object; blank lines are skipped.
 
     Raises:
         TextFileError: the file cannot be read or is not UTF-8.
-        MeasurementError: a line is no JSON object.
+        MeasurementError: a line is not a JSON object.
     """
     for where, line in read_lines(path):
         if not line.strip():
@@ -74,9 +76,13 @@ def read_json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         try:
             row = json.loads(line)
         except ValueError as err:
-            raise MeasurementError(f"{where}: {err} | one JSON object a line | repair the line") from err
+            raise MeasurementError(
+                where, f"is not JSON: {err}", "every line holds one JSON object", "Repair the line."
+            ) from err
         if not isinstance(row, dict):
-            raise MeasurementError(f"{where}: a JSON {type(row).__name__} | one JSON object a line | repair the line")
+            raise MeasurementError(
+                where, f"holds a JSON {type(row).__name__}", "every line holds one JSON object", "Repair the line."
+            )
         yield where, row
 
 
@@ -84,10 +90,10 @@ def text_field(row: dict[str, Any], name: str, where: str, *, default: str | Non
     """Return a field that must be a string.
 
     Raises:
-        MeasurementError: it is missing without default, or no string.
+        MeasurementError: it is missing and has no default, or it is not a string.
     """
     value = row.get(name, default)
     if not isinstance(value, str):
-        came = "no" if value is None else f"a {type(value).__name__} as"
-        raise MeasurementError(f"{where}: {came} field {name!r} | a string | repair the line")
+        found = "has no" if value is None else f"has a {type(value).__name__} as"
+        raise MeasurementError(where, f"{found} field {name!r}", "it must be a string", "Repair the line.")
     return value

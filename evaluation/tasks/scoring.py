@@ -31,7 +31,7 @@ class Interval(NamedTuple):
 
 
 class Task(Protocol):
-    """Something to be good at."""
+    """Prompts with known answers, scored from one vector for each of them."""
 
     @property
     def name(self) -> str:
@@ -43,13 +43,13 @@ class Task(Protocol):
 
     @property
     def prompts(self) -> Sequence[Prompt]:
-        """What it needs a vector of."""
+        """The texts that it needs vectors of."""
 
     def score(self, vectors: Float32) -> float:
         """Score one vector for each prompt, (n, hidden) float32."""
 
     def difference_interval(self, ours: Float32, theirs: Float32) -> Interval:
-        """Return where ``score(ours) - score(theirs)`` lies, over resamples of what the task asks."""
+        """Return the interval of ``score(ours) - score(theirs)``, over resamples of what the task asks."""
 
 
 @dataclass(frozen=True)
@@ -76,12 +76,12 @@ class StsTask:
         return float(spearmanr(self._cosines(vectors), self.gold).statistic)
 
     def difference_interval(self, ours: Float32, theirs: Float32) -> Interval:
-        """Return where ``score(ours) - score(theirs)`` lies, over resamples of the pairs."""
+        """Return the interval of ``score(ours) - score(theirs)``, over resamples of the pairs."""
 
         def difference(gold: Float64, a: Float64, b: Float64, axis: int) -> Float64:
             ranks = [rankdata(series, axis=axis) for series in (gold, a, b)]
             centered = [rank - rank.mean(axis=axis, keepdims=True) for rank in ranks]
-            # A resample may draw equal scores only: it says nothing, so it counts as no difference.
+            # A resample may draw only equal scores: that says nothing, so it counts as no difference.
             unit = [rank / np.maximum(np.linalg.norm(rank, axis=axis, keepdims=True), 1e-12) for rank in centered]
             result: Float64 = (unit[0] * (unit[1] - unit[2])).sum(axis=axis)
             return result
@@ -121,7 +121,7 @@ class RetrievalTask:
         return float(self._ndcg(for_queries, for_documents).mean())
 
     def difference_interval(self, ours: Float32, theirs: Float32) -> Interval:
-        """Return where ``score(ours) - score(theirs)`` lies, over resamples of the queries."""
+        """Return the interval of ``score(ours) - score(theirs)``, over resamples of the queries."""
         return _mean_interval(self._ndcg(ours, ours) - self._ndcg(theirs, theirs))
 
     def _ndcg(self, for_queries: Float32, for_documents: Float32) -> Float64:
@@ -158,7 +158,7 @@ class ClassificationTask:
         return float(self._correct(vectors).mean())
 
     def difference_interval(self, ours: Float32, theirs: Float32) -> Interval:
-        """Return where ``score(ours) - score(theirs)`` lies, over resamples of the texts."""
+        """Return the interval of ``score(ours) - score(theirs)``, over resamples of the texts."""
         return _mean_interval(self._correct(ours) - self._correct(theirs))
 
     def _correct(self, vectors: Float32) -> Float64:
@@ -177,7 +177,10 @@ def score_steps(task: Task, vectors: Float32) -> tuple[float, ...]:
     scores = tuple(task.score(vectors[:, step]) for step in range(vectors.shape[1]))
     if not np.isfinite(scores).all():
         raise MeasurementError(
-            f"task {task.name}: {task.metric} of {scores} | finite scores | the vectors of its texts do not differ"
+            f"task {task.name}",
+            f"has {task.metric} scores that are not finite: {scores}",
+            None,
+            "The vectors of its texts do not differ.",
         )
     return scores
 

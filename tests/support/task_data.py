@@ -20,8 +20,6 @@ def beir(directory: Path, *, qrels: str = "qrels/test.tsv") -> Path:
     queries = [{"_id": f"q{i}", "text": f"query {i}"} for i in range(5)]
     write(directory / "corpus.jsonl", "".join(json.dumps(row) + "\n" for row in documents))
     write(directory / "queries.jsonl.gz", "".join(json.dumps(row) + "\n" for row in queries))
-    judgements = [(f"q{i}", f"d{j}", 1 + (i + j) % 2) for i in range(4) for j in (i, i + 5, i + 9)]
-    write(
-        directory / qrels, "query-id\tcorpus-id\tscore\n" + "".join("\t".join(map(str, j)) + "\n" for j in judgements)
-    )
+    judgments = [(f"q{i}", f"d{j}", 1 + (i + j) % 2) for i in range(4) for j in (i, i + 5, i + 9)]
+    write(directory / qrels, "query-id\tcorpus-id\tscore\n" + "".join("\t".join(map(str, j)) + "\n" for j in judgments))
     return directory

@@ -1,7 +1,6 @@
-"""The llama.cpp peer computes what our PyTorch reference computes, from the GGUF file that we write."""
+"""The llama.cpp baseline computes what our PyTorch reference computes, from the GGUF file that we write."""
 
 import functools
-import shutil
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -12,8 +11,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from safetensors.numpy import load_file, save_file
-from support.small_models import SIZES, SmallModels, randomize_vectors
+from support.small_models import SIZES, randomize_vectors
 from support.tolerances import (
     CONTROL_MIN_DIFFERENCE,
     LLAMA_CPP_BATCH_MAX_DIFFERENCE,
@@ -24,10 +22,11 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from gircse.checkpoint.reference import load_reference, step_states
 from gircse.checkpoint.source import resolve_checkpoint
-from gircse.evaluation.bench import gguf, llama_cpp
-from gircse.evaluation.bench.gguf import embedding_table, gguf_of, write_q8_0_gguf
+from gircse.evaluation.bench import llama_cpp
+from gircse.evaluation.bench.backends import LlamaCppSpec
+from gircse.evaluation.bench.gguf import gguf_of, write_q8_0_gguf
 from gircse.evaluation.bench.llama_cpp import LlamaCppBaseline
-from gircse.evaluation.bench.worker import BackendSpec, Kind, Worker
+from gircse.evaluation.bench.worker import Worker
 from gircse.evaluation.tasks.prompts import read_prompts
 from gircse.export.exporter import export_bundle
 from gircse.export.options import ExportOptions
@@ -50,7 +49,7 @@ MODELS = {
 
 @dataclass(frozen=True)
 class Case:
-    """A model for both sides."""
+    """A model for both backends."""
 
     gguf: Path
     reference: Any
@@ -94,9 +93,9 @@ def tied(cases: Callable[[str], Case]) -> Case:
 
 
 @pytest.fixture(scope="module")
-def peer(tied: Case) -> Iterator[LlamaCppBaseline]:
-    with tied.open() as peer:
-        yield peer
+def baseline(tied: Case) -> Iterator[LlamaCppBaseline]:
+    with tied.open() as baseline:
+        yield baseline
 
 
 @pytest.fixture(scope="module")
@@ -107,9 +106,9 @@ def ids() -> NDArray[np.int64]:
 @pytest.mark.parametrize("name", MODELS)
 def test_vectors_are_those_of_the_reference(cases: Callable[[str], Case], ids: NDArray[np.int64], name: str) -> None:
     case = cases(name)
-    with case.open() as peer:
+    with case.open() as baseline:
         for steps in (1, STEPS):
-            vectors = peer.run(ids, steps=steps)
+            vectors = baseline.run(ids, steps=steps)
             assert vectors.dtype == np.float32
             np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, rtol=1e-6)
             floor = LLAMA_CPP_MIN_COSINE["q8_0" if name == "q8_0" else "fp32"]
@@ -117,64 +116,64 @@ def test_vectors_are_those_of_the_reference(cases: Callable[[str], Case], ids: N
 
 
 def test_temperature_divides_the_logits(tied: Case, ids: NDArray[np.int64]) -> None:
-    with tied.open(temperature=2.0) as peer:
-        vectors = peer.run(ids, steps=STEPS)
+    with tied.open(temperature=2.0) as baseline:
+        vectors = baseline.run(ids, steps=STEPS)
     expected = tied.expected(ids, steps=STEPS, temperature=2.0)
     assert row_cosine(vectors, expected).min() > LLAMA_CPP_MIN_COSINE["fp32"]
     assert (np.abs(vectors - tied.expected(ids, steps=STEPS)).max(axis=1) > CONTROL_MIN_DIFFERENCE).all()
 
 
 def test_the_last_state_can_stand_for_all(tied: Case, ids: NDArray[np.int64]) -> None:
-    with tied.open(pooling=Pooling.LAST) as peer:
-        vectors = peer.run(ids, steps=2)
+    with tied.open(pooling=Pooling.LAST) as baseline:
+        vectors = baseline.run(ids, steps=2)
     expected = tied.expected(ids, steps=2, pooling=Pooling.LAST)
     assert row_cosine(vectors, expected).min() > LLAMA_CPP_MIN_COSINE["fp32"]
     assert (np.abs(vectors - tied.expected(ids, steps=2)).max(axis=1) > CONTROL_MIN_DIFFERENCE).all()
 
 
-def test_one_step_fewer_differs(tied: Case, peer: LlamaCppBaseline, ids: NDArray[np.int64]) -> None:
+def test_one_step_fewer_differs(tied: Case, baseline: LlamaCppBaseline, ids: NDArray[np.int64]) -> None:
     expected = tied.expected(ids, steps=STEPS)
-    assert (np.abs(peer.run(ids, steps=STEPS - 1) - expected).max(axis=1) > CONTROL_MIN_DIFFERENCE).all()
+    assert (np.abs(baseline.run(ids, steps=STEPS - 1) - expected).max(axis=1) > CONTROL_MIN_DIFFERENCE).all()
 
 
-def test_a_batch_is_its_texts_one_by_one(peer: LlamaCppBaseline, ids: NDArray[np.int64]) -> None:
-    together = peer.run(ids, steps=STEPS)
-    alone = np.concatenate([peer.run(row[None], steps=STEPS) for row in ids])
+def test_a_batch_is_its_texts_one_by_one(baseline: LlamaCppBaseline, ids: NDArray[np.int64]) -> None:
+    together = baseline.run(ids, steps=STEPS)
+    alone = np.concatenate([baseline.run(row[None], steps=STEPS) for row in ids])
     assert np.abs(together - alone).max() < LLAMA_CPP_BATCH_MAX_DIFFERENCE
     assert np.abs(together - alone[::-1]).max() > CONTROL_MIN_DIFFERENCE
 
 
-def test_a_run_leaves_nothing_behind(peer: LlamaCppBaseline, ids: NDArray[np.int64]) -> None:
-    before = peer.run(ids[:2, :4], steps=2)
-    peer.run(ids, steps=STEPS)
-    np.testing.assert_array_equal(peer.run(ids[:2, :4], steps=2), before)
+def test_a_run_leaves_nothing_behind(baseline: LlamaCppBaseline, ids: NDArray[np.int64]) -> None:
+    before = baseline.run(ids[:2, :4], steps=2)
+    baseline.run(ids, steps=STEPS)
+    np.testing.assert_array_equal(baseline.run(ids[:2, :4], steps=2), before)
 
 
 @pytest.mark.parametrize(
     ("shape", "steps"), [((4, TOKENS), 1), ((1, TOKENS + 1), 1), ((0, TOKENS), 1), ((1, 2), 0), ((1, 2), STEPS + 1)]
 )
-def test_more_than_there_is_room_for_is_refused(peer: LlamaCppBaseline, shape: tuple[int, int], steps: int) -> None:
-    with pytest.raises(ValueError, match="open the peer with more room"):
-        peer.run(np.ones(shape, np.int64), steps=steps)
+def test_more_than_there_is_room_for_is_refused(baseline: LlamaCppBaseline, shape: tuple[int, int], steps: int) -> None:
+    with pytest.raises(ValueError, match="Open the baseline with more room"):
+        baseline.run(np.ones(shape, np.int64), steps=steps)
 
 
-def test_failures_of_llama_cpp_are_errors_of_ours(tied: Case, peer: LlamaCppBaseline, tmp_path: Path) -> None:
+def test_failures_of_llama_cpp_are_errors_of_ours(tied: Case, baseline: LlamaCppBaseline, tmp_path: Path) -> None:
     with pytest.raises(ProviderError, match=r"llama_decode gave -1 .*invalid token"):
-        peer.run(np.full((1, 2), SIZES["vocab_size"]), steps=1)
-    with pytest.raises(CheckpointError, match="the GGUF file of the same model"):
+        baseline.run(np.full((1, 2), SIZES["vocab_size"]), steps=1)
+    with pytest.raises(CheckpointError, match=r"has vocabulary and hidden size .* the GGUF file of the same model"):
         tied.open(embedding_table=np.zeros((7, 48), np.float32))
     damaged = tmp_path / "damaged.gguf"
     damaged.write_bytes(tied.gguf.read_bytes()[:5000])
-    with pytest.raises(CheckpointError, match=r"damaged\.gguf: .* a GGUF file that llama\.cpp loads"):
+    with pytest.raises(CheckpointError, match=r"damaged\.gguf cannot be loaded by llama\.cpp: .* Check --gguf"):
         Case(damaged, tied.reference).open()
 
 
-def test_a_closed_peer_says_so(tied: Case, ids: NDArray[np.int64]) -> None:
-    peer = tied.open()
-    peer.close()
-    peer.close()
-    with pytest.raises(ValueError, match="the peer is closed"):
-        peer.run(ids, steps=1)
+def test_a_closed_baseline_says_so(tied: Case, ids: NDArray[np.int64]) -> None:
+    baseline = tied.open()
+    baseline.close()
+    baseline.close()
+    with pytest.raises(ValueError, match="baseline is closed"):
+        baseline.run(ids, steps=1)
 
 
 def test_a_missing_package_names_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -182,61 +181,14 @@ def test_a_missing_package_names_its_extra(monkeypatch: pytest.MonkeyPatch) -> N
     llama_cpp._llama_cpp.cache_clear()
     size = {"batch": 1, "tokens": 1, "steps": 1, "threads": 1}
     with pytest.raises(
-        ProviderError, match=r"not installed \| the package \| pip install 'gircse-deploy\[llama-cpp\]'"
+        ProviderError, match=r"llama-cpp-python is not installed\. .* pip install 'gircse-deploy\[llama-cpp\]'"
     ):
         LlamaCppBaseline(Path("model.gguf"), embedding_table=np.zeros((2, 2), np.float32), **size)
 
 
-@pytest.mark.parametrize("name", ["llama", "mistral-window", "qwen2-yarn-bf16"])
-def test_the_table_is_that_of_the_model(small_models: SmallModels, name: str) -> None:
-    table = embedding_table(resolve_checkpoint(str(small_models.checkpoint(name))))
-    assert table.dtype == np.float32
-    np.testing.assert_array_equal(table, small_models.load(name).get_input_embeddings().weight.numpy(force=True))
-
-
-def test_the_cache_tells_models_apart(
-    small_models: SmallModels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("GIRCSE_CACHE", str(tmp_path / "cache"))
-    model = tmp_path / "model"
-    shutil.copytree(small_models.checkpoint("llama"), model)
-    first = gguf_of(resolve_checkpoint(str(model)))
-    written = first.stat().st_mtime_ns
-    assert gguf_of(resolve_checkpoint(str(model))) == first
-    assert first.stat().st_mtime_ns == written
-    shard = model / "model.safetensors"
-    save_file({name: 2 * tensor for name, tensor in load_file(shard).items()}, shard, metadata={"format": "pt"})
-    assert gguf_of(resolve_checkpoint(str(model))) != first
-    assert len(list((tmp_path / "cache").iterdir())) == 2
-
-
-@pytest.mark.parametrize(
-    ("name", "found"), [("qwen2", "model_type qwen2"), ("llama-biased-llama3", "rope_type llama3")]
-)
-def test_what_would_be_written_wrongly_is_refused(
-    small_models: SmallModels, tmp_path: Path, name: str, found: str
-) -> None:
-    checkpoint = resolve_checkpoint(str(small_models.checkpoint(name)))
-    with pytest.raises(CheckpointError, match=f"{found} .* --gguf"):
-        write_q8_0_gguf(checkpoint, tmp_path / "model.gguf")
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_failed_write_leaves_nothing(
-    small_models: SmallModels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fail(*_: object) -> None:
-        raise OSError("no space left")
-
-    monkeypatch.setattr(gguf, "_encode", fail)
-    with pytest.raises(OSError, match="no space left"):
-        write_q8_0_gguf(resolve_checkpoint(str(small_models.checkpoint("llama"))), tmp_path / "model.gguf")
-    assert not list(tmp_path.iterdir())
-
-
 @pytest.mark.slow
 def test_the_demo_agrees_with_pytorch(tmp_path: Path) -> None:
-    """As the benchmark runs it, in a process of its own: llama.cpp's default weights use AMX where there is any."""
+    """As the benchmark runs it, in its own process: llama.cpp's default weights use AMX where there is any."""
     pytest.importorskip("llama_cpp", reason=NOT_INSTALLED)
     bundle = export_bundle(ExportOptions(output=tmp_path / "demo", steps=8, layout="stepwise"))
     checkpoint = resolve_checkpoint("demo")
@@ -244,7 +196,7 @@ def test_the_demo_agrees_with_pytorch(tmp_path: Path) -> None:
     tokenize = open_tokenizer(Bundle.open(bundle))
     prompts = [np.array([ids]) for ids in tokenize([prompt.text for prompt in read_prompts(None)[:12]])]
     longest = max(prompt.size for prompt in prompts)
-    spec = BackendSpec("llama.cpp", Kind.LLAMA_CPP, bundle, "Q8_0", 2, batch=1, tokens=longest, steps=8, gguf=demo.gguf)
+    spec = LlamaCppSpec(Bundle.open(bundle), demo.gguf, "Q8_0", threads=2, batch=1, tokens=longest, steps=8)
     with Worker(spec) as worker:
         try:
             vectors = [worker.run(prompt, 8)[1] for prompt in prompts]
