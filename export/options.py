@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gircse.checkpoint.model_settings import ModelSettings
-from gircse.export.graph.compose import RefinementSettings
+from gircse.export.graph.builder import RefinementSettings
 from gircse.runtime.manifest import Layout
 from gircse.runtime.precision import Precision
 
