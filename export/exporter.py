@@ -3,24 +3,20 @@
 import importlib.metadata
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import psutil
-from tokenizers import Tokenizer
 
 from gircse.calibration.fingerprint import fingerprint_of
 from gircse.checkpoint.reference import load_reference
 from gircse.checkpoint.safetensors_index import SafetensorsIndex
-from gircse.checkpoint.source import Checkpoint, pad_token_id, read_json, resolve_checkpoint
 from gircse.export.golden import CASES as GOLDEN_CASES
 from gircse.export.golden import write_golden
-from gircse.export.graph.architecture import DecoderShape, check_limits, decoder_shape
 from gircse.export.graph.mixed_precision import onnx_dtype
 from gircse.export.graph.simplify import simplify_decoder
 from gircse.export.graph.trace import trace_decoder
 from gircse.export.int8.quantize import OpenedCalibration
+from gircse.export.model_source import SourceModel, open_source
 from gircse.export.options import ExportOptions
 from gircse.export.overflow_probe import largest_magnitudes
 from gircse.export.overflow_report import overflow_risks, write_magnitudes
@@ -29,11 +25,11 @@ from gircse.export.variants import DecoderGraph, VariantDraft, draft_variant, ma
 from gircse.export.weights.external_data import estimate_bytes
 from gircse.reporting.progress import Advance, StageProgress
 from gircse.runtime.bundle import file_sha256
-from gircse.runtime.errors import CheckpointError, ExportError, OptionError, OutputError
-from gircse.runtime.manifest import MANIFEST_NAME, SCHEMA_VERSION, FileEntry, GraphFacts, Manifest
+from gircse.runtime.errors import ExportError, OptionError, OutputError
+from gircse.runtime.manifest import MANIFEST_NAME, SCHEMA_VERSION, FileEntry, Manifest
 from gircse.runtime.precision import SPECS, Precision
 from gircse.runtime.text_files import read_texts
-from gircse.runtime.tokenization import PROMPT_TEMPLATE, TokenBatch, load_tokenizer, padded_batches, tokenize
+from gircse.runtime.tokenization import PROMPT_TEMPLATE, TokenBatch, padded_batches, tokenize
 
 TOOLS = ("gircse-deploy", "torch", "transformers", "peft", "onnx", "onnxscript", "onnx-ir", "safetensors", "tokenizers")
 
@@ -51,19 +47,6 @@ MOST_RISKS = 10
 
 SMALL_FILES_BYTES = 64 << 20
 """Disk space for everything in a bundle but the weights."""
-
-
-@dataclass(frozen=True)
-class _Source:
-    """The checkpoint with what was read from its small files and from the headers of its shards."""
-
-    checkpoint: Checkpoint
-    weights: SafetensorsIndex
-    config: Any
-    shape: DecoderShape
-    facts: GraphFacts
-    tokenizer: Tokenizer
-    pad_token_id: int
 
 
 def export_bundle(options: ExportOptions, *, progress: StageProgress | None = None) -> Path:
@@ -86,11 +69,10 @@ def export_bundle(options: ExportOptions, *, progress: StageProgress | None = No
     progress = progress or StageProgress()
     output = options.output.absolute()
     check_destination(output, force=options.force)
-    check_instruction(options.query_instruction)
     calibration = _open_calibration(options)
     probe_texts = read_texts(options.probe_texts) if options.probe_texts else [text for _, text in GOLDEN_CASES]
     with progress.stage(f"find the model {options.model}"):
-        source = _open_source(options)
+        source = open_source(options)
     if calibration is not None:
         calibration.calibration.check(fingerprint_of(source.checkpoint, options), calibration.path)
     golden_missing_reason = _check_resources(source.weights, options.precisions, output, progress)
@@ -112,23 +94,6 @@ def export_bundle(options: ExportOptions, *, progress: StageProgress | None = No
     return output
 
 
-def check_instruction(instruction: str) -> None:
-    """Refuse a query instruction that UTF-8 cannot hold: half of a surrogate pair, from a mangled command line.
-
-    Raises:
-        OptionError: it cannot.
-    """
-    try:
-        instruction.encode("utf-8")
-    except UnicodeEncodeError as err:
-        raise OptionError(
-            "--query-instruction",
-            f"has a character that UTF-8 cannot hold: {err.object[err.start]!r} at {err.start}",
-            None,
-            "Check the encoding of the terminal or the script.",
-        ) from err
-
-
 def _open_calibration(options: ExportOptions) -> OpenedCalibration | None:
     """Open the calibration of INT8 variants, before anything expensive starts."""
     if options.calibration is not None:
@@ -145,73 +110,8 @@ def _open_calibration(options: ExportOptions) -> OpenedCalibration | None:
     return None
 
 
-def _open_source(options: ExportOptions) -> _Source:
-    from transformers import AutoConfig
-
-    checkpoint = resolve_checkpoint(options.model, adapter=options.adapter, revision=options.revision)
-    raw = read_json(checkpoint.directory / "config.json")
-    if raw.get("model_type") is None or raw.get("auto_map"):
-        raise CheckpointError(
-            str(checkpoint.directory / "config.json"),
-            "needs code of its own (auto_map)" if raw.get("auto_map") else "names no model_type",
-            "code of a checkpoint is never executed",
-            "Use a checkpoint of a supported architecture.",
-        )
-    try:
-        config = AutoConfig.from_pretrained(checkpoint.directory, trust_remote_code=False)
-    except Exception as err:  # transformers raises what its validators raise
-        raise CheckpointError(
-            str(checkpoint.directory / "config.json"),
-            f"cannot be read by transformers: {str(err).splitlines()[0]}",
-            None,
-            "Check the checkpoint.",
-        ) from err
-    shape = decoder_shape(config)
-    check_limits(config, steps=options.steps, max_tokens=options.max_tokens)
-    tokenizer = _open_tokenizer(checkpoint.directory)
-    pad = pad_token_id(checkpoint.directory, tokenizer.get_vocab())
-    if max(tokenizer.get_vocab_size() - 1, pad) >= shape.vocab_size:
-        raise CheckpointError(
-            str(checkpoint.directory / "tokenizer.json"),
-            f"has {tokenizer.get_vocab_size()} tokens",
-            f"config.json allows at most {shape.vocab_size}",
-            "The tokenizer belongs to another model.",
-        )
-    weights, facts = SafetensorsIndex(checkpoint.shards), _graph_facts(options, shape)
-    return _Source(checkpoint, weights, config, shape, facts, tokenizer, pad)
-
-
-def _graph_facts(options: ExportOptions, shape: DecoderShape) -> GraphFacts:
-    """Return what the graphs compute, for the manifest and the graphs' own metadata."""
-    return GraphFacts(
-        architecture=shape.architecture,
-        layout=options.layout,
-        steps=options.steps,
-        pooling=options.pooling,
-        temperature=options.temperature,
-        max_tokens=options.max_tokens,
-        hidden_size=shape.hidden_size,
-        num_layers=shape.num_layers,
-        kv_size=shape.kv_size,
-        vocab_size=shape.vocab_size,
-    )
-
-
-def _open_tokenizer(directory: Path) -> Tokenizer:
-    path = directory / "tokenizer.json"
-    if not path.is_file():
-        raise CheckpointError(
-            str(path),
-            "is missing",
-            None,
-            'Make it once: python -c "from transformers import AutoTokenizer; '
-            f"AutoTokenizer.from_pretrained('{directory}').save_pretrained('{directory}')\"",
-        )
-    return load_tokenizer(path)
-
-
 def _draft_variants(
-    options: ExportOptions, source: _Source, calibration: OpenedCalibration | None, progress: StageProgress
+    options: ExportOptions, source: SourceModel, calibration: OpenedCalibration | None, progress: StageProgress
 ) -> list[VariantDraft]:
     """Trace, compose, and match the weights; reads headers only, so a wrong adapter fails before anything is written."""
     with progress.stage(f"trace the {source.shape.architecture} decoder ({source.shape.num_layers} layers)"):
@@ -281,7 +181,7 @@ def _write_variants(
     directory: Path,
     variants: Sequence[VariantDraft],
     options: ExportOptions,
-    source: _Source,
+    source: SourceModel,
     progress: StageProgress,
 ) -> dict[str, FileEntry]:
     """Write weights, graphs and tokenizer; return the entries of the weights, which were hashed while written."""
@@ -301,7 +201,7 @@ def _write_variants(
 
 
 def _use_reference(
-    directory: Path, options: ExportOptions, source: _Source, probe_texts: Sequence[str], progress: StageProgress
+    directory: Path, options: ExportOptions, source: SourceModel, probe_texts: Sequence[str], progress: StageProgress
 ) -> None:
     """Compute what the bundle has from PyTorch: golden vectors, and the magnitudes that FP16 must hold."""
     with progress.stage("load the PyTorch reference"):
@@ -344,7 +244,7 @@ def _write_manifest(
     directory: Path,
     variants: Sequence[VariantDraft],
     options: ExportOptions,
-    source: _Source,
+    source: SourceModel,
     files: dict[str, FileEntry],
     golden_missing_reason: str | None,
 ) -> None:
