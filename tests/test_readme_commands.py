@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PARSERS = {
     "gircse-calibrate": calibrate_command._parser,
-    "gircse-export": export_command._parser,
+    "gircse-export": export_command.build_parser,
     "gircse-build": build_command._parser,
     "gircse-embed": embed_command._parser,
     "gircse-parity": parity_command._parser,
