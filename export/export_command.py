@@ -52,7 +52,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--calibration",
         type=Path,
         metavar="FILE",
-        help="file of gircse-calibrate, which the int8 variants need; model settings that are not given are taken from it",
+        help="file of gircse-calibrate, which the int8 variants need; supplies the model settings that are not given",
     )
     parser.add_argument(
         "--keep-float32",

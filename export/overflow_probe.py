@@ -1,8 +1,8 @@
 """The overflow probe: how large the values of a model become, in the prompt and at every refinement step.
 
-The FP16 maximum is 65504, and decoder LLMs have a few activations thousands of times larger than the rest. The inputs and
-outputs of all matrix products are recorded; nothing else in an FP16 graph is larger, except in the rotary embedding,
-which can enlarge an element by sqrt(2).
+The FP16 maximum is 65504, and decoder LLMs have a few activations thousands of times larger than the rest. The inputs
+and outputs of all matrix products are recorded; nothing else in an FP16 graph is larger, except in the rotary
+embedding, which can enlarge an element by sqrt(2).
 """
 
 from collections.abc import Iterable, Mapping

@@ -1,6 +1,6 @@
 """A directory that is published atomically, and replaces another one only when told to.
 
-The bundle grows in ``.NAME.partial`` beside its destination, is flushed to the disk, and is renamed into place. A
+The bundle grows in ``.NAME.partial`` next to its destination, is flushed to the disk, and is renamed into place. A
 replaced bundle waits in ``.NAME.replaced`` until the new one stands. A crash leaves at most these two behind; the next
 export to the same place removes the first and puts the second back if its successor never arrived.
 """

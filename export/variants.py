@@ -111,7 +111,7 @@ def draft_variant(
 
 
 def _draft_int8(decoder: DecoderGraph, quantization: Quantization) -> VariantDraft:
-    """Compose the one layout of an INT8 variant; K + 1 copies of the decoder would be K + 1 copies of packed weights."""
+    """Compose the one layout of an INT8 variant; K + 1 copies of the decoder would hold K + 1 copies of its weights."""
     precision = quantization.precision
     layout = Layout.STEPWISE if decoder.settings.steps else decoder.facts.layout
     model, quantized = _compose_int8(decoder, quantization, layout, QdqTarget.ONNX_RUNTIME)

@@ -1,7 +1,7 @@
 """Add nodes and constants to ONNX graphs: the one way in which every part of the export does it.
 
-A :class:`NodeBuilder` makes nodes at one place: before or after a node of a finished graph, at the end of a
-:class:`GraphBuilder`'s new graph, or in a :class:`Branch` of an ``If``. Constants go into the graph's initializers, each
+A :class:`NodeBuilder` makes nodes at one place: before or after a node of a finished graph, at the end of a new graph
+(:class:`GraphBuilder`), or in a branch of an ``If`` (:class:`Branch`). Constants go into the graph's initializers, each
 name once.
 """
 

@@ -1,4 +1,4 @@
-"""The vocabulary of INT8 variants for TensorRT: the same integers as :class:`IntegerVocabulary`, dequantized where read.
+"""The vocabulary of INT8 variants for TensorRT: the integers of :class:`IntegerVocabulary`, dequantized where read.
 
 TensorRT does not gather rows of int8 constants, and a GPU reads the vocabulary so fast that the whole sum needs no
 approximation::

@@ -79,7 +79,14 @@ class Fp16Copy:
 
 @dataclass(frozen=True)
 class WeightLayout:
-    """Every weight of the graphs with its place in the data file; exists only if checkpoint and adapter fit them."""
+    """Every weight of the graphs with its place in the data file; exists only if checkpoint and adapter fit them.
+
+    Attributes:
+        weights: in the order of the file.
+        base: tensors of the checkpoint.
+        adapter: the LoRA, or None.
+        fp16_copies: what stands behind the weights, see :class:`Fp16Copy`.
+    """
 
     weights: tuple[PlacedWeight, ...]
     base: SafetensorsIndex
@@ -145,7 +152,7 @@ class WeightLayout:
         return layout
 
     def with_fp16_copies(self, initializers: Mapping[str, ir.Value], *, scales: Collection[ir.Value]) -> Self:
-        """Add copies for a second graph on the same file, of the weights that it reads in FP16 and the file has in FP32.
+        """Add copies for a second graph on the same file: of weights that it reads in FP16 and the file has in FP32.
 
         Args:
             initializers: weights of that graph by name; all of them are weights of this layout.

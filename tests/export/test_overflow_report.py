@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -38,9 +39,8 @@ def scale(checkpoint: Path, **factors: float) -> None:
 
 
 def export_fp16(checkpoint: Path, output: Path, **options: object) -> Path:
-    return export_bundle(
-        ExportOptions(output=output, steps=STEPS, model=str(checkpoint), max_tokens=48, precisions=ALL, **options)  # type: ignore[arg-type]
-    )
+    settings: dict[str, Any] = {"steps": STEPS, "max_tokens": 48, "precisions": ALL, **options}
+    return export_bundle(ExportOptions(output=output, model=str(checkpoint), **settings))
 
 
 def test_overflow_is_found_and_the_named_fix_works(

@@ -1,4 +1,4 @@
-"""The composed graphs: standard ONNX, and no larger than they need to be. ``test_vectors.py`` checks what they compute."""
+"""The composed graphs: standard ONNX, no larger than they need to be. ``test_vectors.py`` checks what they compute."""
 
 import onnx
 import pytest

@@ -1,4 +1,4 @@
-"""The graph that TensorRT engines of INT8 variants are built from: the vectors of the other graph, and types and weights."""
+"""The graph that TensorRT engines of INT8 variants are built from: vectors, types and weights."""
 
 import json
 from collections import Counter

@@ -48,7 +48,7 @@ def fake_prompt_state(small_models: SmallModels, name: str, inputs: tuple[Quanti
 def test_graph_is_what_the_sensitivity_measured(
     small_models: SmallModels, tmp_path: Path, name: str, kind: InputKind
 ) -> None:
-    """One kind at a time, in the prompt: these models amplify the one rounding in a thousand that falls the other way."""
+    """One kind at a time, in the prompt: these models amplify the one rounding in a thousand that differs."""
     inputs = decoder_inputs(2)
     original = small_models.calibration(name, steps=STEPS)
     content = json.loads(original.read_text())

@@ -23,7 +23,7 @@ from gircse.runtime.numerics import l2_normalize, row_cosine
 def test_soft_token_is_what_the_sensitivity_measured(
     small_models: SmallModels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flat_mass: float, max_sum: int
 ) -> None:
-    """The vocabulary alone, one step: with every row in the branch of a flat softmax, of large sums or not; and none."""
+    """The vocabulary alone, one step: every row in the branch of the whole sum, with large sums or not; or none."""
     monkeypatch.setattr(vocabulary, "MAX_SUM", max_sum)
     monkeypatch.setattr(vocabulary, "FLAT_MASS", flat_mass)
     monkeypatch.setattr(fake_quantization, "FLAT_MASS", flat_mass)
