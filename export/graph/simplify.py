@@ -49,7 +49,7 @@ def fold_weight_transposes(graph: ir.Graph) -> int:
         name = f"{weight.name}{TRANSPOSED_SUFFIX}"
         if name not in graph.initializers:
             shape = ir.Shape(tuple(reversed(tuple(weight.shape))))
-            graph.initializers.add(ir.Value(name=name, type=weight.type, shape=shape))
+            graph.initializers.add(ir.val(name, type=weight.type, shape=shape))
         node.outputs[0].replace_all_uses_with(graph.initializers[name])
         count += 1
     return count
