@@ -1,55 +1,35 @@
 """``gircse-export``: from a checkpoint to a bundle."""
 
 import argparse
+import dataclasses
 import logging
 import re
 import resource
 import sys
 import time
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from gircse.checkpoint.model_settings import ModelSettings, add_model_flags
-from gircse.runtime.errors import GircseError
+from gircse.runtime.command import comma_separated, run_command
 from gircse.runtime.manifest import Layout
 from gircse.runtime.precision import Precision
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command; returns the exit code, 2 for an error."""
-    args = _parser().parse_args(argv)
-    logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
+    """Run the command; returns the exit code."""
+    args = build_parser().parse_args(argv)
     logging.getLogger("gircse").setLevel(logging.INFO)
-    start = time.perf_counter()
-    try:
-        # Here, not above: torch takes seconds to import, and --help should not.
-        from gircse.export.exporter import export_bundle
-        from gircse.export.options import ExportOptions
-
-        settings = _settings(args)
-        options = ExportOptions(
-            **{**vars(args), **settings, "output": args.output or _default_output(ModelSettings(**settings))}
-        )
-        bundle = export_bundle(options)
-    except GircseError as err:
-        print(f"gircse-export: error: {err}", file=sys.stderr)
-        return 2
-    except ImportError as err:
-        print(
-            f"gircse-export: error: {err.name or err} is not installed | the export packages | "
-            "pip install 'gircse-deploy[export,demo]'",
-            file=sys.stderr,
-        )
-        return 2
-    _print_summary(bundle, time.perf_counter() - start)
-    return 0
+    return run_command("gircse-export", lambda: _export(args), extras="export,demo")
 
 
-def _parser() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command; model settings that are not given are absent from what it parses."""
     parser = argparse.ArgumentParser(
         prog="gircse-export",
-        description="Trace a decoder LLM with K soft-token refinement steps and write a bundle that runs without torch.",
+        description=(
+            "Trace a decoder LLM with K soft-token refinement steps and write a bundle that runs without torch."
+        ),
     )
     add_model_flags(parser)
     parser.add_argument(
@@ -58,52 +38,79 @@ def _parser() -> argparse.ArgumentParser:
         choices=list(Layout),
         default=Layout.UNROLLED,
         metavar="unrolled|stepwise",
-        help="what ONNX Runtime runs: one graph with K steps, or one that runs once a step, K chosen at run time",
+        help="what ONNX Runtime runs: one graph with K steps, or one that runs once per step, K chosen at run time",
     )
     parser.add_argument(
         "--precision",
         dest="precisions",
-        type=_precisions,
+        type=comma_separated(_precision),
         default=(Precision.FP32,),
         metavar="P,...",
         help=f"variants to write: {', '.join(Precision)} (default: fp32)",
     )
     parser.add_argument(
-        "--calibration", type=Path, metavar="FILE", help="file of gircse-calibrate, which the int8 variants need"
+        "--calibration",
+        type=Path,
+        metavar="FILE",
+        help="file of gircse-calibrate, which the int8 variants need; supplies the model settings that are not given",
     )
     parser.add_argument(
         "--keep-float32",
-        nargs="+",
+        type=comma_separated(_weight_name),
         default=(),
-        metavar="NAME",
+        metavar="NAME,...",
         help="parts of weight names, such as layers.3.mlp, whose matrix products stay in FP32",
     )
     parser.add_argument(
         "--probe-texts",
         type=Path,
         metavar="FILE",
-        help="texts, one a line, to look for values that FP16 cannot hold (default: a dozen built-in ones)",
+        help="texts, one per line, to search for values that FP16 cannot hold (default: a dozen built-in ones)",
+    )
+    parser.add_argument(
+        "--query-instruction",
+        default="",
+        metavar="TEXT",
+        help="instruction that Embedder.encode_query puts before a text (default: none)",
     )
     parser.add_argument("--output", type=Path, metavar="DIR", help="bundle directory (default: gircse-MODEL-K)")
     parser.add_argument("--force", action="store_true", help="replace an existing bundle")
     return parser
 
 
-def _precisions(text: str) -> tuple[Precision, ...]:
+def _precision(name: str) -> Precision:
     try:
-        return tuple(Precision(name.strip()) for name in text.split(","))
+        return Precision(name)
     except ValueError as err:
-        raise argparse.ArgumentTypeError(f"{err}; choose from {', '.join(Precision)}") from err
+        raise ValueError(f"{name!r} is not a precision; choose from {', '.join(Precision)}") from err
 
 
-def _settings(args: argparse.Namespace) -> dict[str, Any]:
-    """Return the model's settings: what is not given is as in the calibration, if there is one."""
+def _weight_name(name: str) -> str:
+    if not name:  # it would match every weight
+        raise ValueError("an entry is empty; name a part of a weight's name, such as layers.3.mlp")
+    return name
+
+
+def _export(args: argparse.Namespace) -> int:
+    start = time.perf_counter()
+    # Here, not above: torch takes seconds to import, and --help should not.
+    from gircse.export.exporter import export_bundle
+    from gircse.export.options import ExportOptions
+
+    settings = _model_settings(args)
+    flags = {**vars(args), **dataclasses.asdict(settings), "output": args.output or _default_output(settings)}
+    bundle = export_bundle(ExportOptions(**flags))
+    _print_summary(bundle, time.perf_counter() - start)
+    return 0
+
+
+def _model_settings(args: argparse.Namespace) -> ModelSettings:
+    """Return the flags that were given; for the others what the calibration was made with, else the defaults."""
     from gircse.calibration.calibration_file import Calibration
 
-    given = {
-        field.name: value for field in fields(ModelSettings) if (value := getattr(args, field.name, None)) is not None
-    }
-    return {**(Calibration.read(args.calibration).settings if args.calibration else {}), **given}
+    calibrated: dict[str, Any] = dict(Calibration.read(args.calibration).settings) if args.calibration else {}
+    names = [field.name for field in dataclasses.fields(ModelSettings)]
+    return ModelSettings(**calibrated | {name: getattr(args, name) for name in names if hasattr(args, name)})
 
 
 def _default_output(settings: ModelSettings) -> Path:

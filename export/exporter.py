@@ -3,38 +3,33 @@
 import importlib.metadata
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import psutil
-from tokenizers import Tokenizer
 
-from gircse.calibration.calibration_file import Calibration
 from gircse.calibration.fingerprint import fingerprint_of
-from gircse.calibration.moments_file import MomentsFile
 from gircse.checkpoint.reference import load_reference
 from gircse.checkpoint.safetensors_index import SafetensorsIndex
-from gircse.checkpoint.source import Checkpoint, pad_token_id, read_json, resolve_checkpoint
 from gircse.export.golden import CASES as GOLDEN_CASES
 from gircse.export.golden import write_golden
-from gircse.export.graph.architecture import DecoderShape, check_limits, decoder_shape
 from gircse.export.graph.mixed_precision import onnx_dtype
 from gircse.export.graph.simplify import simplify_decoder
 from gircse.export.graph.trace import trace_decoder
+from gircse.export.int8.quantize import OpenedCalibration
+from gircse.export.model_source import SourceModel, open_source
 from gircse.export.options import ExportOptions
 from gircse.export.overflow_probe import largest_magnitudes
 from gircse.export.overflow_report import overflow_risks, write_magnitudes
 from gircse.export.staging import check_destination, staged_directory
-from gircse.export.variants import VariantDraft, draft_variant, graph_facts, manifest_variant, write_variant
+from gircse.export.variants import DecoderGraph, VariantDraft, draft_variant, manifest_variant, write_variant
 from gircse.export.weights.external_data import estimate_bytes
 from gircse.reporting.progress import Advance, StageProgress
 from gircse.runtime.bundle import file_sha256
-from gircse.runtime.errors import CheckpointError, ExportError
+from gircse.runtime.errors import ExportError, OptionError, OutputError
 from gircse.runtime.manifest import MANIFEST_NAME, SCHEMA_VERSION, FileEntry, Manifest
 from gircse.runtime.precision import SPECS, Precision
 from gircse.runtime.text_files import read_texts
-from gircse.runtime.tokenization import PROMPT_TEMPLATE, TokenBatch, load_tokenizer, padded_batches, tokenize
+from gircse.runtime.tokenization import PROMPT_TEMPLATE, TokenBatch, padded_batches, tokenize
 
 TOOLS = ("gircse-deploy", "torch", "transformers", "peft", "onnx", "onnxscript", "onnx-ir", "safetensors", "tokenizers")
 
@@ -51,19 +46,7 @@ MOST_RISKS = 10
 """Overflow risks that are shown one by one."""
 
 SMALL_FILES_BYTES = 64 << 20
-"""Room for everything in a bundle but the weights."""
-
-
-@dataclass(frozen=True)
-class _Source:
-    """The checkpoint with what was read from its small files and from the headers of its shards."""
-
-    checkpoint: Checkpoint
-    weights: SafetensorsIndex
-    config: Any
-    shape: DecoderShape
-    tokenizer: Tokenizer
-    pad_token_id: int
+"""Disk space for everything in a bundle but the weights."""
 
 
 def export_bundle(options: ExportOptions, *, progress: StageProgress | None = None) -> Path:
@@ -78,19 +61,22 @@ def export_bundle(options: ExportOptions, *, progress: StageProgress | None = No
 
     Raises:
         CheckpointError: model, adapter or tokenizer cannot be used.
-        ExportError: an option is out of range, the destination is taken, or memory or disk do not suffice.
+        CalibrationError: the calibration cannot be used, or belongs to another model.
+        OptionError: an option is out of range, or does not fit the model.
+        OutputError: the destination is taken or cannot be written, or the disk is too small.
+        ExportError: the model cannot be exported, or memory does not suffice.
     """
     progress = progress or StageProgress()
     output = options.output.absolute()
     check_destination(output, force=options.force)
-    calibration = _read_calibration(options)
+    calibration = _open_calibration(options)
     probe_texts = read_texts(options.probe_texts) if options.probe_texts else [text for _, text in GOLDEN_CASES]
     with progress.stage(f"find the model {options.model}"):
-        source = _open_source(options)
-    if calibration is not None and options.calibration is not None:
-        calibration[0].check(fingerprint_of(source.checkpoint, options), options.calibration)
+        source = open_source(options)
+    if calibration is not None:
+        calibration.calibration.check(fingerprint_of(source.checkpoint, options), calibration.path)
     golden_missing_reason = _check_resources(source.weights, options.precisions, output, progress)
-    variants = _trace_and_plan(options, source, calibration, progress)
+    variants = _draft_variants(options, source, calibration, progress)
     try:
         with staged_directory(output, force=options.force) as directory:
             files = _write_variants(directory, variants, options, source, progress)
@@ -99,90 +85,45 @@ def export_bundle(options: ExportOptions, *, progress: StageProgress | None = No
             with progress.stage("hash the files"):
                 _write_manifest(directory, variants, options, source, files, golden_missing_reason)
     except OSError as err:
-        raise ExportError(
-            f"--output {output}: {err.strerror or err} | room and permission to write | nothing was left behind: free "
-            "some space or choose another --output"
+        raise OutputError(
+            f"--output {output}",
+            f"cannot be written: {err.strerror or err}",
+            "nothing was left behind",
+            "Free some space, or choose another --output.",
         ) from err
     return output
 
 
-def _read_calibration(options: ExportOptions) -> tuple[Calibration, MomentsFile] | None:
-    """Read the calibration of INT8 variants, before anything expensive starts."""
-    wanted = [precision for precision in options.precisions if SPECS[precision].calibrated]
+def _open_calibration(options: ExportOptions) -> OpenedCalibration | None:
+    """Open the calibration of INT8 variants, before anything expensive starts."""
     if options.calibration is not None:
-        calibration = Calibration.read(options.calibration)
-        return calibration, MomentsFile.open(options.calibration, calibration.moments_sha256)
-    if wanted:
-        raise ExportError(
-            f"--precision {wanted[0]}: no --calibration | a file of gircse-calibrate | make one: gircse-calibrate --steps "
-            f"{options.steps} --model {options.model} --texts FILE, then add --calibration calibration.json"
-        )
+        return OpenedCalibration.open(options.calibration)
+    for precision in options.precisions:
+        if SPECS[precision].calibrated:
+            raise OptionError(
+                f"--precision {precision}",
+                "needs a --calibration",
+                None,
+                f"Make one: gircse-calibrate --steps {options.steps} --model {options.model} --texts FILE, "
+                "then add --calibration calibration.json.",
+            )
     return None
 
 
-def _open_source(options: ExportOptions) -> _Source:
-    from transformers import AutoConfig
-
-    checkpoint = resolve_checkpoint(options.model, adapter=options.adapter, revision=options.revision)
-    raw = read_json(checkpoint.directory / "config.json")
-    if raw.get("model_type") is None or raw.get("auto_map"):
-        came = "needs code of its own (auto_map)" if raw.get("auto_map") else "names no model_type"
-        raise CheckpointError(
-            f"{checkpoint.directory / 'config.json'}: {came} | a model_type of transformers | "
-            "code of a checkpoint is never executed: use a checkpoint of a supported architecture"
-        )
-    try:
-        config = AutoConfig.from_pretrained(checkpoint.directory, trust_remote_code=False)
-    except Exception as err:  # transformers raises what its validators raise
-        raise CheckpointError(
-            f"{checkpoint.directory / 'config.json'}: {str(err).splitlines()[0]} | a config that transformers reads | "
-            "check the checkpoint"
-        ) from err
-    shape = decoder_shape(config)
-    check_limits(config, steps=options.steps, max_tokens=options.max_tokens)
-    tokenizer = _open_tokenizer(checkpoint.directory)
-    pad = pad_token_id(checkpoint.directory, tokenizer.get_vocab())
-    if max(tokenizer.get_vocab_size() - 1, pad) >= shape.vocab_size:
-        raise CheckpointError(
-            f"{checkpoint.directory / 'tokenizer.json'}: {tokenizer.get_vocab_size()} tokens | at most the "
-            f"{shape.vocab_size} of config.json | the tokenizer belongs to another model"
-        )
-    return _Source(checkpoint, SafetensorsIndex(checkpoint.shards), config, shape, tokenizer, pad)
-
-
-def _open_tokenizer(directory: Path) -> Tokenizer:
-    path = directory / "tokenizer.json"
-    if not path.is_file():
-        raise CheckpointError(
-            f'{path}: missing | the fast tokenizer | make it once: python -c "from transformers import AutoTokenizer; '
-            f"AutoTokenizer.from_pretrained('{directory}').save_pretrained('{directory}')\""
-        )
-    return load_tokenizer(path)
-
-
-def _trace_and_plan(
-    options: ExportOptions,
-    source: _Source,
-    calibration: tuple[Calibration, MomentsFile] | None,
-    progress: StageProgress,
+def _draft_variants(
+    options: ExportOptions, source: SourceModel, calibration: OpenedCalibration | None, progress: StageProgress
 ) -> list[VariantDraft]:
-    """Trace, compose, and match the weights; reads headers only, so a wrong adapter fails before anything is written."""
+    """Trace, compose, match the weights; only headers are read, so a wrong adapter fails before anything is written."""
     with progress.stage(f"trace the {source.shape.architecture} decoder ({source.shape.num_layers} layers)"):
-        decoder = trace_decoder(source.config, source.shape, positions=options.max_tokens + options.steps)
-        simplify_decoder(decoder)
+        graph = trace_decoder(source.config, source.shape, positions=options.max_tokens + options.steps)
+        simplify_decoder(graph)
+    adapter = source.checkpoint.adapter_directory
+    decoder = DecoderGraph(graph, source.shape, options.settings, source.facts, source.weights, adapter)
     with progress.stage(
         f"compose {options.steps} refinement steps ({options.layout}, {', '.join(options.precisions)})"
     ):
         return [
-            draft_variant(
-                precision,
-                decoder,
-                options,
-                shape=source.shape,
-                base=source.weights,
-                adapter_directory=source.checkpoint.adapter_directory,
-                calibration=calibration,
-            )
+            draft_variant(precision, decoder, keep_float32=options.keep_float32, calibration=calibration)
             for precision in options.precisions
         ]
 
@@ -196,7 +137,8 @@ def _check_resources(
         Why the golden vectors cannot be computed, or None if they can.
 
     Raises:
-        ExportError: memory or disk do not suffice.
+        OutputError: the disk is too small.
+        ExportError: memory does not suffice.
     """
     total, largest = estimate_bytes(base)
     parent = next(path for path in output.parents if path.exists())
@@ -209,11 +151,19 @@ def _check_resources(
         f"{_gib(reference_needed)} with golden vectors ({_gib(memory_free)} available)"
     )
     if disk_needed > disk_free:
-        raise ExportError(
-            f"--output {output}: {_gib(disk_free)} free | {_gib(disk_needed)} | free some space or choose another disk"
+        raise OutputError(
+            f"--output {output}",
+            f"has {_gib(disk_free)} of free disk space",
+            f"the bundle needs {_gib(disk_needed)}",
+            "Free some space, or choose another disk.",
         )
     if memory_needed > memory_free:
-        raise ExportError(f"memory: {_gib(memory_free)} available | {_gib(memory_needed)} | close other programs")
+        raise ExportError(
+            "memory",
+            f"has {_gib(memory_free)} available",
+            f"the export needs {_gib(memory_needed)}",
+            "Close other programs.",
+        )
     if reference_needed > memory_free:
         reason = f"the PyTorch reference needs {_gib(reference_needed)} of memory, {_gib(memory_free)} were available"
         probe = ", no overflow probe of FP16" if Precision.FP16 in precisions else ""
@@ -231,16 +181,15 @@ def _write_variants(
     directory: Path,
     variants: Sequence[VariantDraft],
     options: ExportOptions,
-    source: _Source,
+    source: SourceModel,
     progress: StageProgress,
 ) -> dict[str, FileEntry]:
     """Write weights, graphs and tokenizer; return the entries of the weights, which were hashed while written."""
     files = {}
-    identity = graph_facts(options, source.shape).identity
     for variant in variants:
-        total = variant.plan.total_bytes
+        total = variant.weights.total_bytes
         with progress.stage(f"write {_gib(total)} of {variant.precision} weights", total=total) as advance:
-            entry = write_variant(variant, directory, identity=identity, on_bytes=advance)
+            entry = write_variant(variant, directory, identity=source.facts.identity, on_bytes=advance)
         files[variant.weights_path] = entry
         if SPECS[variant.precision].calibrated and options.calibration is not None:
             shutil.copyfile(options.calibration, directory / variant.precision / "calibration.json")
@@ -252,9 +201,9 @@ def _write_variants(
 
 
 def _use_reference(
-    directory: Path, options: ExportOptions, source: _Source, probe_texts: Sequence[str], progress: StageProgress
+    directory: Path, options: ExportOptions, source: SourceModel, probe_texts: Sequence[str], progress: StageProgress
 ) -> None:
-    """Compute with PyTorch what the bundle carries of it: golden vectors, and the magnitudes that FP16 must hold."""
+    """Compute what the bundle has from PyTorch: golden vectors, and the magnitudes that FP16 must hold."""
     with progress.stage("load the PyTorch reference"):
         model = load_reference(source.checkpoint)
     with progress.stage("compute golden vectors"):
@@ -295,7 +244,7 @@ def _write_manifest(
     directory: Path,
     variants: Sequence[VariantDraft],
     options: ExportOptions,
-    source: _Source,
+    source: SourceModel,
     files: dict[str, FileEntry],
     golden_missing_reason: str | None,
 ) -> None:
@@ -307,7 +256,7 @@ def _write_manifest(
         schema_version=SCHEMA_VERSION,
         model=source.checkpoint.model,
         adapter=source.checkpoint.adapter,
-        graph=graph_facts(options, source.shape),
+        graph=source.facts,
         prompt_template=PROMPT_TEMPLATE,
         pad_token_id=source.pad_token_id,
         variants={variant.precision: manifest_variant(variant) for variant in variants},

@@ -13,7 +13,7 @@ from safetensors.numpy import save
 from tokenizers import Tokenizer
 
 from gircse.checkpoint.reference import step_states
-from gircse.export.graph.compose import RefinementSettings
+from gircse.export.graph.builder import RefinementSettings
 from gircse.runtime.numerics import l2_normalize, pool_states
 from gircse.runtime.tokenization import format_prompt, pad_batch, tokenize
 

@@ -4,7 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gircse.checkpoint.model_settings import ModelSettings
-from gircse.export.graph.compose import RefinementSettings
+from gircse.export.graph.builder import RefinementSettings
+from gircse.runtime.errors import OptionError
 from gircse.runtime.manifest import Layout
 from gircse.runtime.precision import Precision
 
@@ -34,12 +35,35 @@ class ExportOptions(ModelSettings):
     force: bool = False
 
     def __post_init__(self) -> None:
-        """Take plain strings for the enums; a ``ValueError`` names what they may be."""
+        """Take plain strings for the enums, and refuse what cannot be exported.
+
+        Raises:
+            OptionError: a value is out of its range.
+            ValueError: an enum has no such value.
+        """
         super().__post_init__()
         object.__setattr__(self, "layout", Layout(self.layout))
         object.__setattr__(self, "precisions", tuple(dict.fromkeys(map(Precision, self.precisions))))
+        _check_instruction(self.query_instruction)
 
     @property
     def settings(self) -> RefinementSettings:
         """The part that the graphs compute."""
         return RefinementSettings(self.steps, self.pooling, self.temperature)
+
+
+def _check_instruction(instruction: str) -> None:
+    """Refuse a query instruction that UTF-8 cannot hold: half of a surrogate pair, from a mangled command line.
+
+    Raises:
+        OptionError: it cannot.
+    """
+    try:
+        instruction.encode("utf-8")
+    except UnicodeEncodeError as err:
+        raise OptionError(
+            "--query-instruction",
+            f"has a character that UTF-8 cannot hold: {err.object[err.start]!r} at {err.start}",
+            None,
+            "Check the encoding of the terminal or the script.",
+        ) from err

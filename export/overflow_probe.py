@@ -1,8 +1,8 @@
 """The overflow probe: how large the values of a model become, in the prompt and at every refinement step.
 
-FP16 ends at 65504, and decoder LLMs have a few activations thousands of times larger than the rest. The inputs and
-outputs of all matrix products are recorded; what FP16 graphs hold besides is no larger, but for the rotary embedding,
-which can enlarge an element by sqrt(2).
+The FP16 maximum is 65504, and decoder LLMs have a few activations thousands of times larger than the rest. The inputs
+and outputs of all matrix products are recorded; nothing else in an FP16 graph is larger, except in the rotary
+embedding, which can enlarge an element by sqrt(2).
 """
 
 from collections.abc import Iterable, Mapping
@@ -61,8 +61,10 @@ def _check_finite(magnitudes: Magnitudes) -> None:
     if bad:
         step, name = min(bad, key=lambda found: found[0])  # within a step they stand in the order of the computation
         raise CheckpointError(
-            f"{name}: NaN or infinity at step {step}, in FP32 | finite values | the checkpoint or the adapter is damaged: "
-            "download it again"
+            name,
+            f"has NaN or infinity at step {step}, in FP32",
+            None,
+            "The checkpoint or the adapter is damaged: download it again.",
         )
 
 

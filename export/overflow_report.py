@@ -1,4 +1,4 @@
-"""Judge measured magnitudes: which values of a FP16 graph come too near the end of its range, and what cures it."""
+"""Judge measured magnitudes: which values come too near the FP16 maximum, with the fix for each."""
 
 import json
 from collections.abc import Sequence
@@ -7,34 +7,37 @@ from pathlib import Path
 
 import numpy as np
 
+from gircse.export.graph.mixed_precision import FP16_MAX
 from gircse.export.overflow_probe import Magnitudes
+from gircse.runtime.errors import sentence
 
-FP16_LIMIT = 65504.0
 HEADROOM = 2.0
-"""Other texts than those of the probe have larger values; sqrt(2) alone goes to the rotary embedding."""
+"""Texts other than those of the probe have larger values; the rotary embedding alone takes sqrt(2)."""
 
 
 @dataclass(frozen=True)
 class OverflowRisk:
-    """A value with less than ``HEADROOM`` below the FP16 limit.
+    """A value that ``HEADROOM`` times over would exceed the FP16 maximum.
 
     Attributes:
         tensor: its name, such as ``model.layers.3.mlp.down_proj output``.
         magnitude: the largest seen.
         step: where, 0 for the prompt.
-        cure: what to add to the export.
+        fix: what to export with, such as ``--keep-float32 NAME``.
     """
 
     tensor: str
     magnitude: float
     step: int
-    cure: str
+    fix: str
 
     def __str__(self) -> str:
         where = f"at step {self.step}" if self.step else "in the prompt"
-        return (
-            f"{self.tensor}: {self.magnitude:.4g} {where}, {FP16_LIMIT / self.magnitude:.1f} times below the end of FP16 | "
-            f"{HEADROOM:.0f} times | {self.cure}"
+        return sentence(
+            self.tensor,
+            f"reaches {self.magnitude:.4g} {where}",
+            f"the FP16 maximum is {FP16_MAX:.0f}",
+            f"Export with {self.fix}.",
         )
 
 
@@ -50,20 +53,20 @@ def overflow_risks(magnitudes: Magnitudes, *, keep_float32: Sequence[str], tied:
     for tensor, maxima in magnitudes.items():
         module, kind = tensor.rsplit(" ", 1)
         step = int(np.argmax(maxima))
-        if maxima[step] * HEADROOM > FP16_LIMIT and _is_low(module, kind, keep_float32, tied=tied):
-            risks.append(OverflowRisk(tensor, float(maxima[step]), step, _cure(module, kind, tied=tied)))
+        if maxima[step] * HEADROOM > FP16_MAX and _is_low(module, kind, keep_float32, tied=tied):
+            risks.append(OverflowRisk(tensor, float(maxima[step]), step, _fix(module, kind, tied=tied)))
     return sorted(risks, key=lambda risk: -risk.magnitude)
 
 
 def write_magnitudes(path: Path, magnitudes: Magnitudes, *, texts: int) -> None:
     """Write the magnitudes as JSON: ``texts``, ``fp16_limit``, and ``tensors`` with one number for each step."""
     tensors = {name: [float(f"{value:.6g}") for value in maxima] for name, maxima in sorted(magnitudes.items())}
-    content = {"texts": texts, "fp16_limit": FP16_LIMIT, "tensors": tensors}
+    content = {"texts": texts, "fp16_limit": FP16_MAX, "tensors": tensors}
     path.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def _is_low(module: str, kind: str, keep_float32: Sequence[str], *, tied: bool) -> bool:
-    """Whether the rules of ``precision.py`` put the value into FP16."""
+    """Whether the rules of ``mixed_precision.py`` put the value into FP16."""
 
     def kept(name: str) -> bool:
         weight = "model.embed_tokens.weight" if tied and name == "lm_head" else f"{name}.weight"
@@ -79,14 +82,14 @@ def _is_low(module: str, kind: str, keep_float32: Sequence[str], *, tied: bool) 
     return not kept(module)
 
 
-def _cure(module: str, kind: str, *, tied: bool) -> str:
+def _fix(module: str, kind: str, *, tied: bool) -> str:
     block, _, projection = module.rpartition(".")
     if (projection, kind) in {("q_proj", "output"), ("k_proj", "output"), ("v_proj", "output"), ("o_proj", "input")}:
-        return "--precision bf16, for attention runs in the low type"
+        return "--precision bf16: attention always runs in the type of the variant"
     if module == "lm_head":
-        island = "embed_tokens" if tied else module
+        float32 = "embed_tokens" if tied else module
     elif projection in ("gate_proj", "up_proj") or (projection, kind) == ("down_proj", "input"):
-        island = block
+        float32 = block
     else:
-        island = module
-    return f"--keep-float32 {island}, or --precision bf16"
+        float32 = module
+    return f"--keep-float32 {float32}, or with --precision bf16"

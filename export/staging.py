@@ -1,6 +1,6 @@
-"""A directory that appears whole or not at all, and replaces another one only when told to.
+"""A directory that is published atomically, and replaces another one only when told to.
 
-The bundle grows in ``.NAME.partial`` beside its destination, is flushed to the disk, and is renamed into place. A
+The bundle grows in ``.NAME.partial`` next to its destination, is flushed to the disk, and is renamed into place. A
 replaced bundle waits in ``.NAME.replaced`` until the new one stands. A crash leaves at most these two behind; the next
 export to the same place removes the first and puts the second back if its successor never arrived.
 """
@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from gircse.runtime.errors import ExportError
+from gircse.runtime.errors import OutputError
 from gircse.runtime.manifest import MANIFEST_NAME
 
 
@@ -20,24 +20,32 @@ def check_destination(destination: Path, *, force: bool) -> None:
     """Refuse a destination that the export may not take.
 
     Raises:
-        ExportError: its folder cannot be written, or something stands there: no bundle, or one and no ``force``.
+        OutputError: its folder cannot be written, or something is there: no bundle, or a bundle and no ``force``.
     """
     parent = next(path for path in destination.parents if path.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        raise ExportError(
-            f"--output {destination}: {parent} cannot be written | a directory that can | choose another --output"
+        raise OutputError(
+            f"--output {destination}",
+            f"cannot be made in {parent}, which is not writable",
+            None,
+            "Choose another --output.",
         )
     if not destination.exists() and not destination.is_symlink():
         return
     is_bundle = destination.is_dir() and (destination / MANIFEST_NAME).is_file()
     if not is_bundle and not _is_empty_directory(destination):
-        raise ExportError(
-            f"--output {destination}: exists and is no bundle | a new path, or a bundle with --force | "
-            "choose another --output; nothing but a bundle is ever replaced"
+        raise OutputError(
+            f"--output {destination}",
+            "exists and is not a bundle",
+            "nothing but a bundle is ever replaced",
+            "Choose another --output.",
         )
     if is_bundle and not force:
-        raise ExportError(
-            f"--output {destination}: a bundle is there | a new path | add --force to replace it, or choose another path"
+        raise OutputError(
+            f"--output {destination}",
+            "is a bundle already",
+            None,
+            "Add --force to replace it, or choose another path.",
         )
 
 
@@ -46,7 +54,7 @@ def staged_directory(destination: Path, *, force: bool) -> Iterator[Path]:
     """Yield an empty directory that becomes ``destination`` if the block succeeds and vanishes if it fails.
 
     Raises:
-        ExportError: the destination is taken, cannot be written, or another export to it is running.
+        OutputError: the destination is taken, cannot be written, or another export to it is running.
     """
     replaced = destination.with_name(f".{destination.name}.replaced")
     with _locked_directory(destination) as partial:
@@ -73,15 +81,15 @@ def staged_directory(destination: Path, *, force: bool) -> Iterator[Path]:
 def _locked_directory(destination: Path) -> Iterator[Path]:
     """Yield an empty ``.NAME.partial``, locked against a second export.
 
-    The kernel lets go of the lock however this process ends, so what a killed export left is free to be cleared.
+    The kernel releases the lock however this process ends, so what a killed export left can be removed.
     """
     partial = destination.with_name(f".{destination.name}.partial")
     try:
         partial.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(partial, os.O_RDONLY)
     except OSError as err:
-        raise ExportError(
-            f"--output {destination}: {err.strerror} | a place that can be written | choose another --output"
+        raise OutputError(
+            f"--output {destination}", f"cannot be made: {err.strerror}", None, "Choose another --output."
         ) from err
     try:
         try:
@@ -91,8 +99,8 @@ def _locked_directory(destination: Path) -> Iterator[Path]:
         except BlockingIOError:
             ours = False
         if not ours:
-            raise ExportError(
-                f"--output {destination}: another export to it is running | one at a time | wait for it to end"
+            raise OutputError(
+                f"--output {destination}", "is being written by another export", None, "Wait until it has finished."
             )
         for leftover in partial.iterdir():
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()

@@ -6,21 +6,48 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from gircse.calibration.calibration_file import Calibration
-from gircse.calibration.moments_file import MomentsFile
 from gircse.checkpoint.safetensors_index import SafetensorsIndex
 from gircse.export.graph.architecture import DecoderShape
-from gircse.export.graph.compose import compose_graph, weight_initializers
+from gircse.export.graph.builder import RefinementSettings
+from gircse.export.graph.compose import LM_HEAD, compose_graph, weight_initializers
 from gircse.export.graph.mixed_precision import set_precision
-from gircse.export.int8.quantize import excluded_inputs, int8_vocabulary, quantize
-from gircse.export.options import ExportOptions
-from gircse.export.weights.external_data import WeightLayout, external_tensors, write_weights
+from gircse.export.int8.qdq import QdqTarget
+from gircse.export.int8.quantize import OpenedCalibration, Quantization, Quantized, excluded_inputs, quantize
+from gircse.export.weights.external_data import engine_tensors, external_tensors, write_weights
+from gircse.export.weights.layout import WeightLayout
 from gircse.runtime import tensor_names
 from gircse.runtime.manifest import FileEntry, GraphFacts, GraphFile, Layout, TensorSpec, Variant
 from gircse.runtime.precision import SPECS, Precision
 
 GRAPH_FILES = {Layout.UNROLLED: "model.onnx", Layout.STEPWISE: "stepwise.onnx"}
+ENGINE_GRAPH_FILE = "engine.onnx"
 WEIGHTS_FILE = "weights.bin"
+
+
+@dataclass(frozen=True)
+class DecoderGraph:
+    """What every variant is made of.
+
+    Attributes:
+        graph: the simplified graph of ``trace_decoder``.
+        shape: its sizes.
+        settings: what is computed besides the decoder.
+        facts: what the graphs compute, for the manifest and the graphs' own metadata.
+        base: tensors of the checkpoint.
+        adapter_directory: folder of the LoRA, or None.
+    """
+
+    graph: ir.Graph
+    shape: DecoderShape
+    settings: RefinementSettings
+    facts: GraphFacts
+    base: SafetensorsIndex
+    adapter_directory: Path | None
+
+    @property
+    def unneeded(self) -> set[str]:
+        """Tensors that the graphs do not read: the second copy of a tied lm_head, and any lm_head without steps."""
+        return {LM_HEAD} if self.shape.tied or not self.settings.steps else set()
 
 
 @dataclass(frozen=True)
@@ -31,15 +58,17 @@ class VariantDraft:
         precision: its name.
         graphs: its graphs by layout.
         rewrites: how often each rewrite to the precision applied, by layout.
-        plan: its weights.
+        weights: its weights.
         float32: what stays in FP32, in words.
+        engine_graph: what TensorRT engines are built from, where it is a graph of its own.
     """
 
     precision: Precision
     graphs: Mapping[Layout, ir.Model]
     rewrites: Mapping[Layout, Mapping[str, int]]
-    plan: WeightLayout
+    weights: WeightLayout
     float32: tuple[str, ...]
+    engine_graph: ir.Model | None = None
 
     @property
     def weights_path(self) -> str:
@@ -47,42 +76,20 @@ class VariantDraft:
         return f"{self.precision}/{WEIGHTS_FILE}"
 
 
-def graph_facts(options: ExportOptions, shape: DecoderShape) -> GraphFacts:
-    """Return what the graphs compute, for the manifest and the graphs' own metadata."""
-    return GraphFacts(
-        architecture=shape.architecture,
-        layout=options.layout,
-        steps=options.steps,
-        pooling=options.pooling,
-        temperature=options.temperature,
-        max_tokens=options.max_tokens,
-        hidden_size=shape.hidden_size,
-        num_layers=shape.num_layers,
-        kv_size=shape.kv_size,
-        vocab_size=shape.vocab_size,
-    )
-
-
 def draft_variant(
     precision: Precision,
-    decoder: ir.Graph,
-    options: ExportOptions,
+    decoder: DecoderGraph,
     *,
-    shape: DecoderShape,
-    base: SafetensorsIndex,
-    adapter_directory: Path | None,
-    calibration: tuple[Calibration, MomentsFile] | None,
+    keep_float32: tuple[str, ...],
+    calibration: OpenedCalibration | None,
 ) -> VariantDraft:
     """Compose the graphs of a precision and match their weights with the checkpoint.
 
     Args:
         precision: the variant.
-        decoder: the simplified graph of ``trace_decoder``.
-        options: what the export was asked for.
-        shape: sizes of the decoder.
-        base: tensors of the checkpoint.
-        adapter_directory: folder of the LoRA, or None.
-        calibration: for an INT8 variant, with its second moments.
+        decoder: what it is made of.
+        keep_float32: parts of weight names whose matrix products stay in FP32.
+        calibration: for an INT8 variant.
 
     Raises:
         CheckpointError: a tensor of checkpoint or adapter does not fit.
@@ -91,36 +98,48 @@ def draft_variant(
     if SPECS[precision].calibrated:
         if calibration is None:
             raise ValueError(f"{precision} without a calibration")
-        return _draft_int8(precision, decoder, options, *calibration, shape=shape, base=base, adapter=adapter_directory)
+        excluded = excluded_inputs(precision, calibration.calibration, decoder.shape, keep_float32=keep_float32)
+        return _draft_int8(decoder, Quantization(precision, calibration, decoder.shape, excluded))
     graphs, rewrites = {}, {}
-    for layout in sorted(graph_facts(options, shape).layouts):
-        graphs[layout] = compose_graph(decoder, shape, options.settings, layout=layout)
-        rewrites[layout] = set_precision(graphs[layout], precision, keep_float32=options.keep_float32)
-    plan = WeightLayout.build(weight_initializers(graphs.values()), base, adapter_directory, tied=shape.tied)
-    return VariantDraft(precision, graphs, rewrites, plan, (*SPECS[precision].float32, *options.keep_float32))
-
-
-def _draft_int8(
-    precision: Precision,
-    decoder: ir.Graph,
-    options: ExportOptions,
-    calibration: Calibration,
-    moments: MomentsFile,
-    *,
-    shape: DecoderShape,
-    base: SafetensorsIndex,
-    adapter: Path | None,
-) -> VariantDraft:
-    """Compose the one graph of an INT8 variant; K + 1 copies of the decoder would be K + 1 copies of packed weights."""
-    layout = Layout.STEPWISE if options.steps else options.layout
-    kept = excluded_inputs(precision, calibration, shape, keep_float32=options.keep_float32)
-    vocabulary = int8_vocabulary(precision, calibration, shape, kept)
-    model = compose_graph(decoder, shape, options.settings, layout=layout, vocabulary=vocabulary)
-    quantized = quantize(model, precision, calibration, shape, moments=moments, vocabulary=vocabulary, kept=kept)
-    plan = WeightLayout.build(weight_initializers([model]), base, adapter, tied=shape.tied, recipes=quantized.recipes)
-    return VariantDraft(
-        precision, {layout: model}, {layout: quantized.counts}, plan, (*SPECS[precision].float32, *kept)
+    for layout in sorted(decoder.facts.layouts):
+        graphs[layout] = compose_graph(decoder.graph, decoder.shape, decoder.settings, layout=layout)
+        rewrites[layout] = set_precision(graphs[layout], precision, keep_float32=keep_float32)
+    weights = WeightLayout.match(
+        weight_initializers(graphs.values()), decoder.base, decoder.adapter_directory, unneeded=decoder.unneeded
     )
+    return VariantDraft(precision, graphs, rewrites, weights, (*SPECS[precision].float32, *keep_float32))
+
+
+def _draft_int8(decoder: DecoderGraph, quantization: Quantization) -> VariantDraft:
+    """Compose the one layout of an INT8 variant; K + 1 copies of the decoder would hold K + 1 copies of its weights."""
+    precision = quantization.precision
+    layout = Layout.STEPWISE if decoder.settings.steps else decoder.facts.layout
+    model, quantized = _compose_int8(decoder, quantization, layout, QdqTarget.ONNX_RUNTIME)
+    weights = WeightLayout.match(
+        weight_initializers([model]),
+        decoder.base,
+        decoder.adapter_directory,
+        unneeded=decoder.unneeded,
+        sources=quantized.weight_sources,
+    )
+    engine = None
+    if SPECS[precision].tensorrt:
+        engine, _ = _compose_int8(decoder, quantization, layout, QdqTarget.TENSORRT)
+        set_precision(engine, Precision.FP16)
+        scales = [node.inputs[1] for node in engine.graph if node.op_type == "DequantizeLinear"]
+        weights = weights.with_fp16_copies(
+            weight_initializers([engine]), scales={scale for scale in scales if scale is not None}
+        )
+    float32 = (*SPECS[precision].float32, *quantization.excluded)
+    return VariantDraft(precision, {layout: model}, {layout: quantized.counts}, weights, float32, engine)
+
+
+def _compose_int8(
+    decoder: DecoderGraph, quantization: Quantization, layout: Layout, target: QdqTarget
+) -> tuple[ir.Model, Quantized]:
+    vocabulary = quantization.vocabulary(target)
+    model = compose_graph(decoder.graph, decoder.shape, decoder.settings, layout=layout, vocabulary=vocabulary)
+    return model, quantize(model, quantization, vocabulary, target=target)
 
 
 def write_variant(
@@ -139,31 +158,40 @@ def write_variant(
     """
     folder = directory / variant.precision
     folder.mkdir()
-    entry = write_weights(variant.plan, folder / WEIGHTS_FILE, on_bytes=on_bytes)
-    external = external_tensors(variant.plan, WEIGHTS_FILE)
+    entry = write_weights(variant.weights, folder / WEIGHTS_FILE, on_bytes=on_bytes)
+    external = external_tensors(variant.weights, WEIGHTS_FILE)
     for layout, model in variant.graphs.items():
-        for name, value in model.graph.initializers.items():
-            value.const_value = external.get(name, value.const_value)
-        model.metadata_props[tensor_names.GRAPH_IDENTITY_KEY] = identity
-        ir.save(model, folder / GRAPH_FILES[layout])
+        _write_graph(model, external, folder / GRAPH_FILES[layout], identity)
+    if variant.engine_graph is not None:
+        external = engine_tensors(variant.weights, WEIGHTS_FILE)
+        _write_graph(variant.engine_graph, external, folder / ENGINE_GRAPH_FILE, identity)
     return entry
+
+
+def _write_graph(model: ir.Model, external: Mapping[str, ir.ExternalTensor], path: Path, identity: str) -> None:
+    for name, value in model.graph.initializers.items():
+        value.const_value = external.get(name, value.const_value)
+    model.metadata_props[tensor_names.GRAPH_IDENTITY_KEY] = identity
+    ir.save(model, path)
 
 
 def manifest_variant(variant: VariantDraft) -> Variant:
     """Return the entry of a variant in the manifest."""
+    engine = variant.engine_graph
     return Variant(
         graphs={
-            layout: GraphFile(
-                f"{variant.precision}/{GRAPH_FILES[layout]}",
-                _tensor_specs(model.graph.inputs),
-                _tensor_specs(model.graph.outputs),
-            )
+            layout: _graph_file(variant.precision, GRAPH_FILES[layout], model)
             for layout, model in variant.graphs.items()
         },
         weights=variant.weights_path,
         float32=variant.float32,
         rewrites=variant.rewrites,
+        tensorrt=_graph_file(variant.precision, ENGINE_GRAPH_FILE, engine) if engine is not None else None,
     )
+
+
+def _graph_file(precision: Precision, name: str, model: ir.Model) -> GraphFile:
+    return GraphFile(f"{precision}/{name}", _tensor_specs(model.graph.inputs), _tensor_specs(model.graph.outputs))
 
 
 def _tensor_specs(values: Iterable[ir.Value]) -> tuple[TensorSpec, ...]:

@@ -25,6 +25,8 @@ the unrolled graph, ``step/`` in the stepwise one):
     stepk/state         (batch, 1, hidden), h_k; ``prompt/state`` (batch, hidden), h_0 (unrolled only)
 """
 
+import re
+
 INPUT_IDS = "input_ids"
 ATTENTION_MASK = "attention_mask"
 
@@ -54,6 +56,11 @@ def cache_names(prefix: str, num_layers: int) -> list[str]:
         num_layers: number of decoder layers.
     """
     return [f"{prefix}.{layer}.{kind}" for layer in range(num_layers) for kind in ("key", "value")]
+
+
+def is_cache(name: str) -> bool:
+    """Whether a graph's input or output of this name is part of the KV cache, past or present."""
+    return re.fullmatch(r"(past|present)\.\d+\.(key|value)", name) is not None
 
 
 def step_prefix(step: int | None) -> str:

@@ -12,10 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import onnx_ir as ir
 import psutil
 
-from gircse.export.engine.lower_int8 import to_engine_form
 from gircse.export.engine.profiles import (
     DEFAULT_BATCH,
     DEFAULT_TOKENS,
@@ -30,7 +28,7 @@ from gircse.runtime.atomic_file import atomic_write
 from gircse.runtime.bundle import Bundle, file_sha256
 from gircse.runtime.errors import ExportError, ProviderError
 from gircse.runtime.manifest import MANIFEST_NAME, Layout
-from gircse.runtime.precision import GPU_ORDER, Precision, precision_spec
+from gircse.runtime.precision import GPU_ORDER, precision_spec
 from gircse.runtime.provider import Provider
 from gircse.runtime.trt.engine_manifest import ENGINE_SCHEMA_VERSION, ENGINES_FOLDER, EngineManifest, EngineProfile
 from gircse.runtime.trt.library import MODULES, import_tensorrt
@@ -47,9 +45,6 @@ BUILD_BYTES, LAYER_BYTES = 1 << 29, 1 << 18
 GiB for 2,400 layers, 4.1 GiB for 17,600)."""
 
 MAX_WORKSPACE_GIB = 1 << 20
-
-MAX_PROTO_BYTES = (1 << 31) - (1 << 24)
-"""What fits into one protobuf beside the nodes."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +114,7 @@ def build_engine(options: BuildOptions, *, progress: StageProgress | None = None
         bundle.verify(precision)
     builder = TensorRtBuilder(module, provider)
     with progress.stage(f"parse the {options.layout} {precision} graph"):
-        _parse(builder, bundle.graph(precision, options.layout), precision)
+        builder.parse(bundle.engine_graph(precision, options.layout))
     _state_cost(builder, bundle, precision, profiles, provider, progress)
     builder.configure(profiles, capabilities, workspace_gib=options.workspace_gib)
     folder = bundle.directory / ENGINES_FOLDER
@@ -153,22 +148,6 @@ def build_engine(options: BuildOptions, *, progress: StageProgress | None = None
             f"{err.filename or folder}: {err.strerror or err} | room and permission to write | nothing was left behind: "
             "free some space"
         ) from err
-
-
-def _parse(builder: TensorRtBuilder, path: Path, precision: str) -> None:
-    if precision != Precision.INT8:
-        builder.parse(path)
-        return
-    model = ir.load(path)
-    to_engine_form(model)
-    tensors = [value.const_value for value in model.graph.initializers.values() if value.const_value is not None]
-    inside = sum(tensor.nbytes for tensor in tensors if not isinstance(tensor, ir.ExternalTensor))
-    if inside > MAX_PROTO_BYTES:  # weights that change their type cannot stay in the bundle's file
-        raise ExportError(
-            f"{path}: {inside / 2**30:.1f} GiB of weights that INT8 keeps in float | less than 2 GiB | calibrate with a larger "
-            "--max-drop"
-        )
-    builder.parse(path, ir.to_proto(model).SerializeToString())
 
 
 def _installed_provider() -> Provider:

@@ -3,8 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from gircse.runtime.errors import ExportError
-from gircse.runtime.manifest import MAX_STEPS
+from gircse.runtime.errors import ExportError, OptionError
 
 SUPPORTED = ("llama", "mistral", "qwen2", "qwen3")
 
@@ -48,13 +47,17 @@ def decoder_shape(config: Any) -> DecoderShape:
     """
     if config.model_type not in SUPPORTED:
         raise ExportError(
-            f"config.json: architecture {config.model_type!r} | one of {', '.join(SUPPORTED)} | "
-            "export a model of these architectures"
+            "config.json",
+            f"has the architecture {config.model_type!r}",
+            f"supported are {', '.join(SUPPORTED)}",
+            "Export a model of one of these.",
         )
     if getattr(config, "quantization_config", None):
         raise ExportError(
-            "config.json: quantized weights (quantization_config) | weights in FP32, FP16 or BF16 | "
-            "use the checkpoint from before quantization"
+            "config.json",
+            "says that the weights are quantized (quantization_config)",
+            "an export reads FP32, FP16 or BF16",
+            "Use the checkpoint from before quantization.",
         )
     return DecoderShape(
         architecture=config.model_type,
@@ -71,26 +74,27 @@ def check_limits(config: Any, *, steps: int, max_tokens: int) -> None:
     """Refuse K and prompt lengths that the model cannot hold.
 
     Raises:
-        ExportError: K out of range, too many positions, a sliding window that would cut the prompt, or a rotary
-            scaling whose angles would change with the length of the prompt.
+        OptionError: too many positions, a sliding window that would cut the prompt, or a rotary scaling whose angles
+            would change with the length of the prompt.
+        ExportError: a rotary embedding that is not supported.
     """
-    if not 0 <= steps <= MAX_STEPS:
-        raise ExportError(f"--steps {steps} | 0 to {MAX_STEPS} | choose another K")
-    if max_tokens < 1:
-        raise ExportError(f"--max-tokens {max_tokens} | at least 1 | raise it")
     positions = max_tokens + steps
     if positions > config.max_position_embeddings:
-        raise ExportError(
-            f"--max-tokens {max_tokens} with {steps} steps: {positions} positions | the model has "
-            f"{config.max_position_embeddings} | lower --max-tokens to {config.max_position_embeddings - steps} or less"
+        raise OptionError(
+            f"--max-tokens {max_tokens}",
+            f"with {steps} steps makes {positions} positions",
+            f"the model has {config.max_position_embeddings}",
+            f"Lower --max-tokens to {config.max_position_embeddings - steps} or less.",
         )
     window = getattr(config, "sliding_window", None)
     if window is not None and _uses_sliding_window(config) and positions > window:
-        raise ExportError(
-            f"--max-tokens {max_tokens} with {steps} steps: {positions} positions | at most the sliding window of "
-            f"{window} | lower --max-tokens to {window - steps} or less"
+        raise OptionError(
+            f"--max-tokens {max_tokens}",
+            f"with {steps} steps makes {positions} positions",
+            f"the sliding window of the model holds {window}",
+            f"Lower --max-tokens to {window - steps} or less.",
         )
-    _check_rotary(config, positions)
+    _check_rotary(config, positions, max_tokens)
 
 
 def _uses_sliding_window(config: Any) -> bool:
@@ -98,17 +102,19 @@ def _uses_sliding_window(config: Any) -> bool:
     return layer_types is None or "sliding_attention" in layer_types
 
 
-def _check_rotary(config: Any, positions: int) -> None:
+def _check_rotary(config: Any, positions: int, max_tokens: int) -> None:
     rotary = config.rope_parameters
     kind = rotary.get("rope_type", "default")
     if rotary.get("partial_rotary_factor", 1.0) != 1.0:
         raise ExportError(
-            f"config.json: partial_rotary_factor {rotary['partial_rotary_factor']} | 1.0 | not supported yet"
+            "config.json", f"has a partial_rotary_factor of {rotary['partial_rotary_factor']}", "only 1.0 is supported"
         )
     original = rotary.get("original_max_position_embeddings") or config.max_position_embeddings
     if kind not in STATIC_ROTARY_TYPES and positions > original:
-        raise ExportError(
-            f"config.json: rotary scaling {kind!r} changes with the length beyond {original} positions, and "
-            f"{positions} are asked for | at most {original}, or one of {', '.join(STATIC_ROTARY_TYPES)} | "
-            "lower --max-tokens"
+        raise OptionError(
+            f"--max-tokens {max_tokens}",
+            f"with {positions - max_tokens} steps makes {positions} positions",
+            f"the model's rotary scaling {kind!r} changes with the length beyond {original}, which only "
+            f"{', '.join(STATIC_ROTARY_TYPES)} do not",
+            f"Lower --max-tokens to {original - positions + max_tokens} or less.",
         )

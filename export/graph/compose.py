@@ -1,12 +1,12 @@
 """Compose the traced decoder into the graphs of a bundle: unrolled, or stepwise.
 
-``unrolled`` stamps the decoder K + 1 times: one call, all steps. ``stepwise`` stamps it once, for the prompt pass and
-every step alike, each weight read by one node. Empty tensors choose between the two::
+``unrolled`` has K + 1 copies of the decoder: one call, all steps. ``stepwise`` has one, for the prompt pass and every
+step alike, each weight read by one node. Empty tensors choose between the two::
 
     prompt pass   input_ids (batch, tokens)   hidden (batch, 0, hidden)   past (batch, 0, kv_size)
     step          input_ids (batch, 0)        hidden (batch, 1, hidden)   past (batch, past, kv_size)
 
-Around the decoder stand four small pieces, written directly in ONNX operators::
+Four small pieces around the decoder are written directly in ONNX operators::
 
     inputs            ids, mask -> attention bias, positions; left and right padding give the same vectors
     last_state        -> h_0, the state of each prompt's last real token
@@ -18,19 +18,15 @@ there are more keys than queries (microsoft/onnxruntime#29020); finite, so that 
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import numpy as np
 import onnx_ir as ir
 
-from gircse.export.graph import trace
 from gircse.export.graph.architecture import DecoderShape
+from gircse.export.graph.builder import MASKED, GraphBuilder, RefinementSettings
 from gircse.runtime import tensor_names
 from gircse.runtime.manifest import Layout, Pooling
-from gircse.runtime.numerics import L2_EPSILON
-
-IR_VERSION = 10
 
 EMBEDDING_TABLE = "model.embed_tokens.weight"
 LM_HEAD = "lm_head.weight"
@@ -38,38 +34,26 @@ LM_HEAD = "lm_head.weight"
 LAST = (1 << 31) - 1
 """End of a slice that takes everything to the end."""
 
-MASKED = -30000.0
-"""Bias of a masked position: makes its attention weight exactly 0, and leaves FP16 room for the score itself."""
-
-
-@dataclass(frozen=True)
-class RefinementSettings:
-    """What the graphs compute besides the decoder: K, pooling and the softmax temperature T."""
-
-    steps: int
-    pooling: Pooling
-    temperature: float
-
 
 class Vocabulary(Protocol):
-    """How a graph reads the embedding table and the vocabulary projection."""
+    """How a graph reads the embedding table and makes soft tokens; INT8 variants have their own for each runtime."""
 
-    def embed(self, g: "GraphBuilder", input_ids: ir.Value) -> ir.Value:
+    def embed(self, g: GraphBuilder, input_ids: ir.Value) -> ir.Value:
         """(batch, tokens) int64 -> rows of E (batch, tokens, hidden) float32."""
 
-    def mixture(self, g: "GraphBuilder", prefix: str, hidden: ir.Value) -> ir.Value:
+    def soft_token(self, g: GraphBuilder, prefix: str, hidden: ir.Value) -> ir.Value:
         """(rows, hidden) -> softmax(lm_head(h) / T) @ E (rows, hidden) float32; ``prefix`` names the step."""
 
 
 class FloatVocabulary:
-    """Both as they are in the checkpoint."""
+    """Embedding table and vocabulary projection in float, as they are in the checkpoint."""
 
-    def embed(self, g: "GraphBuilder", input_ids: ir.Value) -> ir.Value:
-        """Look the rows up."""
+    def embed(self, g: GraphBuilder, input_ids: ir.Value) -> ir.Value:
+        """Look the rows up in the table."""
         return g.op("Gather", g.weight(EMBEDDING_TABLE), input_ids)
 
-    def mixture(self, g: "GraphBuilder", prefix: str, hidden: ir.Value) -> ir.Value:
-        """Mix all rows.
+    def soft_token(self, g: GraphBuilder, prefix: str, hidden: ir.Value) -> ir.Value:
+        """Sum all rows of E, weighted by the probabilities.
 
         The vocabulary matrices are left operands, (vocab, hidden) @ (hidden, rows), because ONNX Runtime keeps a
         packed copy of every constant right operand: two more copies of the largest weight. The Squeeze after the
@@ -105,16 +89,16 @@ def compose_graph(
     Returns:
         The graph in FP32. Weights are initializers without usable values, one for each tensor of the checkpoint.
     """
-    g = GraphBuilder(decoder, shape, settings, vocabulary or FloatVocabulary())
-    (_unrolled if layout is Layout.UNROLLED else _stepwise)(g)
+    g = GraphBuilder(decoder, shape, settings)
+    (_unrolled if layout is Layout.UNROLLED else _stepwise)(g, vocabulary or FloatVocabulary())
     return g.model()
 
 
-def _unrolled(g: "GraphBuilder") -> None:
+def _unrolled(g: GraphBuilder, vocabulary: Vocabulary) -> None:
     hidden_size, steps = g.shape.hidden_size, g.settings.steps
     input_ids, mask = g.prompt()
     prompt = _inputs(g, input_ids, mask, start=None)
-    embeds = g.vocabulary.embed(g, input_ids)
+    embeds = vocabulary.embed(g, input_ids)
     states, cache = g.decode(tensor_names.PROMPT_PREFIX, embeds, prompt.bias, prompt.positions, None)
     hidden = g.op("Squeeze", _last_state(g, states, mask, prompt.position), g.indices([1]))
     hidden.name = tensor_names.PROMPT_PREFIX + tensor_names.STATE
@@ -126,7 +110,7 @@ def _unrolled(g: "GraphBuilder") -> None:
         key_bias = g.op("Concat", key_bias, visible, axis=-1)
         positions = g.op("Add", tokens, g.indices([k]))
         prefix = tensor_names.step_prefix(k + 1)
-        soft_token = g.op("Unsqueeze", g.vocabulary.mixture(g, prefix, hidden), g.indices([1]))
+        soft_token = g.op("Unsqueeze", vocabulary.soft_token(g, prefix, hidden), g.indices([1]))
         soft_token.name = prefix + tensor_names.SOFT_TOKEN
         output, cache = g.decode(prefix, soft_token, key_bias, positions, cache)
         output.name = prefix + tensor_names.STATE
@@ -142,7 +126,7 @@ def _unrolled(g: "GraphBuilder") -> None:
     g.output(prompt_embedding, tensor_names.PROMPT_EMBEDDING, ["batch", hidden_size])
 
 
-def _stepwise(g: "GraphBuilder") -> None:
+def _stepwise(g: GraphBuilder, vocabulary: Vocabulary) -> None:
     shape = g.shape
     input_ids, mask = g.prompt(mask_width="total")
     width = shape.hidden_size
@@ -153,13 +137,13 @@ def _stepwise(g: "GraphBuilder") -> None:
     ]
     start = g.op("Shape", past[0], start=1, end=2)
     inputs = _inputs(g, input_ids, mask, start=start)
-    embeds = g.vocabulary.embed(g, input_ids)
+    embeds = vocabulary.embed(g, input_ids)
     if hidden is not None:
         prefix = tensor_names.step_prefix(None)
         # Explicit shapes: in the prompt pass there are no rows, which leaves nothing to infer a -1 from.
         rows = g.op("Mul", g.op("Shape", hidden, start=0, end=1), g.op("Shape", hidden, start=1, end=2))
         flat = g.op("Reshape", hidden, g.op("Concat", rows, g.indices([width]), axis=0), allowzero=1)
-        soft_token = g.op("Reshape", g.vocabulary.mixture(g, prefix, flat), g.op("Shape", hidden), allowzero=1)
+        soft_token = g.op("Reshape", vocabulary.soft_token(g, prefix, flat), g.op("Shape", hidden), allowzero=1)
         soft_token.name = prefix + tensor_names.SOFT_TOKEN
         embeds = g.op("Concat", embeds, soft_token, axis=1)
     states, cache = g.decode(tensor_names.DECODER_PREFIX, embeds, inputs.bias, inputs.positions, past)
@@ -185,7 +169,7 @@ class _Inputs(NamedTuple):
     position: ir.Value
 
 
-def _inputs(g: "GraphBuilder", input_ids: ir.Value, mask: ir.Value, *, start: ir.Value | None) -> _Inputs:
+def _inputs(g: GraphBuilder, input_ids: ir.Value, mask: ir.Value, *, start: ir.Value | None) -> _Inputs:
     """Derive attention bias and positions from the mask (batch, keys); ``start`` (1,) is the length of the past."""
     # Positions count real tokens, so that padding does not shift the rotary phase.
     positions = g.op("Max", g.op("Sub", g.op("CumSum", mask, g.index(1)), g.index(1)), g.index(0))
@@ -203,14 +187,14 @@ def _inputs(g: "GraphBuilder", input_ids: ir.Value, mask: ir.Value, *, start: ir
     return _Inputs(g.op("Min", key_bias, causal_bias), positions, key_bias, position)
 
 
-def _last_state(g: "GraphBuilder", states: ir.Value, mask: ir.Value, position: ir.Value) -> ir.Value:
-    """Return the state (batch, 1, hidden) of each row's last real token; ``mask`` and ``position`` are of the new ones."""
+def _last_state(g: GraphBuilder, states: ir.Value, mask: ir.Value, position: ir.Value) -> ir.Value:
+    """Return the state (batch, 1, hidden) of each row's last real token; ``mask`` and ``position`` cover the new ones."""
     last = g.op("ReduceMax", g.op("Mul", mask, position), g.indices([1]), keepdims=1)
     at = g.op("Unsqueeze", last, g.indices([2]))
     return g.op("GatherND", states, at, batch_dims=1)
 
 
-def _pool(g: "GraphBuilder", states: Sequence[ir.Value]) -> ir.Value:
+def _pool(g: GraphBuilder, states: Sequence[ir.Value]) -> ir.Value:
     """Return z_1..z_K (batch, K, hidden) of the states (batch, 1, hidden)."""
     stacked = g.op("Concat", *states, axis=1)
     if g.settings.pooling is Pooling.LAST:
@@ -218,165 +202,6 @@ def _pool(g: "GraphBuilder", states: Sequence[ir.Value]) -> ir.Value:
     counts = np.arange(1, len(states) + 1, dtype=np.float32)[:, None]
     sums = g.op("CumSum", stacked, g.index(1))
     return g.l2_normalize(g.op("Div", sums, g.constant("counts", counts)))
-
-
-class GraphBuilder:
-    """One graph under construction: its nodes, its weights by name, and the pieces that several graphs share."""
-
-    def __init__(
-        self, decoder: ir.Graph, shape: DecoderShape, settings: RefinementSettings, vocabulary: Vocabulary
-    ) -> None:
-        """Start an empty graph."""
-        self.decoder, self.shape, self.settings, self.vocabulary = decoder, shape, settings, vocabulary
-        self._tape = ir.tape.Tape()
-        self._initializers: dict[str, ir.Value] = {}
-        self._inputs: list[ir.Value] = []
-        self._outputs: list[ir.Value] = []
-
-    def op(self, op_type: str, *inputs: ir.Value, **attributes: int | float | Sequence[int] | ir.Graph) -> ir.Value:
-        """Add a node and return its output."""
-        return self._tape.op(op_type, inputs, attributes)
-
-    def op_multi(
-        self,
-        op_type: str,
-        *inputs: ir.Value,
-        outputs: int,
-        **attributes: int | float | Sequence[int] | ir.Graph,
-    ) -> Sequence[ir.Value]:
-        """Add a node of several outputs and return them."""
-        return self._tape.op_multi_out(op_type, inputs, attributes, num_outputs=outputs)
-
-    def input(self, name: str, dtype: ir.DataType, shape: Sequence[int | str]) -> ir.Value:
-        """Declare an input of the graph."""
-        self._inputs.append(ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(shape)))
-        return self._inputs[-1]
-
-    def output(self, value: ir.Value, name: str, shape: Sequence[int | str]) -> None:
-        """Name a value and make it an output of the graph."""
-        value.name, value.type, value.shape = name, ir.TensorType(ir.DataType.FLOAT), ir.Shape(shape)
-        self._outputs.append(value)
-
-    def prompt(self, *, mask_width: str = "tokens") -> tuple[ir.Value, ir.Value]:
-        """Declare ids and mask, the inputs that every graph has."""
-        return (
-            self.input(tensor_names.INPUT_IDS, ir.DataType.INT64, ["batch", "tokens"]),
-            self.input(tensor_names.ATTENTION_MASK, ir.DataType.INT64, ["batch", mask_width]),
-        )
-
-    def weight(self, name: str) -> ir.Value:
-        """Return the initializer of a (vocab, hidden) weight."""
-        return self.initializer(name, ir.DataType.FLOAT, (self.shape.vocab_size, self.shape.hidden_size))
-
-    def initializer(self, name: str, dtype: ir.DataType, shape: Sequence[int]) -> ir.Value:
-        """Return an initializer without a value: the weights fill it."""
-        if name not in self._initializers:
-            self._initializers[name] = ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(shape))
-        return self._initializers[name]
-
-    def constant(self, name: str, value: np.ndarray) -> ir.Value:
-        """Return the initializer of a name, made at its first use."""
-        if name not in self._initializers:
-            tensor = ir.tensor(value, name=name)
-            self._initializers[name] = ir.Value(
-                name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(value.shape), const_value=tensor
-            )
-        return self._initializers[name]
-
-    def index(self, value: int) -> ir.Value:
-        """Return an int64 scalar."""
-        return self.constant(f"int_{value}", np.array(value, np.int64))
-
-    def indices(self, values: Sequence[int]) -> ir.Value:
-        """Return an int64 vector."""
-        return self.constant("ints_" + "_".join(map(str, values)), np.array(values, np.int64))
-
-    def number(self, value: float) -> ir.Value:
-        """Return a float32 scalar."""
-        return self.constant(f"float_{value!r}", np.array(value, np.float32))
-
-    def key_bias(self, mask: ir.Value) -> ir.Value:
-        """(batch, keys) int64 -> (batch, 1, 1, keys) float32: 0 for a real token, MASKED for padding."""
-        padding = self.op("Sub", self.index(1), self.op("Unsqueeze", mask, self.indices([1, 2])))
-        return self.op("Mul", self.op("Cast", padding, to=ir.DataType.FLOAT), self.number(MASKED))
-
-    def zeros_of_batch(self, tokens: ir.Value) -> ir.Value:
-        """(batch, 1) -> zeros (batch, 1, 1, 1) float32, the bias of a soft token."""
-        batch = self.op("Shape", tokens, start=0, end=1)
-        shape = self.op("Concat", batch, self.indices([1, 1, 1]), axis=0)
-        return self.op("Expand", self.number(0.0), shape)
-
-    def temper(self, logits: ir.Value) -> ir.Value:
-        """Divide by the temperature, unless it is 1."""
-        temperature = self.settings.temperature
-        return logits if temperature == 1.0 else self.op("Div", logits, self.number(temperature))
-
-    def l2_normalize(self, vectors: ir.Value) -> ir.Value:
-        """Divide vectors (..., n) by their norms."""
-        norms = self.op("ReduceL2", vectors, self.indices([-1]), keepdims=1)
-        return self.op("Div", vectors, self.op("Max", norms, self.number(L2_EPSILON)))
-
-    def decode(
-        self, prefix: str, embeds: ir.Value, bias: ir.Value, positions: ir.Value, past: Sequence[ir.Value] | None
-    ) -> tuple[ir.Value, list[ir.Value]]:
-        """Stamp one copy of the decoder into the graph.
-
-        Args:
-            prefix: put before the name of every node and value of the copy.
-            embeds: (batch, S, hidden).
-            bias: (batch, 1, S or 1, past + S).
-            positions: (batch, S) int64.
-            past: the KV cache, or None for the prompt, which has none: its Concat nodes fall away.
-
-        Returns:
-            The states (batch, S, hidden) and the grown KV cache.
-        """
-        inputs = {value.name: value for value in self.decoder.inputs}
-        values: dict[ir.Value, ir.Value] = {
-            inputs[trace.INPUTS_EMBEDS]: embeds,
-            inputs[trace.ATTENTION_BIAS]: bias,
-            inputs[trace.POSITION_IDS]: positions,
-        }
-        if past is not None:
-            names = tensor_names.cache_names("past", self.shape.num_layers)
-            values.update(zip((inputs[name] for name in names), past, strict=True))
-        for name, value in self.decoder.initializers.items():
-            values[value] = self._initializers.setdefault(name, _copy_initializer(value))
-        for node in self.decoder:
-            self._stamp(node, prefix, values)
-        states, *cache = (values[output] for output in self.decoder.outputs)
-        return states, cache
-
-    def _stamp(self, node: ir.Node, prefix: str, values: dict[ir.Value, ir.Value]) -> None:
-        known = [value for value in node.inputs if value is not None and value in values]
-        if node.op_type == "Concat" and len(known) == 1:  # the other input is the cache that the prompt does not have
-            values[node.outputs[0]] = values[known[0]]
-            return
-        inputs = [values[value] if value is not None else None for value in node.inputs]
-        output = self._tape.op(node.op_type, inputs, name=f"{prefix}{node.name}")
-        producer = output.producer()
-        if producer is None:
-            raise ValueError(f"{node.name}: no node was made")
-        producer.attributes.update(node.attributes)
-        output.name = f"{prefix}{node.outputs[0].name}"
-        output.type = node.outputs[0].type
-        values[node.outputs[0]] = output
-
-    def model(self) -> ir.Model:
-        """Return what has been built."""
-        graph = ir.Graph(
-            self._inputs,
-            self._outputs,
-            nodes=self._tape.nodes,
-            initializers=list(self._initializers.values()),
-            opset_imports={"": trace.OPSET},
-            name="gircse",
-        )
-        return ir.Model(graph, ir_version=IR_VERSION, producer_name="gircse-deploy")
-
-
-def _copy_initializer(value: ir.Value) -> ir.Value:
-    return ir.Value(name=value.name, type=value.type, shape=value.shape, const_value=value.const_value)
 
 
 def weight_initializers(models: Iterable[ir.Model]) -> dict[str, ir.Value]:

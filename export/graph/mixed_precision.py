@@ -1,7 +1,7 @@
-"""Set the precision of a composed graph: FP16 or BF16 matrix products between islands of FP32.
+"""Set the precision of a composed graph: FP16 or BF16 matrix products, FP32 around them.
 
-Every node that computes with floats is put into one of two classes by rule, and a Cast stands wherever a value crosses
-from one to the other::
+Every node that computes with floats is put into one of two classes by rule, with a Cast wherever a value crosses from
+one to the other::
 
     low    MatMul, Gemm, Attention, RotaryEmbedding; a row of a low table (Gather); a bias added to a low value;
            Concat, Reshape and the like where every computed input is low; in FP16 also SwiGLU's Sigmoid and Mul;
@@ -11,9 +11,9 @@ from one to the other::
            roundings cost more than any other rule: smallest cosine of the demo 0.99950 with them, 0.99979 without
 
 Attention's own softmax has no type of its own here: TensorRT takes no ``softmax_precision``, ONNX Runtime's CUDA
-provider no fused kernel with it, and the fused kernels of both keep that softmax in FP32. The mixture softmax(...) @ E
-reads the low table (a FP32 copy of the largest weight would cost more than all it could gain); for FP16 the
-probabilities are multiplied by ``MIXTURE_SCALE`` and the mixture is divided by it in FP32, because a vocabulary of
+provider no fused kernel with it, and the fused kernels of both keep that softmax in FP32. The soft token
+softmax(...) @ E reads the low table (an FP32 copy of the largest weight would cost more than it could gain); for FP16
+the probabilities are multiplied by ``MIXTURE_SCALE`` and the sum is divided by it in FP32, because a vocabulary of
 150,000 tokens has much of its mass below the smallest normal FP16 number.
 """
 
@@ -23,11 +23,16 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_ir as ir
 
-from gircse.runtime.errors import ExportError
+from gircse.export.graph.builder import NodeBuilder
+from gircse.runtime import tensor_names
+from gircse.runtime.errors import ExportError, OptionError
 from gircse.runtime.precision import SPECS, Precision
 
 MIXTURE_SCALE = 2048.0
 """A probability of 1 becomes 2048: full FP16 precision down to 3e-8, and rows of E up to 32 stay in range."""
+
+FP16_MAX = 65504.0
+"""Largest FP16 number."""
 
 _FLOATS = {ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16}
 _LOW = {"MatMul", "Gemm", "Attention", "RotaryEmbedding"}
@@ -39,7 +44,7 @@ _REQUIRED = ("MatMul", "Attention", "RotaryEmbedding", "Gather", "insert_cast")
 
 
 def set_precision(model: ir.Model, precision: Precision, *, keep_float32: Sequence[str] = ()) -> dict[str, int]:
-    """Rewrite a FP32 graph in place. Weights only change their type: ``weights.py`` fills them afterwards.
+    """Rewrite an FP32 graph in place. Weights only change their type: ``external_data.py`` fills them afterwards.
 
     Args:
         model: a graph of ``compose_graph``.
@@ -50,7 +55,8 @@ def set_precision(model: ir.Model, precision: Precision, *, keep_float32: Sequen
         How often each rewrite applied: the low nodes by operator, ``scale_mixture`` and ``insert_cast``.
 
     Raises:
-        ExportError: a rewrite did not apply where it had to, or an entry of ``keep_float32`` fits no weight.
+        ExportError: a rewrite did not apply where it had to.
+        OptionError: an entry of ``keep_float32`` matches no weight.
     """
     if precision is Precision.FP32:
         return {}
@@ -67,8 +73,10 @@ def set_precision(model: ir.Model, precision: Precision, *, keep_float32: Sequen
         required += ["Sigmoid", *(["scale_mixture"] if counts["Gemm"] else [])]
     if missing := [name for name in required if not counts[name]]:
         raise ExportError(
-            f"--precision {precision}: the rewrite of {missing[0]} applied nowhere | at least once in every decoder | "
-            "report this model: its graph has another form"
+            f"--precision {precision}",
+            f"finds no {missing[0]} to rewrite",
+            "every decoder has one",
+            "Report this model: its graph has another form.",
         )
     return dict(sorted(counts.items()))
 
@@ -79,24 +87,16 @@ def onnx_dtype(precision: Precision) -> ir.DataType:
 
 
 def scale_mixture(graph: ir.Graph) -> int:
-    """Multiply the probabilities by ``MIXTURE_SCALE`` before the mixture and divide after it; returns how often."""
-    scale = ir.Value(
-        name="mixture_scale",
-        type=ir.TensorType(ir.DataType.FLOAT),
-        shape=ir.Shape(()),
-        const_value=ir.tensor(np.array(MIXTURE_SCALE, np.float32), name="mixture_scale"),
-    )
+    """Multiply the probabilities by ``MIXTURE_SCALE`` before the sum over E and divide after it; returns how often."""
     nodes = [node for node in graph if node.op_type == "Gemm"]
-    if nodes:
-        graph.initializers.add(scale)
     for node in nodes:
-        scaled = ir.node("Mul", [node.inputs[1], scale])
-        restored = ir.node("Div", [node.outputs[0], scale])
-        node.outputs[0].replace_all_uses_with(restored.outputs[0])
-        restored.replace_input_with(0, node.outputs[0])
-        node.replace_input_with(1, scaled.outputs[0])
-        graph.insert_before(node, scaled)
-        graph.insert_after(node, restored)
+        before, after = NodeBuilder.before(graph, node), NodeBuilder.after(graph, node)
+        scale = before.constant("mixture_scale", np.array(MIXTURE_SCALE, np.float32))
+        users = list(node.outputs[0].uses())
+        node.replace_input_with(1, before.op("Mul", node.inputs[1], scale))
+        restored = after.op("Div", node.outputs[0], scale)
+        for user, index in users:
+            user.replace_input_with(index, restored)
     return len(nodes)
 
 
@@ -161,9 +161,7 @@ def _insert_casts(graph: ir.Graph, low_nodes: set[ir.Node], low: ir.DataType) ->
             if value is None or value not in types or types[value] == wanted or node.op_type == "Shape":
                 continue
             if value not in casts:
-                cast = ir.node("Cast", [value], {"to": wanted})
-                graph.insert_before(node, cast)
-                casts[value] = cast.outputs[0]
+                casts[value] = NodeBuilder.before(graph, node).op("Cast", value, to=wanted)
                 casts[value].type = ir.TensorType(wanted)
             node.replace_input_with(index, casts[value])
         for output in floats.intersection(node.outputs):
@@ -179,13 +177,15 @@ def _kept_weights(graph: ir.Graph, names: Sequence[str]) -> set[ir.Value]:
         found = {value for value in weights if name in str(value.name)}
         if not found:
             example = next(str(value.name) for value in weights if len(value.shape or ()) == 2)
-            raise ExportError(f"--keep-float32 {name}: fits no weight | a part of a name such as {example} | check it")
+            raise OptionError(
+                f"--keep-float32 {name}", "matches no weight", f"it takes a part of a name such as {example}"
+            )
         kept |= found
     return kept
 
 
 def _is_cache(value: ir.Value) -> bool:
-    return str(value.name).startswith(("past.", "present."))
+    return tensor_names.is_cache(str(value.name))
 
 
 def _is_float(dtype: ir.DataType | None) -> bool:

@@ -13,6 +13,8 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
+from gircse.export.graph.builder import NodeBuilder
+
 TRANSPOSED_SUFFIX = ".T"
 """Ends the name of an initializer that is stored as the transpose of the checkpoint's tensor."""
 
@@ -47,7 +49,7 @@ def fold_weight_transposes(graph: ir.Graph) -> int:
         name = f"{weight.name}{TRANSPOSED_SUFFIX}"
         if name not in graph.initializers:
             shape = ir.Shape(tuple(reversed(tuple(weight.shape))))
-            graph.initializers.add(ir.Value(name=name, type=weight.type, shape=shape))
+            graph.initializers.add(ir.val(name, type=weight.type, shape=shape))
         node.outputs[0].replace_all_uses_with(graph.initializers[name])
         count += 1
     return count
@@ -103,17 +105,8 @@ def make_reshapes_static(graph: ir.Graph) -> int:
         ]
         if dims.count(-1) > 1:
             continue
-        shape = ir.tensor(np.array(dims, np.int64), name="shape_" + "_".join(map(str, dims)))
-        if shape.name not in graph.initializers:
-            graph.initializers.add(
-                ir.Value(
-                    name=shape.name,
-                    type=ir.TensorType(ir.DataType.INT64),
-                    const_value=shape,
-                    shape=ir.Shape((len(dims),)),
-                )
-            )
-        node.replace_input_with(1, graph.initializers[str(shape.name)])
+        name = "shape_" + "_".join(map(str, dims))
+        node.replace_input_with(1, NodeBuilder.before(graph, node).constant(name, np.array(dims, np.int64)))
         node.attributes["allowzero"] = ir.AttrInt64("allowzero", 0)
         count += 1
     return count

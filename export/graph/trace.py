@@ -39,7 +39,7 @@ ROTARY_COS = "rotary.cos"
 ROTARY_SIN = "rotary.sin"
 
 _ATTENTION_NAME = "gircse_onnx"
-# Example sizes: all different from each other and from 0 and 1, so that no dimension is taken for another.
+# Example sizes: all different from each other and from 0 and 1, so that no dimension is mistaken for another.
 _BATCH, _NEW, _PAST = 2, 3, 5
 
 
@@ -190,7 +190,7 @@ def _onnx_attention(
 
 @contextlib.contextmanager
 def _onnx_operators(decoder: nn.Module) -> Iterator[None]:
-    """Let the decoder's code reach for ONNX operators while it is traced."""
+    """Make the decoder's code call ONNX operators while it is traced."""
     modeling = sys.modules[type(decoder).__module__]
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(modeling, "apply_rotary_pos_emb", _onnx_rotary))
@@ -202,7 +202,7 @@ def _onnx_operators(decoder: nn.Module) -> Iterator[None]:
 
 
 class _RmsNorm:
-    """``F.rms_norm`` in place of the five operators that Hugging Face spells it with."""
+    """``F.rms_norm`` in place of the five operators that Hugging Face writes it with."""
 
     def __init__(self, norm: Any) -> None:
         self.norm = norm
@@ -241,7 +241,7 @@ def _rename_io(graph: ir.Graph, num_layers: int) -> None:
 
 @contextlib.contextmanager
 def _quiet_exporter() -> Iterator[None]:
-    """Silence the exporter's notes about packages that play no part here."""
+    """Silence the exporter's notes about packages that are not used here."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)

@@ -1,106 +1,151 @@
-"""The operators that turn an activation into 8 bits and multiply it, in standard ONNX: explicit Q/DQ with static scales.
+"""The operators that turn an activation into 8 bits and multiply it: explicit Q/DQ with static scales, standard ONNX.
 
-TensorRT and ONNX Runtime both make one integer product of it. Activations are unsigned integers around 128, for which
-x86 CPUs have instructions::
+ONNX Runtime and TensorRT both make one integer product of these. x is (..., in), W int8 is (in, out) with a scale for
+every column, and t is the magnitude that becomes 127::
 
-    y = DQ(Q(x, t/127)) @ DQ(W, scale per column)
+    step = t / 127,   y = DQ(Q(x, step)) @ DQ(W, scales)
 
-Two limbs add 8 bits to the activation by a second row that the same product reads; the weights are read once::
+With two limbs an activation has 16 bits, a coarse integer and one for its rounding error, which is at most half a step.
+One product reads both, because lo is stacked under hi as more rows; so W is read once::
 
-    hi = Q(x, t/127),  lo = Q(x - DQ(hi), t/127/254),  [a; b] = DQ([hi; lo], t/127) @ DQ(W),  y = a + b / 254
+    hi = Q(x, step)                          (..., in)     x / step, rounded
+    lo = Q(x - DQ(hi, step), step / 254)     (..., in)     what that lost, in steps 254 times finer: -127..127
+    [a; b] = DQ([hi; lo], step) @ DQ(W)      (2 ..., out)  both read with one step, so b is 254 times too large
+    y = a + b / 254                          (..., out)
+
+With step 1, x = 3.7 gives hi = 4 and lo = round(-0.3 * 254) = -76, which is 4 - 76 / 254 = 3.7008: an error of 0.0008
+where one limb has 0.3.
+
+The two runtimes store activations differently (:class:`QdqTarget`). Weights are the same for both.
 """
 
-from collections.abc import Sequence
-from typing import Protocol
+from enum import StrEnum
+from typing import NamedTuple
 
 import numpy as np
 import onnx_ir as ir
 
 from gircse.calibration.int8.smoothing import INT8_MAX, LO_LIMB
+from gircse.export.graph.builder import NodeBuilder
+from gircse.runtime.errors import ExportError
 
-_ZERO_POINT = 128
+MAX_SCALE_ERROR = 0.01
+"""Largest relative error of a scale in FP16. Only scales far below its normal numbers reach it."""
 
-Attribute = int | float | Sequence[int] | ir.Graph
+
+class QdqTarget(StrEnum):
+    """What runs a graph, and so how it stores activations.
+
+    ONNX Runtime: unsigned integers around 128, for which x86 CPUs have instructions, and FP32 scales. TensorRT: signed
+    integers around 0, the only zero point that it knows; what it multiplies has scales in FP16, so a step is rounded to
+    FP16 first and QuantizeLinear, which reads FP32, takes the same number.
+    """
+
+    ONNX_RUNTIME = "onnxruntime"
+    TENSORRT = "tensorrt"
 
 
-class NodeMaker(Protocol):
-    """Adds nodes and constants to a graph."""
+class QuantizedActivation(NamedTuple):
+    """An activation as the left operand of integer products: (..., in), or (2 ..., in) with the lo limb below hi."""
 
-    def op(self, op_type: str, *inputs: ir.Value, **attributes: Attribute) -> ir.Value:
-        """Add a node and return its output."""
-
-    def op_multi(self, op_type: str, *inputs: ir.Value, outputs: int, **attributes: Attribute) -> Sequence[ir.Value]:
-        """Add a node of several outputs."""
-
-    def constant(self, name: str, value: np.ndarray) -> ir.Value:
-        """Return the initializer of a name, made at its first use."""
+    rows: ir.Value
+    limbs: int
 
 
 class QdqBuilder:
-    """Adds the operators of one graph."""
+    """Adds the operators of quantized products to one place of a graph."""
 
-    def __init__(self, graph: NodeMaker) -> None:
-        """Take what adds nodes and constants."""
-        self.op, self.op_multi, self.constant = graph.op, graph.op_multi, graph.constant
+    def __init__(self, nodes: NodeBuilder, target: QdqTarget = QdqTarget.ONNX_RUNTIME) -> None:
+        """Take what adds nodes, and what will run them."""
+        self._nodes, self._target = nodes, target
 
-    def products(
-        self,
-        x: ir.Value,
-        weights: Sequence[tuple[ir.Value, ir.Value]],
-        *,
-        limbs: int,
-        threshold: float,
-    ) -> list[ir.Value]:
-        """Multiply an activation with integer weights.
+    def quantize(self, x: ir.Value, *, limbs: int, threshold: float, name: str) -> QuantizedActivation:
+        """Quantize an activation.
 
         Args:
             x: (..., in) float32.
-            weights: (in, out) int8 initializers, each with its scales (out,) float32.
-            limbs: of x, 1 or 2.
+            limbs: 1 or 2.
             threshold: magnitude that becomes 127; 0 for an input that is always 0.
+            name: of the quantized input, for errors.
 
-        Returns:
-            (..., out) float32 of each weight.
+        Raises:
+            ExportError: TensorRT's FP16 cannot hold the step.
         """
-        step = (threshold or INT8_MAX) / INT8_MAX
-        integers = self._quantized(x, step)
-        first = self._dequantized(integers, step)
-        wide = [self.op("DequantizeLinear", weight, scale, axis=1) for weight, scale in weights]
+        exact = (threshold or INT8_MAX) / INT8_MAX
+        step = exact
+        if self._target is QdqTarget.TENSORRT:
+            step = float(fp16_scales(np.array(exact, np.float32), name))
+        hi = self._quantized(x, step)
         if limbs == 1:
-            return [self.op("MatMul", first, weight) for weight in wide]
-        # The remainder is read as steps of the first digit, because one product has one scale.
-        remainder = self._quantized(self.op("Sub", x, first), step / LO_LIMB)
-        rows = self._dequantized(self.op("Concat", integers, remainder, axis=0), step)
-        return [self._added(self.op("MatMul", rows, weight)) for weight in wide]
+            return QuantizedActivation(self._operand(hi, step), limbs)
+        remainder = self._nodes.op("Sub", x, self._dequantized(hi, step))
+        lo = self._quantized(remainder, exact / LO_LIMB)
+        return QuantizedActivation(self._operand(self._nodes.op("Concat", hi, lo, axis=0), step), limbs)
 
-    def _added(self, product: ir.Value) -> ir.Value:
-        hi, lo = self.op_multi("Split", product, outputs=2, axis=0, num_outputs=2)
-        return self.op("Add", hi, self.op("Mul", lo, self.number(1 / LO_LIMB)))
+    def multiply(self, activation: QuantizedActivation, weight: ir.Value) -> ir.Value:
+        """Multiply with a dequantized weight (in, out); returns (..., out) float32."""
+        product = self._nodes.op("MatMul", activation.rows, weight)
+        if activation.limbs == 1:
+            return product
+        hi, lo = self._nodes.op_multi("Split", product, outputs=2, axis=0, num_outputs=2)
+        return self._nodes.op("Add", hi, self._nodes.op("Mul", lo, self._nodes.number(1 / LO_LIMB)))
 
-    def _quantized(self, x: ir.Value, step: float) -> ir.Value:
-        return self.op("QuantizeLinear", x, self.number(step), self._zero_point())
-
-    def _dequantized(self, integers: ir.Value, step: float) -> ir.Value:
-        return self.op("DequantizeLinear", integers, self.number(step), self._zero_point())
-
-    def _zero_point(self) -> ir.Value:
-        return self.constant("uint8_128", np.array(_ZERO_POINT, np.uint8))
+    def dequantize_weight(self, weight: ir.Value, scales: ir.Value, *, axis: int = 1) -> ir.Value:
+        """Return an int8 weight in float, with a scale for every index of an axis; the product reads the integers."""
+        return self._nodes.op("DequantizeLinear", weight, scales, axis=axis)
 
     def outlier_channels(self, x: ir.Value, channels: tuple[int, ...], weight: ir.Value) -> ir.Value:
         """Multiply some channels of x (..., in) with their rows (n, out) in float."""
         name = "channels_" + "_".join(map(str, channels))
-        chosen = self.op("Gather", x, self.constant(name, np.array(channels, np.int64)), axis=-1)
-        return self.op("MatMul", chosen, weight)
+        chosen = self._nodes.op("Gather", x, self._nodes.constant(name, np.array(channels, np.int64)), axis=-1)
+        return self._nodes.op("MatMul", chosen, weight)
 
     def integer_rows(self, table: ir.Value, ids: ir.Value) -> ir.Value:
         """Look up rows of an int8 table (vocab, hidden) without their scales: ids (...) -> (..., hidden) float32."""
-        return self.op("DequantizeLinear", self.op("Gather", table, ids), self.number(1.0))
+        return self._nodes.op("DequantizeLinear", self._nodes.op("Gather", table, ids), self._nodes.number(1.0))
 
     def blockwise_product(self, x: ir.Value, weight: ir.Value, scale: ir.Value, *, block: int) -> ir.Value:
         """Multiply x (..., in) float32 with an int8 weight (in, out) and its scales (in / block, out)."""
-        wide = self.op("DequantizeLinear", weight, scale, axis=0, block_size=block)
-        return self.op("MatMul", x, wide)
+        wide = self._nodes.op("DequantizeLinear", weight, scale, axis=0, block_size=block)
+        return self._nodes.op("MatMul", x, wide)
 
-    def number(self, value: float) -> ir.Value:
-        """Return a float32 constant."""
-        return self.constant(f"float_{float(value)!r}", np.array(value, np.float32))
+    def _quantized(self, x: ir.Value, step: float) -> ir.Value:
+        return self._nodes.op("QuantizeLinear", x, self._nodes.number(step), self._zero_point())
+
+    def _dequantized(self, integers: ir.Value, step: float) -> ir.Value:
+        return self._nodes.op("DequantizeLinear", integers, self._nodes.number(step), self._zero_point())
+
+    def _operand(self, integers: ir.Value, step: float) -> ir.Value:
+        """Dequantize for a product. TensorRT's step is a constant of its own, which becomes FP16 with the product."""
+        if self._target is QdqTarget.ONNX_RUNTIME:
+            return self._dequantized(integers, step)
+        scale = self._nodes.constant(f"operand_scale_{step!r}", np.array(step, np.float32))
+        return self._nodes.op("DequantizeLinear", integers, scale, self._zero_point())
+
+    def _zero_point(self) -> ir.Value:
+        if self._target is QdqTarget.TENSORRT:
+            return self._nodes.constant("int8_zero", np.array(0, np.int8))
+        return self._nodes.constant("uint8_128", np.array(128, np.uint8))
+
+
+def fp16_scales(scales: np.ndarray, name: str) -> np.ndarray:
+    """Round scales to FP16.
+
+    Args:
+        scales: float32, positive.
+        name: what they belong to, for errors.
+
+    Raises:
+        ExportError: a scale changes by more than ``MAX_SCALE_ERROR`` of its value.
+    """
+    with np.errstate(over="ignore"):  # infinity is refused below
+        rounded = scales.astype(np.float16)
+    error = float(np.max(np.abs(rounded.astype(np.float32) / scales - 1)))
+    if not error <= MAX_SCALE_ERROR:
+        raise ExportError(
+            name,
+            f"has a scale that FP16 changes by {error:.2g} of its value",
+            f"TensorRT's INT8 allows {MAX_SCALE_ERROR}",
+            "Leave its product in float: --keep-float32 NAME, with a part of its weight's name.",
+        )
+    return rounded

@@ -1,13 +1,14 @@
-"""Weights that INT8 variants store in place of the checkpoint's: integers with their scales, and smoothed norms.
+"""What INT8 variants store in place of the checkpoint's weights: integers with their scales, and smoothed norms.
 
-A recipe names the tensors of the checkpoint that it reads and turns them, LoRA merged, into initializers. Tensors
-arrive in blocks of rows, so that the vocabulary is never whole in FP32.
+A :class:`WeightSource` reads tensors of the checkpoint, LoRA merged, and makes initializers of them. Tensors arrive in
+blocks of rows, so that the vocabulary is never whole in FP32.
 """
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
+import onnx_ir as ir
 import torch
 from torch import Tensor
 
@@ -18,24 +19,30 @@ Shape = tuple[int, ...]
 ReadBlocks = Callable[[str], Iterator[Tensor]]
 """Yields a tensor of the checkpoint, LoRA merged, as FP32 blocks of rows."""
 
-
 ReadMoments = Callable[[], Moments]
 """Reads the second moments of what a weight is multiplied with."""
 
 
+class InitializerSpec(NamedTuple):
+    """Element type and shape of an initializer."""
+
+    dtype: ir.DataType
+    shape: Shape
+
+
 class WeightSource(Protocol):
-    """How some initializers are made."""
+    """Makes initializers from tensors of the checkpoint."""
 
     @property
-    def sources(self) -> Mapping[str, Shape]:
-        """Tensors of the checkpoint with the shapes they must have."""
+    def reads(self) -> Mapping[str, Shape]:
+        """Tensors of the checkpoint that it reads, with the shapes that they must have."""
 
     @property
-    def shapes(self) -> Mapping[str, Shape]:
-        """The initializers that are made, with their shapes."""
+    def initializers(self) -> Mapping[str, InitializerSpec]:
+        """What it makes, by name."""
 
     def tensors(self, read: ReadBlocks) -> Mapping[str, Tensor]:
-        """Make the initializers."""
+        """Return the values of the initializers."""
 
 
 @dataclass(frozen=True)
@@ -51,17 +58,17 @@ class SmoothedNorm:
     smoothing: Tensor
 
     @property
-    def sources(self) -> Mapping[str, Shape]:
-        """The one tensor."""
+    def reads(self) -> Mapping[str, Shape]:
+        """The norm's weight (hidden,)."""
         return {self.name: tuple(self.smoothing.shape)}
 
     @property
-    def shapes(self) -> Mapping[str, Shape]:
-        """The one initializer."""
-        return self.sources
+    def initializers(self) -> Mapping[str, InitializerSpec]:
+        """The norm's weight (hidden,), under the same name."""
+        return {self.name: InitializerSpec(ir.DataType.FLOAT, tuple(self.smoothing.shape))}
 
     def tensors(self, read: ReadBlocks) -> Mapping[str, Tensor]:
-        """Divide."""
+        """Return weight / smoothing."""
         return {self.name: torch.cat(list(read(self.name))) / self.smoothing}
 
 
@@ -71,51 +78,57 @@ class IntegerProduct:
 
     Attributes:
         name: of the product; the initializers are ``weight_name``, ``scale_name`` and ``outlier_name``.
-        sources: projections (out, in), in order.
+        reads: projections (out, in), in order.
         smoothing: (in,) float32, s, which the columns are multiplied with; None for none.
         outlier_channels: columns that stay in float.
         moments: reads the blocks of H that the rounding sees; None rounds to nearest.
     """
 
     name: str
-    sources: Mapping[str, Shape]
+    reads: Mapping[str, Shape]
     smoothing: Tensor | None = None
     outlier_channels: tuple[int, ...] = ()
     moments: ReadMoments | None = None
 
     @property
     def weight_name(self) -> str:
-        """(in, out) int8."""
+        """Name of the integers (in, out)."""
         return f"{self.name}.int8"
 
     @property
     def scale_name(self) -> str:
-        """(out,) float32."""
+        """Name of their scales (out,) float32."""
         return f"{self.name}.scale"
 
     @property
     def outlier_name(self) -> str:
-        """(n, out) float32, rows of the float channels."""
+        """Name of the rows (n, out) float32 of the outlier channels."""
         return f"{self.name}.float"
 
     @property
     def outputs(self) -> int:
         """Columns of the product."""
-        return sum(shape[0] for shape in self.sources.values())
+        return sum(shape[0] for shape in self.reads.values())
 
     @property
-    def shapes(self) -> Mapping[str, Shape]:
-        """Weight, scale, and where channels stay in float, their rows."""
-        inputs = next(iter(self.sources.values()))[1]
-        floats = {self.outlier_name: (len(self.outlier_channels), self.outputs)} if self.outlier_channels else {}
-        return {self.weight_name: (inputs, self.outputs), self.scale_name: (self.outputs,), **floats}
+    def initializers(self) -> Mapping[str, InitializerSpec]:
+        """Integers, scales, and the rows of outlier channels where there are any."""
+        inputs = next(iter(self.reads.values()))[1]
+        made = {
+            self.weight_name: InitializerSpec(ir.DataType.INT8, (inputs, self.outputs)),
+            self.scale_name: InitializerSpec(ir.DataType.FLOAT, (self.outputs,)),
+        }
+        if self.outlier_channels:
+            shape = (len(self.outlier_channels), self.outputs)
+            made[self.outlier_name] = InitializerSpec(ir.DataType.FLOAT, shape)
+        return made
 
     def tensors(self, read: ReadBlocks) -> Mapping[str, Tensor]:
-        """Smooth and round: row block by row block to nearest, and whole where the inputs are seen, which takes time."""
+        """Smooth and round: to nearest block by block, or the whole weight by its moments, which takes time."""
         moments = self.moments() if self.moments else None
         parts = []
-        for source in self.sources:
-            for block in read(source) if moments is None else [torch.cat(list(read(source)))]:
+        for name in self.reads:
+            for block in read(name) if moments is None else [torch.cat(list(read(name)))]:
                 parts.append(round_smoothed(block, self.smoothing, self.outlier_channels, moments))
         made = {
             self.weight_name: torch.cat([part.integers for part in parts]).T.contiguous(),
@@ -131,29 +144,29 @@ class _OneWeight:
     """One tensor of the checkpoint as int8.
 
     Attributes:
-        name: prefix of the initializers ``weight_name`` and ``scale_name``.
-        source: tensor of the checkpoint.
+        name: what ``weight_name`` and ``scale_name`` begin with.
+        tensor: its name in the checkpoint.
         shape: its shape there, (out, in) or (vocab, hidden).
     """
 
     name: str
-    source: str
+    tensor: str
     shape: Shape
 
     @property
     def weight_name(self) -> str:
-        """int8."""
+        """Name of the integers."""
         return f"{self.name}.int8"
 
     @property
     def scale_name(self) -> str:
-        """float32."""
+        """Name of their scales, float32."""
         return f"{self.name}.scale"
 
     @property
-    def sources(self) -> Mapping[str, Shape]:
-        """The one tensor."""
-        return {self.source: self.shape}
+    def reads(self) -> Mapping[str, Shape]:
+        """The tensor of the checkpoint."""
+        return {self.tensor: self.shape}
 
 
 @dataclass(frozen=True)
@@ -169,16 +182,19 @@ class BlockwiseProduct(_OneWeight):
     moments: ReadMoments | None = None
 
     @property
-    def shapes(self) -> Mapping[str, Shape]:
-        """Weight (in, out) and scales (in / block, out)."""
+    def initializers(self) -> Mapping[str, InitializerSpec]:
+        """Integers (in, out) and scales (in / block, out)."""
         outputs, inputs = self.shape
-        return {self.weight_name: (inputs, outputs), self.scale_name: (inputs // self.block, outputs)}
+        return {
+            self.weight_name: InitializerSpec(ir.DataType.INT8, (inputs, outputs)),
+            self.scale_name: InitializerSpec(ir.DataType.FLOAT, (inputs // self.block, outputs)),
+        }
 
     def tensors(self, read: ReadBlocks) -> Mapping[str, Tensor]:
-        """Round with a scale for every block of inputs; whole where the inputs are seen."""
+        """Round with a scale for every block of inputs; the whole weight at once where moments guide it."""
         moments = self.moments() if self.moments else None
         integers, scales = [], []
-        for rows in read(self.source) if moments is None else [torch.cat(list(read(self.source)))]:
+        for rows in read(self.tensor) if moments is None else [torch.cat(list(read(self.tensor)))]:
             nearest, steps = quantize_weight(rows.reshape(-1, self.block))
             scales.append(steps.reshape(len(rows), -1))
             rounded = nearest.reshape(rows.shape) if moments is None else round_columns(rows, scales[-1], moments)[0]
@@ -194,13 +210,16 @@ class QuantizedEmbedding(_OneWeight):
     """The embedding table as int8 rows that are looked up, each with its scale."""
 
     @property
-    def shapes(self) -> Mapping[str, Shape]:
+    def initializers(self) -> Mapping[str, InitializerSpec]:
         """Rows (vocab, hidden) and scales (vocab,)."""
-        return {self.weight_name: self.shape, self.scale_name: self.shape[:1]}
+        return {
+            self.weight_name: InitializerSpec(ir.DataType.INT8, self.shape),
+            self.scale_name: InitializerSpec(ir.DataType.FLOAT, self.shape[:1]),
+        }
 
     def tensors(self, read: ReadBlocks) -> Mapping[str, Tensor]:
         """Round every row on its own."""
-        pairs = [quantize_weight(block) for block in read(self.source)]
+        pairs = [quantize_weight(block) for block in read(self.tensor)]
         return {
             self.weight_name: torch.cat([integers for integers, _ in pairs]),
             self.scale_name: torch.cat([scales for _, scales in pairs]),

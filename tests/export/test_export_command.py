@@ -1,5 +1,6 @@
-"""``gircse-export`` as users run it: output, exit codes, messages."""
+"""``gircse-export`` as users run it: output, exit codes, messages, and where its settings come from."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,8 @@ from support.small_models import SmallModels
 
 from gircse.export import export_command
 from gircse.runtime import Embedder
+from gircse.runtime.bundle import Bundle
+from gircse.runtime.precision import Precision
 
 
 def test_export_prints_the_path_last(
@@ -27,11 +30,13 @@ def test_export_prints_the_path_last(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--steps", "65"], "--steps 65 | 0 to 64"),
+        (["--steps", "65"], "--steps is 65; it can be 0 to 64."),
         (["--steps", "2", "--max-tokens", "127"], "--max-tokens 127"),
-        (["--steps", "2", "--temperature", "0"], "--temperature 0.0"),
-        (["--steps", "2", "--temperature", "nan"], "--temperature nan"),
-        (["--steps", "2", "--adapter", "./nowhere"], "--adapter ./nowhere: no such directory"),
+        (["--steps", "2", "--temperature", "0"], "--temperature is 0.0"),
+        (["--steps", "2", "--temperature", "nan"], "--temperature is nan"),
+        (["--steps", "2", "--adapter", "./nowhere"], "--adapter ./nowhere"),
+        (["--query-instruction", "\ud800"], "--query-instruction has a character that UTF-8 cannot hold"),
+        (["--precision", "int8"], "--precision int8 needs a --calibration. Make one: gircse-calibrate --steps 8"),
     ],
 )
 def test_export_errors(
@@ -47,8 +52,80 @@ def test_export_errors(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("arguments", [[], ["--steps", "x"], ["--steps", "2", "--pooling", "max"], ["--stepz", "2"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--steps", "x"],
+        ["--pooling", "max"],
+        ["--stepz", "2"],
+        ["--precision", "fp16,fp8"],
+        ["--keep-float32", "layers.1.mlp,"],
+    ],
+)
 def test_export_usage_errors(arguments: list[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         export_command.main(arguments)
     assert caught.value.code == 2
+
+
+def test_lists_are_separated_by_commas() -> None:
+    args = export_command.build_parser().parse_args(
+        ["--precision", "fp32, fp16", "--keep-float32", "layers.1.mlp,lm_head"]
+    )
+    assert args.precisions == (Precision.FP32, Precision.FP16)
+    assert args.keep_float32 == ("layers.1.mlp", "lm_head")
+
+
+def test_query_instruction_is_in_the_manifest(small_models: SmallModels, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    arguments = ["--steps", "1", "--model", str(small_models.checkpoint("llama")), "--max-tokens", "32"]
+    arguments += [
+        "--layout",
+        "stepwise",
+        "--output",
+        str(output),
+        "--query-instruction",
+        "Finde Antworten, möglichst kurz",
+    ]
+    assert export_command.main(arguments) == 0
+    assert Bundle.open(output).manifest.query_instruction == "Finde Antworten, möglichst kurz"
+
+
+def test_model_settings_come_from_the_calibration(small_models: SmallModels, tmp_path: Path) -> None:
+    """All that it was made with, unless a flag says otherwise."""
+    calibration = small_models.calibration("llama", steps=5)
+    output = tmp_path / "out"
+    arguments = ["--calibration", str(calibration), "--precision", "int8", "--output", str(output)]
+    assert export_command.main([*arguments, "--max-tokens", "40"]) == 0
+    manifest = Bundle.open(output).manifest
+    assert manifest.model.name == str(small_models.checkpoint("llama"))
+    assert (manifest.graph.steps, manifest.graph.max_tokens) == (5, 40)
+
+
+def test_the_bundle_is_named_after_the_calibrated_model(
+    small_models: SmallModels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    calibration = small_models.calibration("llama", steps=5)
+    assert export_command.main(["--calibration", str(calibration), "--layout", "stepwise"]) == 0
+    assert Path(capsys.readouterr().out.strip()).name == "gircse-llama-5"
+
+
+@pytest.mark.parametrize(("flag", "value"), [("--steps", "3"), ("--pooling", "last"), ("--temperature", "0.5")])
+def test_flags_that_contradict_the_calibration(
+    small_models: SmallModels, tmp_path: Path, capsys: pytest.CaptureFixture[str], flag: str, value: str
+) -> None:
+    calibration = small_models.calibration("llama", steps=5)
+    arguments = ["--calibration", str(calibration), "--precision", "int8", "--output", str(tmp_path / "out")]
+    assert export_command.main([*arguments, flag, value]) == 2
+    error = capsys.readouterr().err
+    assert f"--calibration {calibration}" in error
+    assert flag.removeprefix("--") in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_calibration_that_is_not_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "calibration.json"
+    path.write_text(json.dumps({"schema_version": 2}))
+    assert export_command.main(["--calibration", str(path)]) == 2
+    assert f"gircse-export: error: --calibration {path}" in capsys.readouterr().err

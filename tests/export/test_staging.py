@@ -1,4 +1,4 @@
-"""A bundle appears whole or not at all, through kills, full disks and rivals."""
+"""A bundle is published atomically, through kills, full disks and rivals."""
 
 import resource
 import signal
@@ -13,8 +13,9 @@ from support.small_models import SmallModels
 from gircse.export.exporter import export_bundle
 from gircse.export.options import ExportOptions
 from gircse.export.staging import staged_directory
-from gircse.runtime import Embedder, ExportError
+from gircse.runtime import Embedder
 from gircse.runtime.bundle import Bundle
+from gircse.runtime.errors import ExportError, OutputError
 
 
 def options(small_models: SmallModels, output: Path, **more: object) -> ExportOptions:
@@ -39,7 +40,7 @@ def test_two_exports_are_byte_identical(small_models: SmallModels, tmp_path: Pat
 def test_bundles_are_replaced_only_with_force(small_models: SmallModels, tmp_path: Path) -> None:
     output = export_bundle(options(small_models, tmp_path / "out"))
     before = contents(output)
-    with pytest.raises(ExportError, match=r"a bundle is there .* --force"):
+    with pytest.raises(OutputError, match=r"is a bundle already\. .* --force"):
         export_bundle(options(small_models, output))
     assert contents(output) == before
     export_bundle(options(small_models, output, pooling="last", force=True))
@@ -51,9 +52,9 @@ def test_bundles_are_replaced_only_with_force(small_models: SmallModels, tmp_pat
 def test_anything_else_is_never_replaced(small_models: SmallModels, tmp_path: Path, force: bool) -> None:
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "thesis.txt").write_text("years of work")
-    with pytest.raises(ExportError, match="nothing but a bundle is ever replaced"):
+    with pytest.raises(OutputError, match="nothing but a bundle is ever replaced"):
         export_bundle(options(small_models, tmp_path / "notes", force=force))
-    with pytest.raises(ExportError, match="nothing but a bundle is ever replaced"):
+    with pytest.raises(OutputError, match="nothing but a bundle is ever replaced"):
         export_bundle(options(small_models, tmp_path / "notes" / "thesis.txt", force=force))
     assert contents(tmp_path) == {"notes/thesis.txt": b"years of work"}
 
@@ -80,7 +81,7 @@ def test_two_exports_to_one_place(tmp_path: Path) -> None:
 
     with staged_directory(tmp_path / "out", force=True) as directory:
         (directory / "gircse.json").write_text("{}")
-        with pytest.raises(ExportError, match="another export to it is running"):
+        with pytest.raises(OutputError, match="is being written by another export"):
             second()
     assert contents(tmp_path) == {"out/gircse.json": b"{}"}
 
@@ -90,7 +91,7 @@ def test_crash_between_the_renames_is_undone(small_models: SmallModels, tmp_path
     output = export_bundle(options(small_models, tmp_path / "out"))
     before = contents(output)
     output.rename(tmp_path / ".out.replaced")
-    with pytest.raises(ExportError, match="a bundle is there"):
+    with pytest.raises(OutputError, match="is a bundle already"):
         export_bundle(options(small_models, output))
     assert contents(output) == before
 
@@ -140,7 +141,7 @@ def test_disk_that_fills_up_while_writing(small_models: SmallModels, tmp_path: P
     )
     assert done.returncode == 2
     assert "error: --output" in done.stderr
-    assert "File too large | room and permission to write" in done.stderr
+    assert "cannot be written: File too large; nothing was left behind" in done.stderr
     assert "Traceback" not in done.stderr
     assert list(tmp_path.iterdir()) == []
 
@@ -150,7 +151,9 @@ def test_too_little_disk_is_said_before_writing(
 ) -> None:
     usage = type("Usage", (), {"free": 1 << 20})
     monkeypatch.setattr("shutil.disk_usage", lambda _: usage)
-    with pytest.raises(ExportError, match=r"0\.00 GiB free \| 0\.06 GiB \| free some space"):
+    with pytest.raises(
+        OutputError, match=r"has 0\.00 GiB of free disk space; the bundle needs 0\.06 GiB\. Free some space"
+    ):
         export_bundle(options(small_models, tmp_path / "out"))
     assert list(tmp_path.iterdir()) == []
 
@@ -171,21 +174,21 @@ def test_too_little_memory_is_said_before_tracing(
 ) -> None:
     monkeypatch.setattr("psutil.virtual_memory", lambda: type("Memory", (), {"available": 1 << 28}))
     monkeypatch.setattr("gircse.export.exporter.trace_decoder", None)  # would fail if it were called
-    with pytest.raises(ExportError, match=r"memory: 0\.25 GiB available \| 1\.00 GiB"):
+    with pytest.raises(ExportError, match=r"memory has 0\.25 GiB available; the export needs 1\.00 GiB"):
         export_bundle(options(small_models, tmp_path / "out"))
 
 
 def test_output_that_cannot_be_made(small_models: SmallModels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(ExportError, match=r"file cannot be written \| a directory"):
+    with pytest.raises(OutputError, match=r"file, which is not writable"):
         export_bundle(options(small_models, tmp_path / "file" / "out"))
     with (
-        pytest.raises(ExportError, match=r"\| a place that can be written"),
+        pytest.raises(OutputError, match=r"cannot be made: "),
         staged_directory(Path("/proc/out"), force=False),  # nobody may write there, not even root
     ):
         pass
     monkeypatch.setattr("os.access", lambda path, mode: path != tmp_path)
-    with pytest.raises(ExportError, match=f"{tmp_path} cannot be written"):
+    with pytest.raises(OutputError, match=f"cannot be made in {tmp_path}, which is not writable"):
         export_bundle(options(small_models, tmp_path / "out"))
 
 

@@ -7,7 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from gircse.calibration.moments_file import moments_path
+from gircse.calibration.calibration_file import Calibration
+from gircse.calibration.int8.fake_quantization import round_weights
+from gircse.calibration.int8.gptq import RoundedWeight
+from gircse.calibration.int8.scheme import InputKind, QuantizedInput
+from gircse.calibration.moments_file import MomentsFile, moments_path
 from gircse.export.exporter import export_bundle
 from gircse.export.options import ExportOptions
 from gircse.runtime.bundle import Bundle
@@ -50,3 +54,14 @@ def export(
     return export_bundle(
         ExportOptions(output=output, model=str(small_models.checkpoint(model)), calibration=calibration, **settings)
     )
+
+
+def rounded_weights(model: Any, inputs: tuple[QuantizedInput, ...], path: Path) -> dict[str, RoundedWeight]:
+    """Return the rounded weights of some inputs, by projection."""
+    calibration = Calibration.read(path)
+    moments = MomentsFile.open(path, calibration.moments_sha256)
+    weights: dict[str, RoundedWeight] = {}
+    for entry in inputs:
+        seen = None if entry.kind is InputKind.VOCABULARY else moments.read(entry.name)
+        weights |= round_weights(model, entry, calibration.inputs[entry.name], seen)
+    return weights

@@ -58,7 +58,6 @@ def refused(tmp_path: Path, model: Path, adapter: Path | None = None) -> str:
     with pytest.raises(CheckpointError) as caught:
         export(tmp_path, model, adapter)
     assert set(tmp_path.rglob("*")) == before
-    assert str(caught.value).count(" | ") == 2  # where: what came | what was expected | what to do
     return str(caught.value)
 
 
@@ -141,7 +140,7 @@ def test_corrupt_header(small_checkpoint: Path, tmp_path: Path) -> None:
 def test_values_that_are_not_finite(small_checkpoint: Path, tmp_path: Path, value: float) -> None:
     name = "model.layers.1.mlp.down_proj.weight"
     edit_tensors(small_checkpoint / "model.safetensors", lambda t: t[name][3].fill_(value))
-    assert f"{name} holds NaN or infinity" in refused(tmp_path, small_checkpoint)
+    assert f"has NaN or infinity in {name}" in refused(tmp_path, small_checkpoint)
 
 
 def test_missing_left_over_and_misshapen_tensors(small_checkpoint: Path, tmp_path: Path) -> None:
@@ -149,13 +148,13 @@ def test_missing_left_over_and_misshapen_tensors(small_checkpoint: Path, tmp_pat
     name = "model.layers.1.self_attn.q_proj.bias"
     whole = path.read_bytes()
     edit_tensors(path, lambda t: t.pop(name))
-    assert f"no tensor {name}" in refused(tmp_path, small_checkpoint)
+    assert f"has no tensor {name}" in refused(tmp_path, small_checkpoint)
     path.write_bytes(whole)
     edit_tensors(path, lambda t: t.update({"model.layers.2.mlp.down_proj.weight": torch.zeros(2, 2)}))
-    assert "model.layers.2.mlp.down_proj.weight (1 such) has no place" in refused(tmp_path, small_checkpoint)
+    assert "model.layers.2.mlp.down_proj.weight (1 such) that has no place" in refused(tmp_path, small_checkpoint)
     path.write_bytes(whole)
     edit_tensors(path, lambda t: t.update({name: torch.zeros(47)}))
-    assert f"{name} has shape [47] | [48]" in refused(tmp_path, small_checkpoint)
+    assert f"has {name} of shape [47]; config.json says [48]" in refused(tmp_path, small_checkpoint)
     path.write_bytes(whole)
     edit_tensors(path, lambda t: t.update({name: torch.zeros(48, dtype=torch.int8)}))
     assert f"{name} is I8" in refused(tmp_path, small_checkpoint)
@@ -167,12 +166,12 @@ def test_missing_left_over_and_misshapen_tensors(small_checkpoint: Path, tmp_pat
         (lambda t: t.update({k.replace("layers.1", "layers.9"): t.pop(k) for k in list(t) if "layers.1" in k}),
          "adapts model.layers.9"),
         (lambda t: t.update({k: torch.ones(4, 47) for k in t if k.endswith("0.self_attn.q_proj.lora_A.weight")}),
-         "factors of model.layers.0.self_attn.q_proj.weight"),
+         "their product must be model.layers.0.self_attn.q_proj.weight"),
         (lambda t: t.pop(min(k for k in t if "lora_B" in k)), "pairs of lora_A.weight and lora_B.weight"),
         (lambda t: t.update({"base_model.model.model.embed_tokens.weight": torch.ones(2)}), "pairs of lora_A"),
         (lambda t: [t[k].zero_() for k in t if "1.mlp.up_proj.lora_B" in k],
          "leaves model.layers.1.mlp.up_proj.weight as it is"),
-        (lambda t: [t[k].fill_(float("nan")) for k in t if "1.mlp.up_proj.lora_B" in k], "holds NaN"),
+        (lambda t: [t[k].fill_(float("nan")) for k in t if "1.mlp.up_proj.lora_B" in k], "has NaN or infinity in"),
         (lambda t: t.clear(), "no tensors"),
     ],
 )  # fmt: skip
