@@ -52,7 +52,7 @@ def run_node_by_node(graph: Path, bundle: Path, folder: Path) -> np.ndarray:
         if isinstance(value.const_value, ir.ExternalTensor):
             value.const_value = ir.tensor(value.const_value.numpy(), name=value.name)
     ir.save(model, folder / "graph.onnx")
-    content = emulated_graph(folder / "graph.onnx").SerializeToString()
+    content = ir.to_proto(emulated_graph(folder / "graph.onnx")).SerializeToString()
     options = ort.SessionOptions()
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     session = StepwiseSession(ort.InferenceSession(content, options), Bundle.open(bundle).manifest.graph)
