@@ -96,7 +96,7 @@ def test_code_of_a_checkpoint_is_never_run(small_checkpoint: Path, tmp_path: Pat
 
 def test_other_architectures_are_listed(small_checkpoint: Path, tmp_path: Path) -> None:
     edit_config(small_checkpoint, model_type="gemma2")
-    with pytest.raises(ExportError, match=r"'gemma2' \| one of llama, mistral, qwen2, qwen3"):
+    with pytest.raises(ExportError, match=r"'gemma2'; supported are llama, mistral, qwen2, qwen3"):
         export(small_checkpoint, tmp_path / "out")
 
 
@@ -105,7 +105,7 @@ def test_config_problems(small_checkpoint: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="names no model_type"):
         export(small_checkpoint, tmp_path / "out")
     edit_config(small_checkpoint, model_type="no-such-type")
-    with pytest.raises(CheckpointError, match=r"config\.json: .*no-such-type"):
+    with pytest.raises(CheckpointError, match=r"config\.json .*no-such-type"):
         export(small_checkpoint, tmp_path / "out")
     (small_checkpoint / "config.json").write_text("{")
     with pytest.raises(CheckpointError, match=r"config\.json: .* a JSON object"):
@@ -117,7 +117,7 @@ def test_config_problems(small_checkpoint: Path, tmp_path: Path) -> None:
 
 def test_tokenizer_missing(small_checkpoint: Path, tmp_path: Path) -> None:
     (small_checkpoint / "tokenizer.json").unlink()
-    with pytest.raises(CheckpointError, match=r"tokenizer\.json: missing .* AutoTokenizer"):
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json is missing\. .* AutoTokenizer"):
         export(small_checkpoint, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -129,7 +129,7 @@ def test_tokenizer_of_a_larger_model(small_checkpoint: Path, tmp_path: Path) -> 
         {**tokenizer["added_tokens"][0], "id": 512 + i, "content": f"<|{i}|>"} for i in range(9)
     ]
     path.write_text(json.dumps(tokenizer))
-    with pytest.raises(CheckpointError, match=r"521 tokens \| at most the 520"):
+    with pytest.raises(CheckpointError, match=r"521 tokens; config\.json allows at most 520"):
         export(small_checkpoint, tmp_path / "out")
 
 
