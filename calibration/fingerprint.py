@@ -1,4 +1,4 @@
-"""What a calibration belongs to, found out from a checkpoint and the settings that it is used with."""
+"""Identifies what a calibration belongs to: a checkpoint, and the settings that it is used with."""
 
 import hashlib
 
@@ -12,7 +12,11 @@ from gircse.runtime.errors import CheckpointError
 
 
 def fingerprint_of(checkpoint: Checkpoint, settings: ModelSettings) -> ModelFingerprint:
-    """Return what a calibration of this checkpoint with these settings belongs to."""
+    """Return the fingerprint of a checkpoint with settings.
+
+    Raises:
+        CheckpointError: the checkpoint has no ``model.norm.weight``.
+    """
     return ModelFingerprint(
         checkpoint.model,
         _norm_sha256(checkpoint),
@@ -30,5 +34,8 @@ def _norm_sha256(checkpoint: Checkpoint) -> str:
                 weight = file.get_tensor("model.norm.weight").contiguous()
                 return hashlib.sha256(weight.view(torch.uint8).numpy().tobytes()).hexdigest()
     raise CheckpointError(
-        f"{checkpoint.directory}: no tensor model.norm.weight | a decoder-only model | check the checkpoint"
+        str(checkpoint.directory),
+        "has no tensor model.norm.weight",
+        "every decoder-only model has one",
+        "Check --model.",
     )

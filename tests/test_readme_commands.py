@@ -17,7 +17,7 @@ from gircse.runtime import embed_command
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PARSERS = {
-    "gircse-calibrate": calibrate_command._parser,
+    "gircse-calibrate": calibrate_command.build_parser,
     "gircse-export": export_command._parser,
     "gircse-build": build_command._parser,
     "gircse-embed": embed_command._parser,

@@ -16,7 +16,7 @@ from typing import Protocol
 import numpy as np
 import onnx_ir as ir
 
-from gircse.calibration.int8.smoothing import INT8_MAX, LO_LIMB
+from gircse.calibration.int8.scheme import INT8_MAX, LO_LIMB
 
 _ZERO_POINT = 128
 

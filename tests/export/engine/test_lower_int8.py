@@ -37,7 +37,7 @@ RTX = ("--provider", "tensorrt-rtx", "--sm", "8.9")
 @pytest.fixture
 def whole_sums(monkeypatch: pytest.MonkeyPatch) -> None:
     """Exported graphs mix every soft token from all rows, as engines do."""
-    monkeypatch.setattr(vocabulary, "FLAT_MASS", 0.0)
+    monkeypatch.setattr(vocabulary, "HIGH_ENTROPY_MASS", 0.0)
 
 
 def original(bundle: Path) -> ir.Model:
