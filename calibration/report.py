@@ -110,8 +110,8 @@ def _excluded(found: Sensitivity, max_drop: float) -> str:
     names = ", ".join(f"`{name}`" for name in found.excluded)
     text = (
         f"Excluded, the most sensitive first: {names}. With all inputs quantized the loss would be {everything}, and "
-        f"`--max-drop` is {max_drop:g}. So each input was quantized alone, and the fewest of the most sensitive ones were "
-        f"excluded that meet it: the loss is {_number(loss)}."
+        f"`--max-drop` is {max_drop:g}. So each input was quantized alone, and the fewest of the most sensitive ones "
+        f"were excluded that meet it: the loss is {_number(loss)}."
     )
     return text if loss <= max_drop else f"{text} **This is still more than `--max-drop`.**"
 

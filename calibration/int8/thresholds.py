@@ -112,9 +112,9 @@ def entropy_threshold(histogram: MagnitudeHistogram) -> float:
 def entropy_divergences(counts: Counts) -> Float64:
     """Return the Kullback-Leibler divergence between a histogram clipped after i bins and its quantized version.
 
-    For every i, after S. Migacz, "8-bit inference with TensorRT" (GTC 2017, S7310), slide "Entropy calibration - pseudocode"; levels
-    of a fractional number of bins as in NVIDIA's pytorch-quantization, ``calib/histogram.py``. For bins c_0, c_1, ...
-    and their sum N:
+    It is computed for every i, after S. Migacz, "8-bit inference with TensorRT" (GTC 2017, S7310), slide "Entropy
+    calibration - pseudocode"; levels of a fractional number of bins as in NVIDIA's pytorch-quantization,
+    ``calib/histogram.py``. For bins c_0, c_1, ... and their sum N:
 
     - P is c_0 .. c_{i-1} with the T clipped values added to its last bin, divided by N.
     - Q is the same without the clipped values, in 128 equal levels: bin b is in level floor(128 b / i), and the sum S_l
