@@ -123,7 +123,7 @@ def test_file_that_is_not_there(tmp_path: Path) -> None:
         ({"adapter": None}, rf"adapter with SHA-256 {'3' * 64}; this export has none\."),
         (
             {"steps": 3},
-            r"steps 2; this export has 3\. Calibrate again with the same --model, --adapter, --steps, --pooling and --temp",
+            r"steps 2; this export has 3\. Calibrate again with the same --model, --adapter, --steps, --pooling and",
         ),
         ({"pooling": Pooling.LAST}, r"pooling mean; this export has last\."),
         ({"temperature": 0.5}, r"temperature 1\.0; this export has 0\.5\."),

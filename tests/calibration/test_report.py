@@ -72,8 +72,8 @@ def test_same_calibration_same_bytes(tmp_path: Path) -> None:
         "| texts | 48 with 1234 tokens, seed 7, SHA-256 `4444444444444444` |",
         "| thresholds | by `entropy` |",
         "| 0.9965 | 0.925 | 2 of 9 |",
-        "Excluded, the most sensitive first: `model.layers.0.mlp_output`, `lm_head`. With all inputs quantized the loss "
-        "would be 0.062, and `--max-drop` is 0.005. So each input was quantized alone, and the fewest of the most "
+        "Excluded, the most sensitive first: `model.layers.0.mlp_output`, `lm_head`. With all inputs quantized the "
+        "loss would be 0.062, and `--max-drop` is 0.005. So each input was quantized alone, and the fewest of the most "
         "sensitive ones were excluded that meet it: the loss is 0.0035.",
         "| mlp output | 2 | 800 | 3 | 0.008 | 0.002 |",
         "| vocabulary | 1 | - | 3 | 0.016 | 0.002 |",
