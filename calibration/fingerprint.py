@@ -3,10 +3,10 @@
 import hashlib
 
 import torch
-from safetensors import safe_open
 
 from gircse.calibration.calibration_file import ModelFingerprint
 from gircse.checkpoint.model_settings import ModelSettings
+from gircse.checkpoint.safetensors_index import open_safetensors
 from gircse.checkpoint.source import Checkpoint
 from gircse.runtime.errors import CheckpointError
 
@@ -15,7 +15,7 @@ def fingerprint_of(checkpoint: Checkpoint, settings: ModelSettings) -> ModelFing
     """Return the fingerprint of a checkpoint with settings.
 
     Raises:
-        CheckpointError: the checkpoint has no ``model.norm.weight``.
+        CheckpointError: the checkpoint has no ``model.norm.weight``, or a damaged shard.
     """
     return ModelFingerprint(
         checkpoint.model,
@@ -29,7 +29,7 @@ def fingerprint_of(checkpoint: Checkpoint, settings: ModelSettings) -> ModelFing
 
 def _norm_sha256(checkpoint: Checkpoint) -> str:
     for shard in checkpoint.shards:
-        with safe_open(shard, framework="pt") as file:
+        with open_safetensors(shard) as file:
             if "model.norm.weight" in file.keys():
                 weight = file.get_tensor("model.norm.weight").contiguous()
                 return hashlib.sha256(weight.view(torch.uint8).numpy().tobytes()).hexdigest()

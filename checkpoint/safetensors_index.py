@@ -35,7 +35,7 @@ class SafetensorsIndex:
         """
         self.entries: dict[str, StoredTensor] = {}
         for path in files:
-            with _open(path) as file:
+            with open_safetensors(path) as file:
                 for name in file.keys():
                     view = file.get_slice(name)
                     if view.get_dtype() not in _FLOAT_TYPES:
@@ -50,12 +50,17 @@ class SafetensorsIndex:
     def read_rows(self, name: str, rows: slice = slice(None)) -> Tensor:
         """Read rows of a tensor as FP32. The file is closed again, so its pages do not stay mapped."""
         stored = self.entries[name]
-        with _open(stored.file) as file:
+        with open_safetensors(stored.file) as file:
             block: Tensor = file.get_slice(stored.name)[rows]
             return block.float().clone()
 
 
-def _open(path: Path) -> Any:
+def open_safetensors(path: Path) -> Any:
+    """Open a safetensors file as a context manager; its header is read at once.
+
+    Raises:
+        CheckpointError: it is missing, truncated or damaged.
+    """
     try:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as err:

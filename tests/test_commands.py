@@ -47,7 +47,10 @@ def test_export_prints_the_path_last(
         (["--steps", "2", "--max-tokens", "127"], "--max-tokens 127"),
         (["--steps", "2", "--temperature", "0"], "--temperature 0.0"),
         (["--steps", "2", "--temperature", "nan"], "--temperature nan"),
-        (["--steps", "2", "--adapter", "./nowhere"], "--adapter ./nowhere: no such directory"),
+        (
+            ["--steps", "2", "--adapter", "./nowhere"],
+            "--adapter ./nowhere is neither a directory nor a Hugging Face id",
+        ),
     ],
 )
 def test_export_errors(

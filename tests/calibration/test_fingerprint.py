@@ -28,3 +28,6 @@ def test_fine_tuned_checkpoints_of_one_config_differ(small_models: SmallModels, 
     save_file(weights, tuned / "model.safetensors")
     with pytest.raises(CheckpointError, match=r"has no tensor model\.norm\.weight; .* Check --model\.$"):
         fingerprint_of(resolve_checkpoint(str(tuned)), ModelSettings())
+    (tuned / "model.safetensors").write_bytes(b"cut")
+    with pytest.raises(CheckpointError, match=r"model\.safetensors cannot be read as safetensors"):
+        fingerprint_of(resolve_checkpoint(str(tuned)), ModelSettings())

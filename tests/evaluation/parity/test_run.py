@@ -299,7 +299,7 @@ def test_command_fails_on_a_gate(small_models: SmallModels, tmp_path: Path, caps
         (["--sts", "nowhere.tsv"], "nowhere.tsv"),
         (["--retrieval", "nowhere"], "--retrieval nowhere: no corpus.jsonl"),
         (["--model", "{other_model}"], "config.json with SHA-256"),
-        (["--model", "nowhere"], "--model nowhere: no such directory"),
+        (["--model", "nowhere"], "--model nowhere is neither a directory nor a Hugging Face id"),
         (["--device", "warp"], "--device warp"),
         (["--threads", "0"], "threads: 0"),
         (["--provider", "cuda"], "provider cuda: this onnxruntime has"),
