@@ -1,1 +1,1 @@
-"""Measure a model for INT8: ranges, smoothing, second moments, sensitivity."""
+"""Measures a model for its INT8 variants: ranges, smoothing, second moments, sensitivity."""

@@ -1,100 +1,111 @@
 """``gircse-calibrate``: from texts to the file that INT8 variants are exported with."""
 
 import argparse
-import logging
-import resource
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from gircse.calibration.int8.thresholds import Method
 from gircse.checkpoint.model_settings import add_model_flags
-from gircse.runtime.errors import GircseError
+from gircse.runtime.command import run_command
+
+if TYPE_CHECKING:
+    from gircse.calibration.calibration_file import Calibration
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns the exit code, 2 for an error."""
-    args = _parser().parse_args(argv)
-    logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
-    start = time.perf_counter()
-    try:
-        # Here, not above: torch takes seconds to import, and --help should not.
-        from gircse.calibration.calibrate import CalibrationOptions, calibrate
-        from gircse.calibration.report import prepare_report, write_report
-
-        report: Path | None = args.report
-        prepare_report(report)
-        flags = {name: value for name, value in vars(args).items() if name != "report"}
-        calibration = calibrate(CalibrationOptions(**flags))
-        if report is not None:
-            write_report(calibration, report)
-    except GircseError as err:
-        print(f"gircse-calibrate: error: {err}", file=sys.stderr)
-        return 2
-    except ImportError as err:
-        print(
-            f"gircse-calibrate: error: {err.name or err} is not installed | the calibration packages | "
-            "pip install 'gircse-deploy[export,evaluation,demo]'",
-            file=sys.stderr,
-        )
-        return 2
-    except KeyboardInterrupt:
-        print("gircse-calibrate: interrupted; the same command goes on where it was", file=sys.stderr)
-        return 130
-    result, kept = calibration.sensitivity.result, len(calibration.sensitivity.excluded)
-    print(
-        f"  int8: rank correlation {result.rank_correlation:.4f}, top-10 overlap {result.overlap:.3f}, {kept} of "
-        f"{len(calibration.inputs)} inputs kept in float",
-        file=sys.stderr,
+    args = build_parser().parse_args(argv)
+    return run_command(
+        "gircse-calibrate",
+        lambda: _run(args),
+        extras="calibration",
+        interrupted="the same command resumes it",
     )
-    # ru_maxrss counts KiB on Linux and bytes on macOS.
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    print(f"  {time.perf_counter() - start:.0f} s, peak memory {peak / 2**30:.2f} GiB", file=sys.stderr)
-    print(args.output)
-    return 0
 
 
-def _parser() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
     parser = argparse.ArgumentParser(
         prog="gircse-calibrate",
         description="Measure a model on texts, in the prompt and at every refinement step, for its INT8 variants.",
     )
-    parser.add_argument("--texts", type=Path, required=True, metavar="FILE", help="one text a line; .gz is unpacked")
+    parser.add_argument(
+        "--texts", type=Path, required=True, metavar="FILE", help="file with one text per line; .gz is unpacked"
+    )
     add_model_flags(parser)
     parser.add_argument(
         "--method",
         type=Method,
         choices=list(Method),
         default=Method.MAX,
+        metavar="|".join(Method),
         help="how activation thresholds are chosen (default: max)",
     )
     parser.add_argument(
         "--smooth",
         type=_smooth,
         metavar="A|auto",
-        help="SmoothQuant's migration strength, or the best for each input (default: auto)",
+        help="SmoothQuant's migration strength, 0 to 1, or a search for each input (default: auto)",
     )
-    parser.add_argument("--samples", type=int, default=512, metavar="N", help="most texts to use (default: 512)")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="chooses the texts (default: 0)")
+    parser.add_argument(
+        "--samples", type=int, default=512, metavar="N", help="maximum number of texts to observe (default: 512)"
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the choice of texts (default: 0)")
     parser.add_argument(
         "--max-drop",
         type=float,
         default=0.005,
         metavar="D",
-        help="loss of rank correlation beyond which inputs are kept in float (default: 0.005)",
+        help="allowed loss of rank correlation; beyond it, inputs are excluded from quantization (default: 0.005)",
     )
     parser.add_argument(
-        "--output", type=Path, default=Path("calibration.json"), metavar="FILE", help="default: calibration.json"
+        "--output",
+        type=Path,
+        default=Path("calibration.json"),
+        metavar="FILE",
+        help="file to write (default: calibration.json)",
     )
-    parser.add_argument("--report", type=Path, metavar="DIR", help="write calibration.md and charts there")
+    parser.add_argument("--report", type=Path, metavar="DIR", help="directory for calibration.md and its charts")
     return parser
+
+
+def _run(args: argparse.Namespace) -> int:
+    # Here, not above: torch takes seconds to import, and --help should not.
+    from gircse.calibration.calibrate import CalibrationOptions, calibrate
+    from gircse.calibration.report import write_report
+    from gircse.reporting.files import open_report_directory
+
+    start = time.perf_counter()
+    report: Path | None = args.report
+    options = CalibrationOptions(**{name: value for name, value in vars(args).items() if name != "report"})
+    open_report_directory(report)
+    calibration = calibrate(options)
+    if report is not None:
+        write_report(calibration, report)
+    _print_summary(calibration, time.perf_counter() - start)
+    print(args.output)
+    return 0
+
+
+def _print_summary(calibration: "Calibration", seconds: float) -> None:
+    from gircse.reporting.sizes import gib, peak_memory
+
+    result, excluded = calibration.sensitivity.result, len(calibration.sensitivity.excluded)
+    print(
+        f"  int8: rank correlation {result.rank_correlation:.4f}, top-10 overlap {result.overlap:.3f}, {excluded} of "
+        f"{len(calibration.inputs)} inputs excluded from quantization",
+        file=sys.stderr,
+    )
+    print(f"  {seconds:.0f} s, peak memory {gib(peak_memory())}", file=sys.stderr)
 
 
 def _smooth(text: str) -> float | None:
     try:
         return None if text == "auto" else float(text)
     except ValueError as err:
-        raise argparse.ArgumentTypeError(f"{text} | 0 to 1, or auto | choose another value") from err
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor auto; it can be 0 to 1, or auto") from err
 
 
 if __name__ == "__main__":

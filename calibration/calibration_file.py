@@ -1,6 +1,6 @@
-"""``calibration.json``: what ``gircse-calibrate`` found, and what ``gircse-export`` builds INT8 variants from.
+"""``calibration.json``: what ``gircse-calibrate`` measured, and ``gircse-export`` builds INT8 variants from.
 
-The fields are those of :class:`Calibration`. Every number is finite. The file names the model, the adapter and the
+Its fields are those of :class:`Calibration`. Every number is finite. The file names the model, the adapter and the
 settings that it was measured with, and ``check`` refuses it for any other.
 """
 
@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Self
 
-from gircse.runtime.errors import CheckpointError
+from gircse.runtime.errors import CalibrationError
 from gircse.runtime.manifest import AdapterSource, ModelSource, Pooling
 from gircse.runtime.records import Record, decode_versioned, encode_record
 
@@ -21,7 +21,8 @@ class ModelFingerprint(Record, frozen=True):
 
     Attributes:
         model: the backbone.
-        norm_sha256: SHA-256 of the bytes of ``model.norm.weight``, which tells fine-tuned checkpoints of one config apart.
+        norm_sha256: SHA-256 of the bytes of ``model.norm.weight``, which distinguishes fine-tuned checkpoints
+            with the same config.
         adapter: the LoRA, or None.
         steps: K.
         pooling: ``mean`` or ``last``; the sensitivity is that of the pooled vectors.
@@ -37,7 +38,14 @@ class ModelFingerprint(Record, frozen=True):
 
 
 class TextsUsed(Record, frozen=True):
-    """The calibration texts: SHA-256 of those that were used, in order, their number and tokens, and the seed."""
+    """The calibration texts.
+
+    Attributes:
+        sha256: SHA-256 of the texts that were used, in order.
+        samples: their number.
+        tokens: their tokens.
+        seed: what they were drawn with.
+    """
 
     sha256: str
     samples: int
@@ -46,14 +54,14 @@ class TextsUsed(Record, frozen=True):
 
 
 class InputCalibration(Record, frozen=True):
-    """One quantized input; see ``sites.py`` and ``smoothing.py``.
+    """Calibration of one quantized input; see ``int8/scheme.py`` and ``int8/smoothing.py``.
 
     Attributes:
         migration: SmoothQuant's migration strength, or None for no smoothing.
-        smoothing: (in,) divisors of the activations, or nothing where all are 1.
-        outlier_channels: channels that stay in float.
-        ranges: (K + 1,) largest magnitude after smoothing, float channels apart, in the prompt and at each step.
-        thresholds: (K + 1,) magnitude that becomes 127, by the method; at most the range.
+        smoothing: (in,) divisors of the activations; empty where all are 1.
+        outlier_channels: channels that are excluded from quantization.
+        ranges: (K + 1,) largest magnitude after smoothing, without outlier channels, in the prompt and at each step.
+        thresholds: (K + 1,) magnitude that becomes 127, chosen by the method; at most the range.
         error: root of the mean squared relative error of the quantized product, over the sampled rows.
     """
 
@@ -66,24 +74,29 @@ class InputCalibration(Record, frozen=True):
 
     @property
     def threshold(self) -> float:
-        """The threshold of one graph for the prompt and all steps."""
+        """The threshold of a graph, which runs the prompt and all steps."""
         return max(self.thresholds)
 
 
 class SoftTokenCalibration(Record, frozen=True):
-    """The soft token as the ``top_k`` most probable tokens, summed, and ``tail`` (hidden,) times the remaining mass."""
+    """How INT8 variants make soft tokens: the sum over the top-k tokens, and a tail vector for the rest.
+
+    Attributes:
+        top_k: number of tokens that are summed.
+        tail: (hidden,) vector that is multiplied with the remaining probability.
+    """
 
     top_k: int
     tail: tuple[float, ...]
 
 
 class Fidelity(Record, frozen=True):
-    """How near the vectors stay to FP32 with something quantized; on texts left out of the calibration, if enough were.
+    """How close the vectors stay to FP32 with something quantized, on held-out texts if there are enough.
 
     Attributes:
-        name: what is quantized, or for a trade-off curve, what is kept.
-        rank_correlation: of all pairs' similarities, after K steps.
-        overlap: of ten nearest neighbors, after K steps.
+        name: what is quantized; for a trade-off curve, how much is excluded.
+        rank_correlation: Spearman correlation of all pairwise similarities, after K steps.
+        overlap: mean share of common ten nearest neighbors, after K steps.
     """
 
     name: str
@@ -95,11 +108,11 @@ class Sensitivity(Record, frozen=True):
     """What ``int8`` costs in fidelity, and where.
 
     Attributes:
-        excluded: inputs whose products stay in float.
+        excluded: inputs that are excluded from quantization, the most sensitive first.
         result: fidelity with everything else quantized.
         kinds: with one kind of input quantized alone.
         layers: with one layer quantized alone.
-        curve: with more and more inputs kept, the most sensitive first; empty if nothing had to be kept.
+        curve: with more and more inputs excluded, the most sensitive first; empty if none had to be.
     """
 
     excluded: tuple[str, ...]
@@ -117,12 +130,12 @@ class Calibration(Record, frozen=True):
         fingerprint: what it belongs to.
         texts: what it was measured on.
         method: how thresholds were chosen.
-        max_tokens: longest prompt that the texts were cut to.
-        max_drop: largest loss of rank correlation that the kept inputs were chosen for.
+        max_tokens: number of tokens that texts were truncated to.
+        max_drop: largest allowed loss of rank correlation, which ``excluded`` was chosen for.
         inputs: input name to its calibration.
-        soft_token: how the soft token is made; None for K = 0.
-        moments_sha256: SHA-256 of the file of second moments beside this one, see ``moments_file.py``.
-        sensitivity: of ``int8``; the inputs that it keeps in float.
+        soft_token: how soft tokens are made; None for K = 0.
+        moments_sha256: SHA-256 of the file of second moments next to this one, see ``moments_file.py``.
+        sensitivity: of ``int8``, with the inputs that it excludes from quantization.
         tools: versions of the packages that made the file.
     """
 
@@ -140,7 +153,7 @@ class Calibration(Record, frozen=True):
 
     @property
     def settings(self) -> dict[str, str | int | float | None]:
-        """What it was made with, by the names of ``ModelSettings``: what an export takes where it is told nothing else."""
+        """The settings that it was made with, by the names of ``ModelSettings``: the defaults of an export."""
         made = self.fingerprint
         return {
             "model": made.model.name,
@@ -156,9 +169,9 @@ class Calibration(Record, frozen=True):
         """Return the content of the file.
 
         Raises:
-            CheckpointError: a number is NaN or infinite.
+            CalibrationError: a number is NaN or infinite.
         """
-        self._check_finite("calibration")
+        self._check_finite("The calibration")
         return encode_record(self, indent=0)
 
     @classmethod
@@ -166,13 +179,14 @@ class Calibration(Record, frozen=True):
         """Read a file.
 
         Raises:
-            CheckpointError: it cannot be read, is no calibration, is of a newer schema, or holds NaN or infinity.
+            CalibrationError: it cannot be read, is not a calibration, has another schema version, or holds NaN or
+                infinity.
         """
         try:
             content = path.read_bytes()
         except OSError as err:
-            raise CheckpointError(
-                f"--calibration {path}: {err.strerror} | a file of gircse-calibrate | check the path"
+            raise CalibrationError(
+                f"--calibration {path}", f"cannot be read: {err.strerror}", None, "Check the path."
             ) from err
         calibration = decode_versioned(
             cls,
@@ -180,47 +194,53 @@ class Calibration(Record, frozen=True):
             where=f"--calibration {path}",
             oldest=SCHEMA_VERSION,
             newest=SCHEMA_VERSION,
-            error=CheckpointError,
-            remake="Calibrate again.",
+            error=CalibrationError,
+            remake="Calibrate again with gircse-calibrate.",
         )
-        calibration._check_finite(str(path))
+        calibration._check_finite(f"--calibration {path}")
         return calibration
 
     def check(self, fingerprint: ModelFingerprint, path: Path) -> None:
         """Refuse to be used for anything but what was calibrated.
 
+        Args:
+            fingerprint: of what is exported.
+            path: of this calibration, for the error.
+
         Raises:
-            CheckpointError: model, adapter, K, pooling or temperature differ; the message names which.
+            CalibrationError: model, adapter, K, pooling or temperature differ; the message names which.
         """
         ours, theirs = _facts(self.fingerprint), _facts(fingerprint)
         for name, value in theirs.items():
             if ours[name] != value:
-                raise CheckpointError(
-                    f"--calibration {path}: {name} {ours[name]} | {value}, as this export has | calibrate again with the "
-                    "same --model, --adapter, --steps, --pooling and --temperature"
+                raise CalibrationError(
+                    f"--calibration {path}",
+                    f"was made with {name} {ours[name]}",
+                    f"this export has {value}",
+                    "Calibrate again with the same --model, --adapter, --steps, --pooling and --temperature.",
                 )
 
     def _check_finite(self, where: str) -> None:
         groups: dict[str, tuple[float, ...]] = {
-            f"input {name}": (*s.smoothing, *s.ranges, *s.thresholds, s.error, s.migration or 0.0)
-            for name, s in self.inputs.items()
+            f"input {name}": (*found.smoothing, *found.ranges, *found.thresholds, found.error, found.migration or 0.0)
+            for name, found in self.inputs.items()
         }
         groups["settings"] = (self.max_drop, self.fingerprint.temperature)
         if self.soft_token is not None:
             groups["soft_token"] = self.soft_token.tail
-        found = self.sensitivity
-        every = (found.result, *found.kinds, *found.layers, *found.curve)
+        measured = self.sensitivity
+        every = (measured.result, *measured.kinds, *measured.layers, *measured.curve)
         groups["sensitivity"] = tuple(x for f in every for x in (f.rank_correlation, f.overlap))
         for name, numbers in groups.items():
             if not all(map(math.isfinite, numbers)):
-                raise CheckpointError(f"{where}: {name} holds NaN or infinity | finite numbers | calibrate again")
+                raise CalibrationError(where, f"holds NaN or infinity in {name}", None, "Calibrate again.")
 
 
 def _facts(fingerprint: ModelFingerprint) -> dict[str, object]:
     return {
         "config.json with SHA-256": fingerprint.model.config_sha256,
         "model.norm.weight with SHA-256": fingerprint.norm_sha256,
-        "adapter with SHA-256": fingerprint.adapter.sha256 if fingerprint.adapter else None,
+        "adapter with SHA-256": fingerprint.adapter.sha256 if fingerprint.adapter else "none",
         "steps": fingerprint.steps,
         "pooling": str(fingerprint.pooling),
         "temperature": fingerprint.temperature,

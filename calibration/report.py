@@ -1,4 +1,4 @@
-"""A calibration for people: ``calibration.md`` and its charts. All numbers are those of ``calibration.json``."""
+"""Writes a calibration as a report, ``calibration.md`` and charts; all numbers are those of ``calibration.json``."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,46 +15,43 @@ from gircse.calibration.report_charts import (
     measured_parts,
     rank_loss,
 )
-from gircse.reporting.files import markdown_table, open_report_directory, write_files
-from gircse.runtime.errors import MeasurementError
+from gircse.reporting.files import markdown_table, write_files
+from gircse.runtime.errors import OutputError
 from gircse.runtime.manifest import AdapterSource, ModelSource
 
 SHOWN = 10
-"""Rows of a table of the most or the largest."""
-
-
-def prepare_report(directory: Path | None) -> None:
-    """Make the directory and see that it can be written, before the calibration and not after it.
-
-    Raises:
-        MeasurementError: it cannot.
-    """
-    open_report_directory(directory)
+"""Maximum rows of a table of extremes."""
 
 
 def write_report(calibration: Calibration, directory: Path) -> list[Path]:
     """Write calibration.md and the charts.
 
+    Args:
+        calibration: what to report.
+        directory: an existing directory, see ``open_report_directory``.
+
     Returns:
         The files.
 
     Raises:
-        MeasurementError: they cannot be written.
+        OutputError: they cannot be written.
     """
     try:
         charts = draw_calibration_charts(calibration, directory)
         return [*write_files({"calibration.md": markdown(calibration).encode()}, directory), *charts]
     except OSError as err:
-        raise MeasurementError(
-            f"--report {directory}: {err.strerror or err} | room and permission to write | the calibration itself is "
-            "written; free some space or choose another directory"
+        raise OutputError(
+            f"--report {directory}",
+            f"cannot be written: {err.strerror or err}",
+            "the calibration itself has been written",
+            "Free some space or choose another directory.",
         ) from err
 
 
 def markdown(calibration: Calibration) -> str:
-    """Return the content of ``calibration.md``, which shows the charts that stand beside it."""
+    """Return the content of ``calibration.md``, which shows the charts in the same directory."""
     parts = [
-        *_subject(calibration),
+        *_heading(calibration),
         *_fidelity(calibration),
         *_kinds(calibration),
         *_layers(calibration),
@@ -64,7 +61,7 @@ def markdown(calibration: Calibration) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _subject(calibration: Calibration) -> list[str]:
+def _heading(calibration: Calibration) -> list[str]:
     fingerprint, texts = calibration.fingerprint, calibration.texts
     rows = [
         ("model", _source(fingerprint.model)),
@@ -89,30 +86,34 @@ def _fidelity(calibration: Calibration) -> list[str]:
         f"{len(found.excluded)} of {len(calibration.inputs)}",
     )
     parts = [
-        "## What `int8` keeps",
-        markdown_table(("rank correlation", "top-10 overlap", "inputs kept in float"), [row]),
-        f"Against FP32 with K = {calibration.fingerprint.steps}, by emulation in PyTorch. Rank correlation: Spearman of the "
-        "similarities of all pairs of texts; top-10 overlap: common nearest neighbors; loss, below: 1 - rank "
+        "## Fidelity of `int8`",
+        markdown_table(("rank correlation", "top-10 overlap", "inputs excluded from quantization"), [row]),
+        f"Against FP32 with K = {calibration.fingerprint.steps}, emulated in PyTorch. Rank correlation: Spearman's, of "
+        "all pairwise similarities of texts; top-10 overlap: share of common nearest neighbors; loss, below: 1 - rank "
         "correlation.",
-        _kept(found, calibration.max_drop),
+        _excluded(found, calibration.max_drop),
     ]
     if found.curve:
         parts.append(_chart("trade-off"))
     return parts
 
 
-def _kept(found: Sensitivity, max_drop: float) -> str:
-    """Say which inputs stay in float, and why."""
+def _excluded(found: Sensitivity, max_drop: float) -> str:
+    """Say which inputs are excluded from quantization, and why."""
     loss = rank_loss(found.result)
     if not found.excluded:
-        return f"Nothing stays in float: all quantized, it loses {_number(loss)}, and `--max-drop` is {max_drop:g}."
+        return (
+            f"No input is excluded from quantization: with all quantized the loss is {_number(loss)}, and `--max-drop` "
+            f"is {max_drop:g}."
+        )
     everything = next((_number(rank_loss(point)) for point in found.curve if not excluded_count(point)), "more")
+    names = ", ".join(f"`{name}`" for name in found.excluded)
     text = (
-        f"These stay in float, most sensitive first: {', '.join(f'`{site}`' for site in found.excluded)}. All quantized, it "
-        f"would lose {everything}, and `--max-drop` is {max_drop:g}. So each input was quantized alone, and of those that "
-        f"lost most, the fewest are kept that meet it: the loss is {_number(loss)}."
+        f"Excluded, the most sensitive first: {names}. With all inputs quantized the loss would be {everything}, and "
+        f"`--max-drop` is {max_drop:g}. So each input was quantized alone, and the fewest of the most sensitive ones "
+        f"were excluded that meet it: the loss is {_number(loss)}."
     )
-    return text if loss <= max_drop else f"{text} **That is still more than `--max-drop`.**"
+    return text if loss <= max_drop else f"{text} **This is still more than `--max-drop`.**"
 
 
 def _kinds(calibration: Calibration) -> list[str]:
@@ -130,20 +131,20 @@ def _kinds(calibration: Calibration) -> list[str]:
     return [
         "## Kinds of input",
         markdown_table(header, rows),
-        "Ranges: the largest of all layers, after smoothing, channels that stay in float apart. Error: relative error of "
-        "the quantized product, median of the layers. Loss: with this kind quantized alone.",
+        "Ranges: the largest of all layers, after smoothing, without outlier channels. Error: relative error of the "
+        "quantized product, median over the layers. Loss: with this kind quantized alone.",
         _chart("sensitivity"),
         _chart("error"),
         _chart("migration"),
     ]
 
 
-def _kind_cells(sites: Sequence[InputCalibration]) -> tuple[str, ...]:
+def _kind_cells(inputs: Sequence[InputCalibration]) -> tuple[str, ...]:
     return (
-        str(len(sites)),
-        _range(max(site.ranges[0] for site in sites)),
-        _range(max((largest for site in sites for largest in site.ranges[1:]), default=0.0)),
-        f"{median(site.error for site in sites):.2g}",
+        str(len(inputs)),
+        _range(max(found.ranges[0] for found in inputs)),
+        _range(max((largest for found in inputs for largest in found.ranges[1:]), default=0.0)),
+        f"{median(found.error for found in inputs):.2g}",
     )
 
 
@@ -158,11 +159,11 @@ def _layers(calibration: Calibration) -> list[str]:
 
 
 def _ratios(calibration: Calibration) -> list[str]:
-    """The inputs that the prompt and the steps use most differently; those without a range in one of them have no ratio."""
+    """Compare the prompt with the steps where ranges differ most; where either range is 0 there is no ratio."""
     parts = ["## Ranges in the prompt and in the steps"]
     compared = {
-        site.name: (found.ranges[0], max(found.ranges[1:]))
-        for site, found in calibrated_inputs(calibration).items()
+        quantized_input.name: (found.ranges[0], max(found.ranges[1:]))
+        for quantized_input, found in calibrated_inputs(calibration).items()
         if found.ranges[0] > 0 and max(found.ranges[1:], default=0.0) > 0
     }
     if compared:
@@ -172,7 +173,7 @@ def _ratios(calibration: Calibration) -> list[str]:
         parts += [
             markdown_table(("input", "prompt", "steps", "prompt / steps"), rows),
             f"The {len(rows)} inputs where the two differ most. A static scale covers the larger one, so a ratio of 10 "
-            "leaves the steps 13 of the 127 levels of a digit.",
+            "leaves the steps 13 of the 127 levels of a limb.",
         ]
     return [*parts, _chart("ranges-by-step")]
 
@@ -186,7 +187,7 @@ def _number(loss: float) -> str:
 
 
 def _range(value: float) -> str:
-    """A magnitude; the vocabulary projection has none in the prompt, and nothing has one in the steps of K = 0."""
+    """Return a magnitude as text; the vocabulary projection has none in the prompt, and with K = 0 no step has one."""
     return f"{value:.3g}" if value else "-"
 
 

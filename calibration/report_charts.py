@@ -1,4 +1,4 @@
-"""Charts of a calibration: ranges by layer and step, smoothing, error, and what each variant costs where.
+"""Charts of a calibration: ranges by layer and step, smoothing, error, and loss by kind of input and by layer.
 
 Axes of ranges, errors and losses are logarithmic; a value of 0 leaves a gap.
 """
@@ -14,17 +14,24 @@ from matplotlib.ticker import MaxNLocator, ScalarFormatter
 from numpy.typing import NDArray
 
 from gircse.calibration.calibration_file import Calibration, Fidelity, InputCalibration
-from gircse.calibration.int8.scheme import SMOOTHED, VOCABULARY_INPUT, InputKind, QuantizedInput, decoder_inputs
+from gircse.calibration.int8.scheme import (
+    SMOOTHED,
+    VOCABULARY_INPUT,
+    InputKind,
+    QuantizedInput,
+    decoder_inputs,
+    layer_inputs,
+)
 from gircse.reporting.figures import new_figure, new_panels, save_chart
 
 NO_LOSS = 1e-12
-"""Rank correlations of float64 that are nearer to 1 than this are 1 but for rounding."""
+"""Rank correlations in float64 that are closer to 1 than this differ from it only by rounding."""
 
 LOSS_LABEL = "1 - rank correlation"
 
 
 def draw_calibration_charts(calibration: Calibration, directory: Path) -> list[Path]:
-    """Draw the charts as PNG; the trade-off only if a variant has a curve.
+    """Draw the charts as PNG; the trade-off only where inputs had to be excluded.
 
     Returns:
         The files.
@@ -46,20 +53,21 @@ def draw_calibration_charts(calibration: Calibration, directory: Path) -> list[P
 
 def calibrated_inputs(calibration: Calibration) -> dict[QuantizedInput, InputCalibration]:
     """Return what was calibrated, in the order of the computation."""
-    layers = len(calibration.inputs) // len(decoder_inputs(1)[:-1])
-    return {site: calibration.inputs[site.name] for site in decoder_inputs(layers) if site.name in calibration.inputs}
+    layers = len(calibration.inputs) // len(layer_inputs(0))
+    found = calibration.inputs
+    return {one: found[one.name] for one in decoder_inputs(layers) if one.name in found}
 
 
 def inputs_by_kind(calibration: Calibration) -> dict[InputKind, list[InputCalibration]]:
-    """Return the calibrations of each kind that there is, in the order of the layers."""
+    """Return the calibrations by kind, in the order of the layers."""
     kinds: dict[InputKind, list[InputCalibration]] = {}
-    for site, found in calibrated_inputs(calibration).items():
-        kinds.setdefault(site.kind, []).append(found)
+    for quantized_input, found in calibrated_inputs(calibration).items():
+        kinds.setdefault(quantized_input.kind, []).append(found)
     return kinds
 
 
 def measured_parts(calibration: Calibration) -> list[str]:
-    """Return the names of what was quantized alone: the kinds of input that there are, and the soft tokens' mixing."""
+    """Return the names of what was quantized alone: the kinds of input, and the soft-token embedding."""
     kinds = inputs_by_kind(calibration)
     others = [point.name for point in calibration.sensitivity.kinds if point.name not in list(InputKind)]
     return [*kinds, *(others if calibration.soft_token else [])]
@@ -72,25 +80,25 @@ def rank_loss(fidelity: Fidelity) -> float:
 
 
 def excluded_count(point: Fidelity) -> int:
-    """Return how many inputs a point of a trade-off curve keeps; the first, ``everything`` quantized, keeps none."""
+    """Return how many inputs a point of a trade-off curve excludes; the first, ``everything``, excludes none."""
     count = point.name.split()[0]
     return int(count) if count.isdecimal() else 0
 
 
 def label(kind: str) -> str:
-    """Return the name of a kind as a reader sees it."""
+    """Return the name of a kind in words."""
     return kind.replace("_", " ")
 
 
 def _ranges_by_step(calibration: Calibration) -> Any:
-    """One panel for each kind; the vocabulary projection has no layers, so its steps go along the axis."""
+    """Draw a panel for each kind; the vocabulary projection has no layers, so its x axis is the step."""
     kinds, steps = inputs_by_kind(calibration), calibration.fingerprint.steps
-    title = "Largest magnitude of the inputs, smoothed, float channels apart"
+    title = "Largest magnitude of the inputs, smoothed, without outlier channels"
     figure, panels = new_panels(title, [label(kind) for kind in kinds], columns=2)
     norm = BoundaryNorm(np.arange(0.5, max(steps, 1) + 1), max(steps, 1))
     colors = ListedColormap(matplotlib.colormaps["viridis"](np.linspace(0.2, 0.95, max(steps, 1))))
-    for axes, (kind, sites) in zip(panels, kinds.items(), strict=True):
-        ranges = _positive([site.ranges for site in sites])
+    for axes, (kind, inputs) in zip(panels, kinds.items(), strict=True):
+        ranges = _positive([found.ranges for found in inputs])
         if kind is InputKind.VOCABULARY:
             axes.plot(np.arange(1, steps + 1), ranges[0, 1:], color="lightgrey", zorder=1)
             axes.scatter(np.arange(1, steps + 1), ranges[0, 1:], c=np.arange(1, steps + 1), cmap=colors, norm=norm)
@@ -109,11 +117,11 @@ def _ranges_by_step(calibration: Calibration) -> Any:
 
 
 def _migration(calibration: Calibration) -> Any:
-    """One row for each kind that can be smoothed, one column for each layer."""
-    kinds = {kind: sites for kind, sites in inputs_by_kind(calibration).items() if kind in SMOOTHED}
+    """Draw a row for each kind that can be smoothed, a column for each layer."""
+    kinds = {kind: inputs for kind, inputs in inputs_by_kind(calibration).items() if kind in SMOOTHED}
     figure, axes = new_figure("SmoothQuant's migration strength", x="layer", y="")
     strengths = np.array(
-        [[np.nan if site.migration is None else site.migration for site in sites] for sites in kinds.values()]
+        [[np.nan if found.migration is None else found.migration for found in inputs] for inputs in kinds.values()]
     )
     colors = matplotlib.colormaps["viridis"].with_extremes(bad="lightgrey")
     image = axes.imshow(strengths, aspect="auto", interpolation="nearest", cmap=colors, vmin=0, vmax=1)
@@ -127,8 +135,8 @@ def _migration(calibration: Calibration) -> Any:
 def _error(calibration: Calibration) -> Any:
     figure, axes = new_figure("Error of each quantized product alone", x="layer", y="relative error (RMS)")
     every = []
-    for index, (kind, sites) in enumerate(inputs_by_kind(calibration).items()):
-        errors = _positive([site.error for site in sites])
+    for index, (kind, inputs) in enumerate(inputs_by_kind(calibration).items()):
+        errors = _positive([found.error for found in inputs])
         every.append(errors)
         if kind is not InputKind.VOCABULARY:
             axes.plot(errors, ".-", color=f"C{index}", label=label(kind))
@@ -141,7 +149,7 @@ def _error(calibration: Calibration) -> Any:
 
 
 def _sensitivity(calibration: Calibration) -> Any:
-    """One kind alone on the left, one layer alone on the right; the vocabulary projection stands among the kinds."""
+    """Draw each kind alone on the left, each layer alone on the right; the vocabulary projection is among the kinds."""
     figure, (by_kind, by_layer) = new_panels(
         "Loss with one part quantized alone", ["one kind of input", "one layer"], columns=2
     )
@@ -166,8 +174,8 @@ def _sensitivity(calibration: Calibration) -> Any:
 
 
 def _trade_off(calibration: Calibration) -> Any:
-    """The loss by the number of kept inputs, as far as the search has looked; a star is what was chosen."""
-    figure, axes = new_figure("What keeping inputs in float buys", x="inputs kept, most sensitive first", y=LOSS_LABEL)
+    """Draw the loss by the number of excluded inputs, where the search measured it; a star marks the choice."""
+    figure, axes = new_figure("Loss by inputs excluded", x="inputs excluded, most sensitive first", y=LOSS_LABEL)
     found = calibration.sensitivity
     losses = _losses(found.curve)
     axes.plot([excluded_count(point) for point in found.curve], losses, "o-")
@@ -187,7 +195,7 @@ def _losses(points: Iterable[Fidelity]) -> NDArray[np.float64]:
 
 
 def _positive(values: Any) -> NDArray[np.float64]:
-    """What a logarithmic axis can show; NaN, a gap, for the rest."""
+    """Return what a logarithmic axis can show; NaN, a gap, for the rest."""
     array = np.array(values, np.float64)
     return np.where(array > 0, array, np.nan)
 

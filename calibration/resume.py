@@ -1,7 +1,7 @@
-"""Progress of a calibration on disk, so that an interrupted one goes on where it was: ``FILE.partial``.
+"""State of a running calibration on disk, ``FILE.partial``, so that an interrupted one resumes.
 
-It is a safetensors file whose metadata holds the identity of the run: another model, other texts or other settings
-start from the beginning.
+It is a safetensors file whose metadata identifies the run: with another model, other texts or other settings a
+calibration starts from the beginning.
 """
 
 import time
@@ -15,26 +15,26 @@ from torch import Tensor
 from gircse.runtime.atomic_file import atomic_write
 
 SAVE_SECONDS = 20.0
-"""Least time between two saves; a killed run loses no more work than this."""
+"""Minimum time between two saves; a killed run loses no more work than this."""
 
 _IDENTITY = "gircse.identity"
 
 
 class ResumeState:
-    """The saved state of one stage of a calibration."""
+    """The saved state of a calibration."""
 
     def __init__(self, path: Path, *, identity: str) -> None:
-        """Use a file.
+        """Name the file; nothing is read or written yet.
 
         Args:
-            path: where the state is kept.
-            identity: everything that the state depends on, and the stage.
+            path: of the file.
+            identity: everything that the state depends on.
         """
         self._path, self._identity = path, identity
         self._saved = time.monotonic()
 
     def load(self) -> Mapping[str, Tensor] | None:
-        """Return the saved state, or None if there is none of this identity."""
+        """Return the saved state; None if there is none, it is damaged, or it belongs to another run."""
         try:
             with safe_open(self._path, framework="pt") as file:
                 if (file.metadata() or {}).get(_IDENTITY) != self._identity:
@@ -49,10 +49,10 @@ class ResumeState:
             self.save(state())
 
     def save(self, state: Mapping[str, Tensor]) -> None:
-        """Replace the file, whole or not at all.
+        """Replace the file atomically.
 
         Raises:
-            OSError: no room, or no permission.
+            OSError: it cannot be written.
         """
         content = save({name: tensor.contiguous() for name, tensor in state.items()}, {_IDENTITY: self._identity})
         with atomic_write(self._path) as file:
@@ -60,5 +60,5 @@ class ResumeState:
         self._saved = time.monotonic()
 
     def remove(self) -> None:
-        """Delete the file, if it is there."""
+        """Delete the file, if there is one."""
         self._path.unlink(missing_ok=True)

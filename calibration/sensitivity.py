@@ -1,8 +1,8 @@
-"""Which inputs the ``int8`` variant cannot quantize without losing the embedding: found by measurement, one at a time.
+"""Measures which inputs the ``int8`` variant has to exclude from quantization to preserve the embedding.
 
-The measure is the rank correlation of all pairs' similarities with those of FP32, after K steps, on texts that were
-not calibrated on. If everything quantized at once stays within the allowed drop, nothing is kept in float. Otherwise
-every input is quantized alone, and the most sensitive ones are kept, as few as meet the drop.
+The measure is the rank correlation of all pairwise similarities with those of FP32, after K steps, on held-out texts.
+If quantizing everything at once stays within the allowed drop, nothing is excluded. Otherwise every input is quantized
+alone, and the most sensitive ones are excluded, as few as meet the drop.
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -13,149 +13,155 @@ import numpy as np
 import torch
 
 from gircse.calibration.calibration_file import Fidelity, InputCalibration, Sensitivity, SoftTokenCalibration
-from gircse.calibration.int8.fake_quantization import mixture_of, quantized_inputs
+from gircse.calibration.int8.fake_quantization import quantized_inputs, soft_token_function
 from gircse.calibration.int8.gptq import RoundedWeight
 from gircse.calibration.int8.scheme import QuantizedInput
-from gircse.checkpoint.reference import Mixture, refine
+from gircse.checkpoint.reference import SoftTokenFunction, refine
 from gircse.reporting.progress import StageProgress
 from gircse.reporting.similarity import neighbor_overlap, pairwise_rank_correlation
 from gircse.runtime.manifest import Pooling
 from gircse.runtime.numerics import Float32, l2_normalize
 from gircse.runtime.tokenization import TokenBatch
 
-MIXING = "soft-token mixing"
+SOFT_TOKEN = "soft-token embedding"
 EVERYTHING = "everything"
+"""Names of what was quantized, beside those of inputs, kinds and layers."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SensitivityStudy:
-    """What stays the same while inputs are quantized.
+    """A model and texts, to embed with any set of inputs quantized.
 
     Attributes:
         model: the reference, in FP32.
-        sites: every input.
-        calibrations: of every input.
-        weights: of every projection, rounded.
-        mixture: of the INT8 variants.
-        batches: texts to evaluate_gates on.
+        inputs: every quantized input.
+        calibrations: of every input, by name.
+        weights: of every projection, rounded, by name.
+        soft_token: how INT8 variants make soft tokens; None for K = 0.
+        batches: held-out texts.
         steps: K.
         pooling: of the vectors.
         temperature: divisor of the logits.
     """
 
     model: Any
-    sites: tuple[QuantizedInput, ...]
+    inputs: tuple[QuantizedInput, ...]
     calibrations: Mapping[str, InputCalibration]
     weights: Mapping[str, RoundedWeight]
-    mixture: SoftTokenCalibration | None
+    soft_token: SoftTokenCalibration | None
     batches: tuple[TokenBatch, ...]
     steps: int
     pooling: Pooling
     temperature: float
 
-    def embed(self, *, mixture: Mixture = torch.matmul) -> Float32:
+    def embed(self, *, embed_soft_token: SoftTokenFunction = torch.matmul) -> Float32:
         """Return the vectors after K steps, (n, hidden) float32, of the model as it is now."""
         size = sum(len(batch.rows) for batch in self.batches)
         vectors = np.empty((size, self.model.config.hidden_size), np.float32)
         for batch in self.batches:
             ids, mask = (torch.from_numpy(a).to(self.model.device) for a in (batch.input_ids, batch.attention_mask))
-            states = [
-                state.hidden
-                for state in refine(
-                    self.model, ids, mask, steps=self.steps, temperature=self.temperature, mixture=mixture
-                )
-            ]
+            loop = refine(
+                self.model,
+                ids,
+                mask,
+                steps=self.steps,
+                temperature=self.temperature,
+                embed_soft_token=embed_soft_token,
+            )
+            states = [state.hidden for state in loop]
             pooled = torch.stack(states[1:]).mean(0) if self.pooling is Pooling.MEAN and self.steps else states[-1]
             vectors[list(batch.rows)] = l2_normalize(pooled.float().cpu().numpy())
         return vectors
 
-    def embed_quantized(self, sites: Collection[QuantizedInput], *, mixture: Mixture) -> Float32:
+    def embed_quantized(self, inputs: Collection[QuantizedInput], *, embed_soft_token: SoftTokenFunction) -> Float32:
         """Return the vectors with some inputs quantized."""
-        with quantized_inputs(self.model, sites, self.calibrations, self.weights):
-            return self.embed(mixture=mixture)
+        with quantized_inputs(self.model, inputs, self.calibrations, self.weights):
+            return self.embed(embed_soft_token=embed_soft_token)
 
 
 def measure_sensitivity(study: SensitivityStudy, *, max_drop: float, progress: StageProgress) -> Sensitivity:
-    """Quantize everything, each kind and each layer, and choose what has to stay in float.
+    """Quantize everything, each kind and each layer, and choose what has to be excluded from quantization.
 
     Args:
         study: model, calibrations and texts.
-        max_drop: largest loss of rank correlation.
-        progress: where to show the stages.
+        max_drop: largest allowed loss of rank correlation.
+        progress: shows the stages.
     """
     exact = study.embed()
-    exactly, approximately = torch.matmul, mixture_of(study.mixture)
+    approximately = soft_token_function(study.soft_token)
 
-    def fidelity(name: str, sites: Collection[QuantizedInput], mixture: Mixture) -> Fidelity:
-        vectors = study.embed_quantized(sites, mixture=mixture)
+    def fidelity(
+        name: str, inputs: Collection[QuantizedInput], embed_soft_token: SoftTokenFunction = approximately
+    ) -> Fidelity:
+        vectors = study.embed_quantized(inputs, embed_soft_token=embed_soft_token)
         return Fidelity(name, pairwise_rank_correlation(vectors, exact), neighbor_overlap(vectors, exact))
 
     def alone(title: str, parts: Mapping[str, Collection[QuantizedInput]]) -> list[Fidelity]:
         found = []
         with progress.stage(title, total=len(parts)) as advance:
-            for name, sites in parts.items():
-                found.append(fidelity(name, sites, exactly))
+            for name, inputs in parts.items():
+                found.append(fidelity(name, inputs, torch.matmul))
                 advance(1)
         return found
 
-    kinds = alone("quantize each kind of input", _grouped(study.sites, lambda site: site.kind))
-    layers = alone("quantize each layer", _grouped(study.sites, _layer))
+    kinds = alone("quantize each kind of input", _grouped(study.inputs, lambda one: one.kind))
+    layers = alone("quantize each layer", _grouped(study.inputs, _layer))
     with progress.stage("quantize everything"):
-        if study.mixture is not None:
-            kinds.append(fidelity(MIXING, [], approximately))
-        everything = fidelity(EVERYTHING, study.sites, approximately)
+        if study.soft_token is not None:
+            kinds.append(fidelity(SOFT_TOKEN, []))
+        everything = fidelity(EVERYTHING, study.inputs)
     loss = 1 - everything.rank_correlation
     if loss <= max_drop:
         return Sensitivity((), everything, tuple(kinds), tuple(layers), ())
     progress.note(f"  everything quantized loses {loss:.2g} of rank correlation, --max-drop is {max_drop:g}")
-    inputs = alone("quantize each input", _grouped(study.sites, lambda site: site.name))
-    correlations = {point.name: point.rank_correlation for point in inputs}
-    ranked = sorted(study.sites, key=lambda site: correlations[site.name])
-    with progress.stage("search the fewest inputs to keep in float"):
+    each = alone("quantize each input", _grouped(study.inputs, lambda one: one.name))
+    correlations = {point.name: point.rank_correlation for point in each}
+    ranked = sorted(study.inputs, key=lambda one: correlations[one.name])
+    with progress.stage("search the fewest inputs to exclude"):
         count, curve = fewest_excluded(
-            lambda count: fidelity(f"{count} kept", ranked[count:], approximately),
+            lambda count: fidelity(f"{count} excluded", ranked[count:]),
             len(ranked),
             everything=everything,
             max_drop=max_drop,
         )
-    result = next((point for point in curve if point.name == f"{count} kept"), everything)
-    return Sensitivity(tuple(site.name for site in ranked[:count]), result, tuple(kinds), tuple(layers), curve)
+    result = next((point for point in curve if point.name == f"{count} excluded"), everything)
+    return Sensitivity(tuple(one.name for one in ranked[:count]), result, tuple(kinds), tuple(layers), curve)
 
 
 def fewest_excluded(
-    keeping: Callable[[int], Fidelity], total: int, *, everything: Fidelity, max_drop: float
+    excluding: Callable[[int], Fidelity], total: int, *, everything: Fidelity, max_drop: float
 ) -> tuple[int, tuple[Fidelity, ...]]:
-    """Find by bisection how many of the ranked inputs have to be kept for the drop to be allowed.
+    """Find by bisection how many of the ranked inputs have to be excluded to stay within the drop.
 
     Args:
-        keeping: measures the fidelity with that many kept.
+        excluding: measures the fidelity with that many excluded.
         total: number of inputs.
-        everything: fidelity with none kept, which is not enough.
-        max_drop: largest loss of rank correlation.
+        everything: fidelity with none excluded, which is not enough.
+        max_drop: largest allowed loss of rank correlation.
 
     Returns:
-        The number, and the measured points of the trade-off curve, fewest kept first.
+        The number, and the measured points of the trade-off curve, fewest excluded first.
     """
     measured = {0: everything}
-    low, high = 0, total  # low does not suffice; more than all of them cannot be kept
+    low, high = 0, total  # low is not enough; more than all of them cannot be excluded
     while high - low > 1:
         middle = (low + high) // 2
-        measured[middle] = keeping(middle)
+        measured[middle] = excluding(middle)
         if 1 - measured[middle].rank_correlation <= max_drop:
             high = middle
         else:
             low = middle
     if high not in measured:
-        measured[high] = keeping(high)
+        measured[high] = excluding(high)
     return high, tuple(measured[count] for count in sorted(measured))
 
 
-def _grouped(sites: Sequence[QuantizedInput], key: Callable[[QuantizedInput], str]) -> dict[str, list[QuantizedInput]]:
+def _grouped(inputs: Sequence[QuantizedInput], key: Callable[[QuantizedInput], str]) -> dict[str, list[QuantizedInput]]:
     groups: dict[str, list[QuantizedInput]] = {}
-    for site in sites:
-        groups.setdefault(key(site), []).append(site)
+    for quantized_input in inputs:
+        groups.setdefault(key(quantized_input), []).append(quantized_input)
     return groups
 
 
-def _layer(site: QuantizedInput) -> str:
-    return site.name.rpartition(".")[0] or site.name
+def _layer(quantized_input: QuantizedInput) -> str:
+    return quantized_input.name.rpartition(".")[0] or quantized_input.name

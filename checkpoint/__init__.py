@@ -1,1 +1,1 @@
-"""From the name of a model to its weights and to its PyTorch reference."""
+"""Checkpoints: found, downloaded, read, and run by PyTorch as the reference."""

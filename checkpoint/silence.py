@@ -1,4 +1,4 @@
-"""Keep libraries from writing over our progress display."""
+"""Keeps libraries from writing over the progress display."""
 
 import contextlib
 import io
@@ -15,7 +15,7 @@ def quiet_transformers() -> Iterator[None]:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        # The GGUF loader's own bar listens to no setting.
+        # The GGUF loader's own progress bar has no switch.
         with contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield

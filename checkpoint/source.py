@@ -1,6 +1,6 @@
-"""Resolve a model and an adapter to local folders that hold safetensors only.
+"""Resolves a model and an adapter to local directories with safetensors weights.
 
-Nothing of a checkpoint is ever executed: no remote code, no pickled weights.
+Nothing in a checkpoint is ever executed: no remote code, no pickled weights.
 """
 
 import json
@@ -12,7 +12,7 @@ from typing import Any
 
 from gircse.checkpoint.demo import ADAPTER_DIRECTORY, DEMO_NAME, demo_checkpoint
 from gircse.runtime.bundle import file_sha256
-from gircse.runtime.errors import CheckpointError
+from gircse.runtime.errors import CheckpointError, OptionError
 from gircse.runtime.manifest import AdapterSource, ModelSource
 
 NO_ADAPTER = "none"
@@ -30,12 +30,12 @@ _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model, and the adapter to merge into it, on the local disk.
+    """A model, and the adapter to merge into it, on local disk.
 
     Attributes:
-        directory: folder with config.json, tokenizer.json and the safetensors shards.
+        directory: holds config.json, tokenizer.json and the safetensors shards.
         shards: the safetensors files.
-        adapter_directory: folder of the PEFT LoRA, or None.
+        adapter_directory: directory of the PEFT LoRA, or None.
         model: where the model came from.
         adapter: where the adapter came from, or None.
     """
@@ -48,7 +48,7 @@ class Checkpoint:
 
 
 def resolve_checkpoint(model: str, *, adapter: str | None = None, revision: str | None = None) -> Checkpoint:
-    """Find, and where needed download, a model and its adapter.
+    """Find a model and its adapter, and download what is not local.
 
     Args:
         model: ``demo``, a local directory or a Hugging Face id.
@@ -58,11 +58,15 @@ def resolve_checkpoint(model: str, *, adapter: str | None = None, revision: str 
 
     Raises:
         CheckpointError: something is missing, cannot be downloaded, or is pickled.
+        OptionError: a revision was given for a local model.
     """
     directory, name, commit = _resolve_model(model, revision)
     if revision is not None and commit is None:
-        raise CheckpointError(
-            f"--revision {revision}: {model} is no Hugging Face id | a revision only with one | leave --revision out"
+        raise OptionError(
+            "--revision",
+            f"is {revision}, but {model} is not a Hugging Face id",
+            None,
+            "Leave --revision out.",
         )
     if adapter is None:
         adapter = DEMO_NAME if model == DEMO_NAME else NO_ADAPTER
@@ -82,24 +86,26 @@ def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object of a checkpoint.
 
     Raises:
-        CheckpointError: the file is missing or holds no JSON object.
+        CheckpointError: the file is missing, or does not hold a JSON object.
     """
     if not path.is_file():
-        raise CheckpointError(f"{path}: missing | every checkpoint has a {path.name} | complete the checkpoint")
+        raise CheckpointError(str(path), "is missing", None, "Complete the checkpoint: every one has this file.")
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as err:
-        raise CheckpointError(f"{path}: {err} | a JSON object | replace the file") from err
+        raise CheckpointError(str(path), f"cannot be read as JSON: {err}", None, "Replace the file.") from err
     if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: a JSON {type(value).__name__} | a JSON object | replace the file")
+        raise CheckpointError(
+            str(path), f"holds a JSON {type(value).__name__}", "it should hold a JSON object", "Replace the file."
+        )
     return value
 
 
 def pad_token_id(directory: Path, tokens: dict[str, int]) -> int:
-    """Return the id of the end-of-sequence token, which pads as in the reference code.
+    """Return the id of the end-of-sequence token, which is the padding, as in the reference code.
 
     Args:
-        directory: the model's folder.
+        directory: of the model.
         tokens: the tokenizer's vocabulary, token to id.
 
     Raises:
@@ -114,8 +120,10 @@ def pad_token_id(directory: Path, tokens: dict[str, int]) -> int:
     first = ids[0] if isinstance(ids, list) and ids else ids
     if not isinstance(first, int):
         raise CheckpointError(
-            f"{directory}: no eos_token in tokenizer_config.json and no eos_token_id in config.json | one of them: "
-            "it pads short texts | add it"
+            str(directory),
+            "has no eos_token in tokenizer_config.json and no eos_token_id in config.json",
+            "short texts are padded with that token",
+            "Add one of the two.",
         )
     return first
 
@@ -136,7 +144,7 @@ def _resolve_adapter(adapter: str) -> tuple[Path | None, AdapterSource | None]:
     weights = directory / "adapter_model.safetensors"
     if not weights.is_file():
         _refuse_pickles(directory, "peft.PeftModel.from_pretrained(model, DIR).save_pretrained(DIR)")
-        raise CheckpointError(f"{weights}: missing | a PEFT LoRA folder | check --adapter")
+        raise CheckpointError(str(weights), "is missing", "--adapter takes a PEFT LoRA", "Check --adapter.")
     return directory, AdapterSource(name, commit, file_sha256(weights))
 
 
@@ -147,7 +155,7 @@ def _resolve_directory(
     if local.is_dir():
         return local, str(local.resolve()), None
     if not _HUB_ID.fullmatch(name):
-        raise CheckpointError(f"{flag} {name}: no such directory | a directory or a Hugging Face id | check the path")
+        raise CheckpointError(f"{flag} {name}", "is neither a directory nor a Hugging Face id", None, "Check the path.")
     snapshot = _download(name, revision, patterns)
     return snapshot, name, snapshot.name
 
@@ -159,10 +167,12 @@ def _download(repository: str, revision: str | None, patterns: Sequence[str]) ->
         return Path(snapshot_download(repository, revision=revision, allow_patterns=list(patterns)))
     except Exception as err:  # hub, HTTP and socket errors share only Exception
         at = f" at revision {revision}" if revision else ""
+        reason = (str(err) or "no message").splitlines()[0]
         raise CheckpointError(
-            f"{repository}{at}: cannot be downloaded ({type(err).__name__}: {str(err).splitlines()[0]}) | a reachable "
-            "Hugging Face repository | check the name and the network, run 'hf auth login' for gated models, or pass "
-            "a local directory"
+            f"{repository}{at}",
+            f"cannot be downloaded from Hugging Face ({type(err).__name__}: {reason})",
+            None,
+            "Check the name and the network, run 'hf auth login' for a gated model, or pass a local directory.",
         ) from err
 
 
@@ -174,11 +184,11 @@ def _find_shards(directory: Path) -> tuple[Path, ...]:
         names = sorted(path.name for path in directory.glob("*.safetensors"))
     if not names:
         _refuse_pickles(directory, "transformers.AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(DIR)")
-        raise CheckpointError(f"{directory}: no *.safetensors | a checkpoint with safetensors weights | check --model")
+        raise CheckpointError(str(directory), "holds no *.safetensors", None, "Check --model.")
     for name in names:
         if Path(name).name != name or not (directory / name).is_file():
             raise CheckpointError(
-                f"{directory / name}: missing | a shard that {index.name} lists | download the checkpoint again"
+                str(directory / name), "is missing", f"{index.name} lists it", "Download the checkpoint again."
             )
     return tuple(directory / name for name in names)
 
@@ -187,6 +197,8 @@ def _refuse_pickles(directory: Path, how: str) -> None:
     for pattern in _PICKLES:
         for path in directory.glob(pattern):
             raise CheckpointError(
-                f"{path}: pickled weights | safetensors; unpickling can run code, so it is never done | convert it "
-                f"once, where you trust it: {how}"
+                str(path),
+                "holds pickled weights",
+                "only safetensors are read, because unpickling can run code",
+                f"Convert it once, where you trust it: {how}",
             )

@@ -1,1 +1,1 @@
-"""What every report and long command is made of: progress, figures, files, measures of similarity."""
+"""What reports and long commands share: progress, figures, files, sizes, and measures of similarity."""

@@ -1,4 +1,4 @@
-"""Figures of the reports: one style, drawn with matplotlib without a display, the same bytes for the same numbers."""
+"""Figures of the reports: one style, drawn by matplotlib without a display. Equal numbers give equal bytes."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -12,7 +12,13 @@ matplotlib.use("Agg")
 
 
 def new_figure(title: str, *, x: str, y: str) -> tuple[Any, Any]:
-    """Return a figure and its axes in our one style."""
+    """Return a figure with one pair of axes.
+
+    Args:
+        title: above the axes.
+        x: label of the x axis.
+        y: label of the y axis.
+    """
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
@@ -22,7 +28,13 @@ def new_figure(title: str, *, x: str, y: str) -> tuple[Any, Any]:
 
 
 def new_panels(title: str, panels: Sequence[str], *, columns: int) -> tuple[Any, list[Any]]:
-    """Return a figure and one axes for each panel's title, row by row."""
+    """Return a figure and one pair of axes per panel, row by row.
+
+    Args:
+        title: above the whole figure.
+        panels: title of each panel.
+        columns: panels in a row.
+    """
     from matplotlib import pyplot
 
     rows = -(-len(panels) // columns)
@@ -40,12 +52,24 @@ def new_panels(title: str, panels: Sequence[str], *, columns: int) -> tuple[Any,
 
 
 def save_chart(figure: Any, stem: Path, *, formats: Sequence[str]) -> Iterator[Path]:
-    """Write a figure in each format, whole or not at all, and close it."""
+    """Write a figure in each format, atomically, and close it.
+
+    Args:
+        figure: of ``new_figure`` or ``new_panels``.
+        stem: path without the ending.
+        formats: endings, such as ``png`` and ``svg``.
+
+    Yields:
+        The path of each file that was written.
+
+    Raises:
+        OSError: a file cannot be written.
+    """
     from matplotlib import pyplot
 
     for name in formats:
         path = stem.with_name(f"{stem.name}.{name}")
-        # Without a date, the same numbers give the same file.
+        # A date would make the same numbers give different bytes.
         metadata = {"Date": None} if name == "svg" else {}
         with atomic_write(path) as file:
             figure.savefig(file, format=name, dpi=144, metadata=metadata)

@@ -1,18 +1,21 @@
-"""What every report is made of: its directory, Markdown tables and files that appear whole or not at all."""
+"""What every report is made of: its directory, Markdown tables, and files that are written atomically."""
 
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from gircse.runtime.atomic_file import atomic_write
-from gircse.runtime.errors import MeasurementError
+from gircse.runtime.errors import OutputError
 
 
 def open_report_directory(directory: Path | None) -> None:
-    """Make the directory and see that it can be written, before the measurement and not after it.
+    """Create the directory and check that it can be written, before the measurement rather than after it.
+
+    Args:
+        directory: value of ``--report``; None, where no report is wanted, is left alone.
 
     Raises:
-        MeasurementError: it cannot.
+        OutputError: it cannot be created or written.
     """
     if directory is None:
         return
@@ -21,16 +24,26 @@ def open_report_directory(directory: Path | None) -> None:
         with tempfile.TemporaryFile(dir=directory):
             pass
     except OSError as err:
-        raise MeasurementError(
-            f"--report {directory}: {err.strerror} | a directory that can be written | choose another"
+        raise OutputError(
+            f"--report {directory}",
+            f"cannot be written: {err.strerror or err}",
+            None,
+            "Choose a directory that can be written.",
         ) from err
 
 
 def write_files(contents: Mapping[str, bytes], directory: Path) -> list[Path]:
-    """Write file names to contents; other files are left alone.
+    """Write files into a directory, each one atomically; other files there are left alone.
+
+    Args:
+        contents: file name to content.
+        directory: an existing directory.
 
     Returns:
-        The files.
+        The paths, in the same order.
+
+    Raises:
+        OSError: a file cannot be written.
     """
     for name, content in contents.items():
         with atomic_write(directory / name) as file:
@@ -39,6 +52,6 @@ def write_files(contents: Mapping[str, bytes], directory: Path) -> list[Path]:
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a Markdown table."""
+    """Return a Markdown table; cells are not escaped."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -1,4 +1,4 @@
-"""Progress of a long command on stderr: a live line with a bar on a terminal, one line a stage elsewhere."""
+"""Progress of a long command on stderr: a live bar on a terminal, one line per stage elsewhere."""
 
 import contextlib
 import time
@@ -12,14 +12,14 @@ Advance = Callable[[float], None]
 
 
 class StageProgress:
-    """Shows the stages of a long job, one after the other."""
+    """Shows the stages of a long job, one at a time."""
 
     def __init__(self) -> None:
         self._console = Console(stderr=True, soft_wrap=True)
 
     @contextlib.contextmanager
     def stage(self, title: str, *, total: float | None = None) -> Iterator[Advance]:
-        """Show one stage while the block runs; afterwards its line stays, with the time it took.
+        """Show one stage while the block runs; its line stays afterwards, with the time that it took.
 
         Args:
             title: what is being done.

@@ -1,7 +1,7 @@
 """How alike two sets of embeddings are: free functions on arrays.
 
 A cosine between the two vectors of one text hides damage, because unrelated texts of a decoder LLM already have
-cosines of 0.9. So the order of the similarities *between* texts is compared too.
+cosines of 0.9. So the ranking of the similarities *between* texts is compared too.
 """
 
 import numpy as np
@@ -17,21 +17,21 @@ NEIGHBORS = 10
 
 
 def pairwise_rank_correlation(a: Float32, b: Float32) -> float:
-    """Spearman correlation of the cosine similarities of all pairs of texts.
+    """Return the Spearman correlation of the cosine similarities of all pairs of texts.
 
     Args:
         a: (n, dim) float32 unit vectors.
         b: (n, dim') float32 unit vectors of the same texts.
 
     Returns:
-        A correlation, or NaN where all similarities of a side are equal.
+        The correlation, or NaN where all similarities within ``a`` or within ``b`` are equal.
     """
     pairs = np.triu_indices(len(a), k=1)
     return rank_correlation(similarities(a, a)[pairs], similarities(b, b)[pairs])
 
 
 def cross_rank_correlation(queries: Float32, documents: Float32, reference: Float32) -> float:
-    """Spearman correlation of query-document similarities with those of a reference, over all pairs of two texts.
+    """Return the Spearman correlation of query-document similarities with a reference's, over all pairs of two texts.
 
     Args:
         queries: (n, dim) float32 unit vectors.
@@ -43,14 +43,14 @@ def cross_rank_correlation(queries: Float32, documents: Float32, reference: Floa
 
 
 def rank_correlation(a: Float64, b: Float64) -> float:
-    """Spearman correlation of two series; NaN where one of them is constant."""
+    """Return the Spearman correlation of two series; NaN where one of them is constant."""
     if np.ptp(a) == 0 or np.ptp(b) == 0:
         return float("nan")
     return float(spearmanr(a, b).statistic)
 
 
 def neighbor_overlap(a: Float32, b: Float32) -> float:
-    """Mean share of each text's ten nearest neighbors that both sides agree on.
+    """Return the mean share of each text's ten nearest neighbors that ``a`` and ``b`` have in common.
 
     Args:
         a: (n, dim) float32 unit vectors, n > 10.
@@ -61,7 +61,7 @@ def neighbor_overlap(a: Float32, b: Float32) -> float:
 
 
 def similarities(a: Float32, b: Float32) -> Float64:
-    """Cosines of all pairs (len(a), len(b)), in float64 so that near-equal ones keep their order."""
+    """Return the cosines of all pairs (len(a), len(b)), in float64 so that nearly equal ones keep their order."""
     product: Float64 = a.astype(np.float64) @ b.astype(np.float64).T
     return product
 

@@ -1,7 +1,7 @@
-"""The ``int8`` variant computed by the PyTorch reference: every quantized value rounded to its integers and back.
+"""Emulates the ``int8`` variant in the PyTorch reference: every quantized value is rounded to its integers and back.
 
-It is what the sensitivity is measured with, because one input or layer can be quantized at a time without an export.
-Integer products are exact, so it differs from the exported graph by the order of float sums only (a test compares).
+The sensitivity is measured with it, because it quantizes one input or layer at a time without an export. Integer
+products are exact, so it differs from the exported graph only by the order of float sums (a test compares the two).
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -13,16 +13,15 @@ from torch import Tensor, nn
 
 from gircse.calibration.calibration_file import InputCalibration, SoftTokenCalibration
 from gircse.calibration.int8.gptq import Moments, RoundedWeight, round_smoothed
-from gircse.calibration.int8.scheme import LIMBS, QuantizedInput
-from gircse.calibration.int8.smoothing import quantize_rows
-from gircse.calibration.observe import FLAT_MASS
-from gircse.checkpoint.reference import Mixture
+from gircse.calibration.int8.rounding import quantize_rows
+from gircse.calibration.int8.scheme import HIGH_ENTROPY_MASS, LIMBS, QuantizedInput
+from gircse.checkpoint.reference import SoftTokenFunction
 
 
 @contextmanager
 def quantized_inputs(
     model: Any,
-    sites: Collection[QuantizedInput],
+    inputs: Collection[QuantizedInput],
     calibrations: Mapping[str, InputCalibration],
     weights: Mapping[str, RoundedWeight],
 ) -> Iterator[None]:
@@ -30,16 +29,16 @@ def quantized_inputs(
 
     Args:
         model: a ``transformers`` causal LM in FP32.
-        sites: what to quantize.
-        calibrations: of at least these sites.
+        inputs: what to quantize.
+        calibrations: of at least these inputs, by name.
         weights: of ``round_weights``, by projection.
     """
     modules = dict(model.named_modules())
     with ExitStack() as undo:
-        for site in sites:
-            calibration = calibrations[site.name]
-            hook = _activation_hook(site, calibration)
-            for name in site.projections:
+        for quantized_input in inputs:
+            calibration = calibrations[quantized_input.name]
+            hook = _activation_hook(quantized_input, calibration)
+            for name in quantized_input.projections:
                 module = modules[name]
                 undo.callback(setattr, module.weight, "data", module.weight.data)
                 undo.callback(module.register_forward_pre_hook(hook).remove)
@@ -48,33 +47,34 @@ def quantized_inputs(
         yield
 
 
-def mixture_of(calibration: SoftTokenCalibration | None) -> Mixture:
-    """Return the mixture of an INT8 variant: the likeliest tokens, and the calibrated tail for what they leave.
+def soft_token_function(calibration: SoftTokenCalibration | None) -> SoftTokenFunction:
+    """Return how an INT8 variant makes soft tokens: the top-k tokens, and the calibrated tail for the remaining mass.
 
-    Where they leave more than ``FLAT_MASS``, all tokens.
+    A high-entropy softmax, whose remaining mass exceeds ``HIGH_ENTROPY_MASS``, is summed over all tokens. Without a
+    calibration (K = 0) the function is the exact product.
     """
     if calibration is None:
         return torch.matmul
     tail = torch.tensor(calibration.tail)
 
-    def mix(probabilities: Tensor, table: Tensor) -> Tensor:
+    def embed_soft_token(probabilities: Tensor, table: Tensor) -> Tensor:
         top = probabilities.topk(min(calibration.top_k, probabilities.shape[1]))
-        likeliest = (top.values[:, None] @ table[top.indices])[:, 0]
+        top_sum = (top.values[:, None] @ table[top.indices])[:, 0]
         left = 1 - top.values.sum(1, keepdim=True)
-        return torch.where(left > FLAT_MASS, probabilities @ table, likeliest + left * tail.to(table))
+        return torch.where(left > HIGH_ENTROPY_MASS, probabilities @ table, top_sum + left * tail.to(table))
 
-    return mix
+    return embed_soft_token
 
 
 def _activation_hook(
-    site: QuantizedInput, calibration: InputCalibration
+    quantized_input: QuantizedInput, calibration: InputCalibration
 ) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor]]:
     scales = torch.tensor(calibration.smoothing) if calibration.smoothing else torch.ones(1)
     channels = list(calibration.outlier_channels)
 
-    def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor]:
-        smoothed = inputs[0] / scales.to(inputs[0].device)
-        rounded = quantize_rows(smoothed, threshold=calibration.threshold, limbs=LIMBS[site.kind])
+    def hook(_: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor]:
+        smoothed = arguments[0] / scales.to(arguments[0].device)
+        rounded = quantize_rows(smoothed, threshold=calibration.threshold, limbs=LIMBS[quantized_input.kind])
         rounded[..., channels] = smoothed[..., channels]
         return (rounded,)
 
@@ -82,18 +82,18 @@ def _activation_hook(
 
 
 def round_weights(
-    model: Any, site: QuantizedInput, calibration: InputCalibration, moments: Moments | None
+    model: Any, quantized_input: QuantizedInput, calibration: InputCalibration, moments: Moments | None
 ) -> dict[str, RoundedWeight]:
     """Round the weights that read an input, by projection.
 
     Args:
         model: a ``transformers`` causal LM in FP32.
-        site: the input.
-        calibration: its smoothing and float channels.
+        quantized_input: what they read.
+        calibration: its smoothing and outlier channels.
         moments: its blocks of H; None rounds to nearest.
     """
     rounded = {}
-    for name in site.projections:
+    for name in quantized_input.projections:
         weight = model.get_submodule(name).weight.detach().cpu()
         scales = torch.tensor(calibration.smoothing) if calibration.smoothing else None
         rounded[name] = round_smoothed(weight, scales, calibration.outlier_channels, moments)
@@ -101,7 +101,7 @@ def round_weights(
 
 
 def _dequantized(weight: RoundedWeight, outlier_channels: Sequence[int]) -> Tensor:
-    """Return W' (out, in) as the variant multiplies with it."""
+    """Return the smoothed weight (out, in) as the variant multiplies with it."""
     wide = weight.integers * weight.scales[:, None]
     wide[:, list(outlier_channels)] = weight.columns
     return wide

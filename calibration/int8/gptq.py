@@ -1,12 +1,13 @@
-"""Rounding of weights that sees the inputs: GPTQ (E. Frantar et al., arXiv 2210.17323).
+"""Rounds weights by the second moments of their inputs: GPTQ (E. Frantar et al., arXiv 2210.17323).
 
 Rounding every weight to the nearest step minimizes the error of the weights, not of the products. With H = sum x x^T
-over the calibration's inputs, the error of x W^T is (W - Q) H (W - Q)^T: the columns are rounded one after the other,
-and what each one loses is made up for by those that follow, as far as inputs go together. Columns that stay in float
-come last and take what is left.
+over the calibration's inputs, the error of x W^T is (W - Q) H (W - Q)^T: the columns are rounded one at a time, and the
+columns that follow compensate for the error of each, as far as inputs are correlated. Columns that are excluded from
+quantization come last and compensate for what is left.
 
-H is kept in blocks of neighboring inputs, because whole it would be as large as the weights of an MLP squared. Every x
-is divided by its norm first: the relative error of a token counts, and massive first tokens do not outweigh the rest.
+Only the diagonal blocks of H, of neighboring inputs, are held: the whole of it has as many elements as an MLP has
+inputs, squared. Every x is divided by its norm first, so that the relative error of a token counts and massive first
+tokens do not outweigh the rest.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,10 +16,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gircse.calibration.int8.smoothing import INT8_MAX, quantize_weight, split_weight
+from gircse.calibration.int8.rounding import quantize_weight, split_weight
+from gircse.calibration.int8.scheme import INT8_MAX
 
 BLOCK_INPUTS = 512
-"""Inputs of a block of H. Demo: 512 is as good as all, 128 gives a third of the gain."""
+"""Inputs in a block of H. Demo: 512 is as good as all of them, 128 gives a third of the gain."""
 
 DAMPING = 0.01
 """Share of the mean diagonal of H that is added to it, as in GPTQ."""
@@ -35,9 +37,9 @@ class RoundedWeight:
     """A weight as the integer product reads it.
 
     Attributes:
-        integers: (out, in) int8 in -127..127; 0 in the columns that stay in float.
+        integers: (out, in) int8 in -127..127; 0 in the excluded columns.
         scales: (out,) float32, scale of each output channel.
-        columns: (out, n) float32, the columns that stay in float.
+        columns: (out, n) float32, the columns that are excluded from quantization.
     """
 
     integers: Tensor
@@ -46,12 +48,12 @@ class RoundedWeight:
 
 
 def moment_blocks(width: int) -> list[slice]:
-    """Return the inputs of each block of H."""
+    """Return the range of inputs in each block of H."""
     return [slice(start, min(start + BLOCK_INPUTS, width)) for start in range(0, width, BLOCK_INPUTS)]
 
 
 def no_moments(width: int) -> list[Tensor]:
-    """Return the blocks of H of nothing seen."""
+    """Return the blocks of H before any row was added."""
     sizes = [inputs.stop - inputs.start for inputs in moment_blocks(width)]
     return [torch.zeros(size, size) for size in sizes]
 
@@ -66,12 +68,12 @@ def add_moments(moments: Moments, rows: Tensor) -> None:
 def round_smoothed(
     weight: Tensor, scales: Tensor | None, outlier_channels: Sequence[int], moments: Moments | None
 ) -> RoundedWeight:
-    """Smooth a weight and round it with one step for each output channel.
+    """Smooth a weight and round it with one step per output channel.
 
     Args:
         weight: (out, in) float32.
         scales: (in,) float32, s of SmoothQuant; None for 1.
-        outlier_channels: columns that stay in float.
+        outlier_channels: columns that are excluded from quantization.
         moments: H of the inputs before smoothing; None rounds to nearest.
     """
     scales = torch.ones(weight.shape[1]) if scales is None else scales
@@ -83,31 +85,31 @@ def round_smoothed(
     smoothed[:, channels] = columns
     blocks = zip(moments, moment_blocks(weight.shape[1]), strict=True)
     scaled = [block / (scales[inputs, None] * scales[None, inputs]) for block, inputs in blocks]
-    integers, columns = round_columns(smoothed, steps[:, None], scaled, kept=channels)
+    integers, columns = round_columns(smoothed, steps[:, None], scaled, excluded=channels)
     return RoundedWeight(integers, steps, columns)
 
 
 def round_columns(
-    weight: Tensor, steps: Tensor, moments: Moments, *, kept: Sequence[int] = ()
+    weight: Tensor, steps: Tensor, moments: Moments, *, excluded: Sequence[int] = ()
 ) -> tuple[Tensor, Tensor]:
     """Round the columns of a weight by H.
 
     Args:
         weight: (out, in) float32.
         steps: (out, groups) float32; ``in / groups`` neighboring columns share a step.
-        moments: H of what the weight is multiplied with.
-        kept: columns that are not rounded.
+        moments: H of the weight's inputs.
+        excluded: columns that are not rounded.
 
     Returns:
-        Integers (out, in) int8, 0 in the kept columns, and the kept columns (out, n) float32.
+        Integers (out, in) int8, 0 in the excluded columns, and the excluded columns (out, n) float32.
     """
     group = weight.shape[1] // steps.shape[1]
-    columns = weight.T.contiguous()  # a column is a row here, and lies together
+    columns = weight.T.contiguous()  # a column is a row here, contiguous in memory
     integers = torch.zeros(columns.shape, dtype=torch.int8)
-    is_kept = torch.zeros(len(columns), dtype=torch.bool)
-    is_kept[list(kept)] = True
+    is_excluded = torch.zeros(len(columns), dtype=torch.bool)
+    is_excluded[list(excluded)] = True
     for moment, inputs in zip(moments, moment_blocks(len(columns)), strict=True):
-        order = torch.cat([torch.nonzero(is_kept[inputs] == last).squeeze(1) for last in (False, True)])
+        order = torch.cat([torch.nonzero(is_excluded[inputs] == last).squeeze(1) for last in (False, True)])
         factor = _inverse_factor(moment[order][:, order])
         order += inputs.start
         block = columns[order]
@@ -115,7 +117,7 @@ def round_columns(
             errors = torch.zeros_like(block[lazy])
             for j in range(lazy.start, lazy.stop):
                 column = int(order[j])
-                if is_kept[column]:
+                if is_excluded[column]:
                     continue
                 step = steps[:, column // group]
                 rounded = (block[j] / step).round().clamp(-INT8_MAX, INT8_MAX)
@@ -125,11 +127,11 @@ def round_columns(
                 block[j + 1 : lazy.stop] -= torch.outer(factor[j, j + 1 : lazy.stop], error)
             block[lazy.stop :] -= factor[lazy, lazy.stop :].T @ errors
         columns[order] = block
-    return integers.T.contiguous(), columns[list(kept)].T.contiguous()
+    return integers.T.contiguous(), columns[list(excluded)].T.contiguous()
 
 
 def _inverse_factor(moment: Tensor) -> Tensor:
-    """Return the upper Cholesky factor of the inverse of H, damped: row j says how the columns after j make up for j."""
+    """Return the upper Cholesky factor of the inverse of damped H: row j tells how columns after j compensate for j."""
     moment = moment.double()
     damped = moment + torch.eye(len(moment), dtype=torch.float64) * (DAMPING * moment.diag().mean() + _TINY)
     factor: Tensor = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(damped)), upper=True)

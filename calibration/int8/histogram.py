@@ -1,10 +1,10 @@
-"""A histogram of magnitudes |x| in constant memory that does not depend on the order or the batches of the values.
+"""A histogram of magnitudes |x| in constant memory, independent of the order and the batching of the values.
 
 The bins are BINS equal, half-open intervals over [0, limit), and limit is the smallest power of two above the largest
-value. So value x lies in bin floor(|x| * BINS / limit), in floating point an exact product, and when a larger value
-comes, limit doubles and each pair of bins merges into one: floor(floor(y) / 2) = floor(y / 2). The counts are therefore
-the same, bit for bit, as if the largest value had been known from the start, and between half of the bins and all of
-them lie below it. NVIDIA's and ONNX Runtime's collectors keep the width that the first batch happened to give.
+value. So value x lies in bin floor(|x| * BINS / limit), an exact product in floating point, and when a larger value
+arrives, limit doubles and each pair of bins merges into one: floor(floor(y) / 2) = floor(y / 2). The counts are
+therefore the same, bit for bit, as if the largest value had been known from the start, and at least half of the bins
+lie below it. NVIDIA's and ONNX Runtime's collectors keep the bin width that the first batch happened to give.
 """
 
 import math
@@ -13,33 +13,33 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from gircse.runtime.errors import CheckpointError
+from gircse.runtime.errors import CheckpointError, OptionError, sentence
 from gircse.runtime.numerics import Float32
 
 Counts = NDArray[np.int64]
 Float64 = NDArray[np.float64]
 
 BINS = 2048
-"""As in NVIDIA's calibrators. A power of two, so that bins merge in pairs and edges are exact."""
+"""Number of bins, as in NVIDIA's calibrators. A power of two, so that bins merge in pairs and edges are exact."""
 
 SMALLEST_LIMIT = math.ldexp(1, -149)
-"""Limit while all values are zero: the smallest positive float32, so that any other value makes it grow."""
+"""Limit while all values are zero: the smallest positive float32, so that any other value raises it."""
 
 _CHUNK = 1 << 16
-"""Values that are counted at a time: their float64 and int64 copies stay in the cache."""
+"""Values that are counted at a time, so that their float64 and int64 copies fit into the CPU's cache."""
 
 
 @dataclass(eq=False, kw_only=True)
 class MagnitudeHistogram:
-    """What has been counted so far. The fields are all there is to save, and what the constructor loads again.
+    """The counts so far. Its fields are its whole state: saved and passed to the constructor, they give it back.
 
     Attributes:
-        counts: (BINS,) int64, a copy of what was passed. Zeros are in the first bin.
+        counts: (BINS,) int64, copied. Zeros are in the first bin.
         limit: upper edge of the last bin, in the unit of the values.
-        maximum: largest magnitude, exact; 0 where nothing but zeros, or nothing at all, has come.
+        maximum: largest magnitude, exact; 0 where all values are zero, or none has been added.
 
     Raises:
-        ValueError: fields that no values have.
+        OptionError: the fields are not those of one histogram.
     """
 
     counts: Counts = field(default_factory=lambda: np.zeros(BINS, np.int64))
@@ -70,20 +70,23 @@ class MagnitudeHistogram:
 
         Args:
             values: float32 of any shape, also empty.
-            where: what the values are, for the error.
+            where: name of the values, for errors.
 
         Raises:
             CheckpointError: a value is NaN or infinite; nothing has been counted.
             TypeError: the values are not float32.
         """
         if values.dtype != np.float32:
-            raise TypeError(f"{where}: {values.dtype} | float32 | convert the values first")
+            raise TypeError(sentence(where, f"has {values.dtype} values", "float32 is needed"))
         if values.size == 0:
             return
-        peak = max(float(values.max()), -float(values.min()))  # NaN where any value is: max and min pass it on
+        peak = max(float(values.max()), -float(values.min()))  # NaN if any value is
         if not math.isfinite(peak):
             raise CheckpointError(
-                f"{where}: NaN or infinity | finite values | the checkpoint or the adapter is damaged: download it again"
+                where,
+                "has NaN or infinite values",
+                None,
+                "The checkpoint or the adapter is damaged: download it again.",
             )
         self._grow(peak)
         flat = values.reshape(-1)
@@ -91,14 +94,14 @@ class MagnitudeHistogram:
             self.counts += count_magnitudes(flat[start : start + _CHUNK], limit=self.limit)
 
     def merge(self, other: "MagnitudeHistogram") -> "MagnitudeHistogram":
-        """Return the histogram of the values of both."""
+        """Return the histogram of the values of both; neither changes."""
         union = MagnitudeHistogram(counts=self.counts, limit=self.limit, maximum=self.maximum)
         union._grow(other.maximum)
         union.counts += merge_bins(other.counts, doublings=_doublings(other.limit, union.limit))
         return union
 
     def _grow(self, peak: float) -> None:
-        """Make room for a magnitude that is about to be counted."""
+        """Raise the limit for a magnitude that is about to be counted."""
         self.maximum = max(self.maximum, peak)
         limit = limit_above(self.maximum)
         self.counts = merge_bins(self.counts, doublings=_doublings(self.limit, limit))
@@ -106,7 +109,7 @@ class MagnitudeHistogram:
 
 
 def limit_above(maximum: float) -> float:
-    """Return the smallest power of two above a magnitude, which is no limit of its own since bins are half-open."""
+    """Return the smallest power of two above a magnitude; not the magnitude itself, since bins are half-open."""
     return math.ldexp(1, math.frexp(maximum)[1]) if maximum else SMALLEST_LIMIT
 
 
@@ -148,13 +151,15 @@ def _doublings(smaller: float, larger: float) -> int:
 
 
 def _check_fields(counts: Counts, limit: float, *, maximum: float) -> None:
-    """Refuse a histogram that no values have."""
-    advice = "pass the three fields of one histogram"
+    """Refuse fields that are not those of one histogram."""
+    advice = "Pass the three fields of one histogram."
     if counts.dtype != np.int64 or counts.shape != (BINS,) or (counts < 0).any():
-        came = f"{counts.dtype} {counts.shape}, smallest {counts.min(initial=0)}"
-        raise ValueError(f"histogram counts: {came} | int64 ({BINS},), none negative | {advice}")
+        got = f"are {counts.dtype} {counts.shape}, the smallest {counts.min(initial=0)}"
+        raise OptionError("counts", got, f"they should be int64 ({BINS},), none negative", advice)
     if not (math.isfinite(maximum) and maximum >= 0) or limit != limit_above(maximum):
-        raise ValueError(f"histogram limit: {limit} for a maximum of {maximum} | the next power of two | {advice}")
+        raise OptionError(
+            "limit", f"is {limit} for a maximum of {maximum}", "it should be the next power of two", advice
+        )
     last = int(np.flatnonzero(counts).max(initial=0))
     if last != int(maximum * (BINS / limit)):
-        raise ValueError(f"histogram maximum: {maximum} | one in the last bin that is not empty, {last} | {advice}")
+        raise OptionError("maximum", f"is {maximum}", f"it should be in bin {last}, the last one in use", advice)

@@ -4,9 +4,9 @@ For an input X (tokens, in) of products with weights W (out, in), per channel j:
 
     s_j = max|X_j|^a / max|W_j|^(1 - a),   X' = X / s,   W' = W * s
 
-so X' W'^T = X W^T, and the outliers of X move into W. The strength a that leaves the smallest error of the quantized
-product on sampled rows wins, "not at all" among them. The channels that are still the largest may stay in float: their
-columns of W' are zero in the integer product, where they are clipped.
+so X' W'^T = X W^T, and the outliers of X move into W. The strength a with the smallest error of the quantized product
+on sampled rows wins; no smoothing is one of the candidates. The channels that are still the largest may be excluded
+from quantization as outlier channels: their columns of W' are zero in the integer product, which clips them.
 """
 
 from dataclasses import dataclass
@@ -14,13 +14,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from gircse.calibration.int8.rounding import quantize_rows, quantize_weight, split_weight
+
 Migrations = tuple[float | None, ...]
 MIGRATIONS: Migrations = (None, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
-INT8_MAX = 127.0
-LO_LIMB = 254.0
-"""Steps of the second digit in one of the first: a remainder of at most a half becomes at most 127."""
+
 WORTHWHILE = 0.1
-"""Share of the product's squared error that float channels have to save."""
+"""Share of the product's squared error that outlier channels have to save to be worth their time."""
 
 _TINY = 1e-20
 
@@ -32,7 +32,7 @@ class Smoothing:
     Attributes:
         migration: a, or None for no smoothing.
         scales: (in,) float32, s; activations are divided by it.
-        outlier_channels: channels that stay in float, sorted.
+        outlier_channels: channels that are excluded from quantization, sorted.
         error: mean over tokens of the squared relative error of the product.
     """
 
@@ -58,7 +58,7 @@ def smoothing_scales(channel_maxima: Tensor, weight_maxima: Tensor, migration: f
 
 
 def largest_channels(channel_maxima: Tensor, count: int) -> tuple[int, ...]:
-    """Return the ``count`` channels with the largest maxima (in,), sorted; none if that were all of them."""
+    """Return the ``count`` channels with the largest maxima (in,), sorted; none if that is all of them."""
     if count >= len(channel_maxima):
         return ()
     return tuple(sorted(channel_maxima.topk(count).indices.tolist()))
@@ -71,55 +71,10 @@ def range_without(channel_maxima: Tensor, channels: tuple[int, ...]) -> float:
     return float(rest.max())
 
 
-def quantize_rows(values: Tensor, *, threshold: float, limbs: int) -> Tensor:
-    """Round activations (..., in) to symmetric int8 and back.
-
-    Args:
-        values: float32.
-        threshold: largest magnitude that is not clipped; 0 for an input that is always 0.
-        limbs: 1, or 2 for a second digit that holds the remainder.
-    """
-    step = (threshold or INT8_MAX) / INT8_MAX
-    hi = (values / step).round().clamp(-INT8_MAX, INT8_MAX)
-    if limbs == 1:
-        return hi * step
-    lo = ((values / step - hi) * LO_LIMB).round().clamp(-INT8_MAX, INT8_MAX)
-    return (hi + lo / LO_LIMB) * step
-
-
-def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Round a weight (out, in) to symmetric int8 with one scale for each output channel.
-
-    Returns:
-        Integers (out, in) int8 in -127..127, and scales (out,) float32; a row of zeros has scale 1.
-    """
-    scales = weight.abs().amax(1) / INT8_MAX
-    scales = torch.where(scales > 0, scales, torch.ones_like(scales))
-    return (weight / scales[:, None]).round().clamp(-INT8_MAX, INT8_MAX).to(torch.int8), scales
-
-
-def split_weight(weight: Tensor, scales: Tensor, outlier_channels: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """Return the weight that the integer product reads and the columns of the float channels.
-
-    Args:
-        weight: (out, in) float32.
-        scales: (in,) float32, s.
-        outlier_channels: columns that stay in float.
-
-    Returns:
-        W' (out, in) with those columns zero, and the columns (out, n) float32.
-    """
-    smoothed = weight * scales
-    channels = list(outlier_channels)
-    columns = smoothed[:, channels].clone()
-    smoothed[:, channels] = 0
-    return smoothed, columns
-
-
 def product_error(
     rows: Tensor, weight: Tensor, scales: Tensor, outlier_channels: tuple[int, ...], *, threshold: float, limbs: int
 ) -> float:
-    """Mean over rows of the squared relative error that int8 leaves in rows @ weight^T.
+    """Return the mean over rows of the squared relative error of rows @ weight^T in INT8.
 
     Args:
         rows: (n, in) float32.
@@ -145,16 +100,16 @@ def search_smoothing(
 ) -> Smoothing:
     """Try migration strengths and keep the one with the smallest error of the quantized product.
 
-    Channels stay in float only where that makes the error smaller by ``WORTHWHILE``, because the narrow products beside
-    the integer one cost time.
+    Outlier channels are excluded only where that reduces the error by ``WORTHWHILE``, because the narrow FP32 products
+    cost time.
 
     Args:
         rows: (n, in) float32, sampled inputs.
         weight: (out, in) float32, all projections of the input.
         channel_maxima: (in,) float32, over all calibration texts.
         limbs: of the activations.
-        outlier_channels: how many channels may stay in float.
-        migrations: strengths to try; None is no smoothing. Empty where no scales can be folded.
+        outlier_channels: how many channels may be excluded from quantization.
+        migrations: strengths to try; None is no smoothing. Empty where scales cannot be folded.
     """
     weight_maxima = weight.abs().amax(0)
 
@@ -171,5 +126,5 @@ def search_smoothing(
         return min(found, key=lambda smoothing: smoothing.error)
 
     without = best(0)
-    beside = best(outlier_channels) if outlier_channels else without
-    return beside if beside.error < (1 - WORTHWHILE) * without.error else without
+    excluding = best(outlier_channels) if outlier_channels else without
+    return excluding if excluding.error < (1 - WORTHWHILE) * without.error else without

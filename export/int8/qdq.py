@@ -25,7 +25,7 @@ from typing import NamedTuple
 import numpy as np
 import onnx_ir as ir
 
-from gircse.calibration.int8.smoothing import INT8_MAX, LO_LIMB
+from gircse.calibration.int8.scheme import INT8_MAX, LO_LIMB
 from gircse.export.graph.builder import NodeBuilder
 from gircse.runtime.errors import ExportError
 

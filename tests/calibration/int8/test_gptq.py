@@ -1,6 +1,4 @@
-"""Rounding by the inputs' second moments: less error in products than rounding to nearest, by the definition of GPTQ."""
-
-from pathlib import Path
+"""Rounding by the inputs' second moments is GPTQ, and products lose less by it than by rounding to nearest."""
 
 import numpy as np
 import pytest
@@ -9,9 +7,6 @@ from torch import Tensor
 
 from gircse.calibration.int8 import gptq
 from gircse.calibration.int8.gptq import DAMPING, add_moments, moment_blocks, no_moments, round_columns, round_smoothed
-from gircse.calibration.moments_file import MomentsFile, moments_content, moments_path
-from gircse.runtime.bundle import file_sha256
-from gircse.runtime.errors import CheckpointError
 
 INPUTS, OUTPUTS = 48, 20
 
@@ -26,7 +21,7 @@ def seeded(*shape: int, seed: int = 0) -> Tensor:
 
 
 def correlated_rows(count: int = 400) -> Tensor:
-    """Rows whose inputs go together: five directions and a little noise."""
+    """Rows whose inputs are correlated: five directions and a little noise."""
     return seeded(count, 5) @ seeded(5, INPUTS, seed=1) + 0.1 * seeded(count, INPUTS, seed=2)
 
 
@@ -98,14 +93,3 @@ def test_a_token_counts_whatever_its_size() -> None:
     rows = correlated_rows()
     sizes = torch.logspace(-3, 3, len(rows))[:, None]
     torch.testing.assert_close(moments_of(rows * sizes), moments_of(rows))
-
-
-def test_moments_file(tmp_path: Path) -> None:
-    moments = {"model.layers.1.mlp_input": moments_of(correlated_rows()), "model.layers.11.mlp_input": no_moments(3)}
-    path = tmp_path / "my.calibration.json"
-    moments_path(path).write_bytes(moments_content(moments))
-    file = MomentsFile.open(path, file_sha256(moments_path(path)))
-    for name, blocks in moments.items():
-        assert all(torch.equal(a, b) for a, b in zip(file.read(name), blocks, strict=True))
-    with pytest.raises(CheckpointError, match="no moments of lm_head"):
-        file.read("lm_head")

@@ -1,4 +1,4 @@
-"""The histogram does not depend on how the values came, and its thresholds are what their formulas and others say."""
+"""Thresholds are what their formulas, and other implementations, say."""
 
 import math
 
@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from onnxruntime.quantization.calibrate import HistogramCollector
 from scipy.stats import entropy
+from support.histograms import SAMPLES, histogram_of
 
-from gircse.calibration.int8.histogram import BINS, SMALLEST_LIMIT, MagnitudeHistogram
+from gircse.calibration.int8.histogram import BINS, MagnitudeHistogram
 from gircse.calibration.int8.thresholds import (
     Method,
     entropy_divergences,
@@ -18,157 +19,13 @@ from gircse.calibration.int8.thresholds import (
     squared_errors,
     threshold,
 )
-from gircse.runtime.errors import CheckpointError
-
-N = 50_021  # no round number: of a whole rank, the last digit of the percentile decides on which side it falls
-RNG = np.random.default_rng(0)
-SAMPLES: dict[str, np.ndarray] = {
-    name: values.astype(np.float32)
-    for name, values in {
-        "normal": RNG.standard_normal(N),
-        "laplace": RNG.laplace(size=N),
-        "student": RNG.standard_t(3, N),
-        "uniform": RNG.uniform(-3, 3, N),
-        "relu": np.maximum(RNG.standard_normal(N), 0),
-        "outliers": np.append(RNG.standard_normal(N), [30.0, -29.0, 28.5]),
-        "massive": np.append(RNG.standard_normal(N), [-3000.0]),
-    }.items()
-}
-
-
-def histogram_of(*batches: np.ndarray) -> MagnitudeHistogram:
-    histogram = MagnitudeHistogram()
-    for batch in batches:
-        histogram.add(np.asarray(batch, np.float32), where="test")
-    return histogram
-
-
-def assert_same(a: MagnitudeHistogram, b: MagnitudeHistogram) -> None:
-    assert (a.limit, a.maximum, a.total) == (b.limit, b.maximum, b.total)
-    np.testing.assert_array_equal(a.counts, b.counts)
+from gircse.runtime.errors import OptionError
 
 
 def squared_error(values: np.ndarray, clip_at: float) -> float:
     """Return the mean squared error of symmetric INT8 on the values themselves."""
     scale = clip_at / 127
     return float(np.mean((np.clip(np.rint(values / scale), -127, 127) * scale - values) ** 2))
-
-
-@pytest.mark.parametrize("name", SAMPLES)
-def test_counts_are_those_of_numpy(name: str) -> None:
-    values = SAMPLES[name]
-    histogram = histogram_of(values)
-    assert histogram.maximum == np.abs(values).max()
-    assert histogram.limit / 2 <= histogram.maximum < histogram.limit
-    assert histogram.total == values.size
-    assert (histogram.edges[0], histogram.edges[-1], histogram.edges.size) == (0, histogram.limit, BINS + 1)
-    np.testing.assert_array_equal(histogram.counts, np.histogram(np.abs(values), bins=histogram.edges)[0])
-
-
-@pytest.mark.parametrize("name", SAMPLES)
-def test_order_and_batches_do_not_matter(name: str) -> None:
-    values = SAMPLES[name]
-    whole = histogram_of(values)
-    assert_same(histogram_of(np.sort(np.abs(values))), whole)  # doubles as often as it can
-    assert_same(histogram_of(*np.array_split(np.random.default_rng(1).permutation(values), 23)), whole)
-    assert_same(histogram_of(values[:1], [], values[1:8].reshape(1, 7), -values[8:]), whole)
-    assert_same(histogram_of(np.repeat(values, 2)[::2]), whole)  # not contiguous
-
-
-def test_large_arrays_are_counted_whole() -> None:
-    values = np.random.default_rng(2).standard_normal((3, 150_001)).astype(np.float32)
-    assert_same(histogram_of(values), histogram_of(*values.T[:7], values[:, 7:]))
-
-
-@pytest.mark.parametrize("other", SAMPLES)
-def test_merge_is_the_union(other: str) -> None:
-    a, b = histogram_of(SAMPLES["normal"]), histogram_of(SAMPLES[other])
-    union = histogram_of(SAMPLES["normal"], SAMPLES[other])
-    assert_same(a.merge(b), union)
-    assert_same(b.merge(a), union)
-    assert_same(a, histogram_of(SAMPLES["normal"]))
-    assert_same(a.merge(MagnitudeHistogram()), a)
-    assert_same(MagnitudeHistogram().merge(a), a)
-
-
-@pytest.mark.parametrize("doublings", [1, 2, 10, 11, 12, 100])
-def test_doubling_merges_bins_exactly(doublings: int) -> None:
-    small = (np.arange(BINS) / BINS).astype(np.float32)  # one in each bin over [0, 1)
-    histogram = histogram_of(small)
-    np.testing.assert_array_equal(histogram.counts, 1)
-    histogram.add(np.array([2.0**doublings * 0.75], np.float32), where="test")
-    wanted = np.zeros(BINS, np.int64)
-    together = min(2**doublings, BINS)
-    wanted[: BINS // together] = together
-    wanted[BINS * 3 // 4] += 1
-    assert histogram.limit == 2.0**doublings
-    np.testing.assert_array_equal(histogram.counts, wanted)
-
-
-def test_bins_are_half_open() -> None:
-    histogram = histogram_of([0.75, 0.5])
-    assert (histogram.limit, np.flatnonzero(histogram.counts).tolist()) == (1, [BINS // 2, BINS * 3 // 4])
-    histogram.add(np.ones(1, np.float32), where="test")  # the limit itself
-    assert (histogram.limit, histogram.maximum) == (2, 1)
-    assert np.flatnonzero(histogram.counts).tolist() == [BINS // 4, BINS * 3 // 8, BINS // 2]
-
-
-@pytest.mark.parametrize("value", [2.0**-149, 1e-40, 2.0**-126, 1.0, 65504.0, float(np.finfo(np.float32).max)])
-def test_every_float32_has_its_bin(value: float) -> None:
-    value = float(np.float32(value))
-    histogram = histogram_of([value, -value / 2])
-    assert histogram.limit / 2 <= value < histogram.limit
-    assert histogram.counts[int(value / histogram.width)] == 1
-    assert histogram.total == 2
-
-
-@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-@pytest.mark.parametrize("at", [0, 70_000])
-def test_values_that_are_not_finite_are_refused(bad: float, at: int) -> None:
-    values = np.zeros(100_000, np.float32)
-    values[at] = bad
-    histogram = histogram_of([1.0])
-    with pytest.raises(CheckpointError, match=r"^layer 3: NaN or infinity \| finite values \| .*download it again$"):
-        histogram.add(values, where="layer 3")
-    assert_same(histogram, histogram_of([1.0]))
-
-
-def test_other_types_are_refused() -> None:
-    with pytest.raises(TypeError, match=r"layer 3: float16 \| float32 \|"):
-        MagnitudeHistogram().add(np.ones(3, np.float16), where="layer 3")  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize("batches", [[], [[]], [[0.0, -0.0]], [SAMPLES["normal"]]])
-def test_fields_are_all_there_is_to_save(batches: list[np.ndarray]) -> None:
-    saved = histogram_of(*batches)
-    counts = saved.counts.copy()
-    loaded = MagnitudeHistogram(counts=counts, limit=saved.limit, maximum=saved.maximum)
-    counts[:] = 7  # what was passed is the caller's
-    assert_same(loaded, saved)
-    loaded.add(SAMPLES["student"], where="test")
-    assert_same(loaded, histogram_of(*batches, SAMPLES["student"]))
-    assert_same(saved, histogram_of(*batches))
-
-
-@pytest.mark.parametrize(
-    ("wrong", "message"),
-    [
-        ({"counts": np.zeros(BINS, np.int32)}, r"counts: int32 \(2048,\), smallest 0 \| int64 \(2048,\), none"),
-        ({"counts": np.zeros(100, np.int64)}, r"int64 \(100,\)"),
-        ({"counts": np.full(BINS, -1)}, r"smallest -1"),
-        ({"limit": 3.0}, r"limit: 3.0 for a maximum of 1.5 \| the next power of two"),
-        ({"limit": 4.0}, r"limit: 4.0"),
-        ({"maximum": math.nan}, r"a maximum of nan"),
-        ({"maximum": -1.5}, r"a maximum of -1.5"),
-        ({"maximum": 1.25}, r"maximum: 1.25 \| one in the last bin that is not empty, 1536"),
-        ({"limit": SMALLEST_LIMIT, "maximum": 0.0}, r"maximum: 0.0"),
-    ],
-)
-def test_fields_that_no_values_have(wrong: dict[str, object], message: str) -> None:
-    histogram = histogram_of([1.5, 0.25])
-    fields = {"counts": histogram.counts, "limit": histogram.limit, "maximum": histogram.maximum}
-    with pytest.raises(ValueError, match=message):
-        MagnitudeHistogram(**(fields | wrong))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("method", Method)
@@ -191,7 +48,7 @@ def test_the_dispatch() -> None:
 
 @pytest.mark.parametrize("method", Method)
 @pytest.mark.parametrize("values", [[], [0.0], [0.0, -0.0, 0.0]])
-def test_nothing_but_zeros(values: list[float], method: Method) -> None:
+def test_zeros_only(values: list[float], method: Method) -> None:
     histogram = histogram_of(values)
     assert (histogram.maximum, histogram.total, histogram.counts[0]) == (0, len(values), len(values))
     assert threshold(histogram, method) == 0
@@ -227,7 +84,7 @@ def test_percentile_of_evenly_spread_values() -> None:
 
 @pytest.mark.parametrize("percentile", [0, -1, 100.01, math.nan])
 def test_percentile_out_of_range(percentile: float) -> None:
-    with pytest.raises(ValueError, match=rf"percentile: {percentile} \| above 0, at most 100"):
+    with pytest.raises(OptionError, match=rf"^percentile is {percentile}; it can be above 0, up to 100\.$"):
         percentile_threshold(histogram_of([1.0]), percentile)
 
 
@@ -251,16 +108,16 @@ def test_squared_errors_are_those_of_the_values(share: float) -> None:
     assert squared_errors(histogram.counts, clipped, width=histogram.width)[0] == pytest.approx(wanted, rel=1e-3)
 
 
-def test_control_bin_centres_see_another_error() -> None:
-    """Where a scale is two bins wide, the centres of the bins, NVIDIA's formula, have errors a quarter too small."""
+def test_control_bin_centers_see_another_error() -> None:
+    """Where a scale is two bins wide, the centers of the bins, NVIDIA's formula, have errors a quarter too small."""
     values = np.append((np.arange(1_000_000) + 0.5) / 1_000_000 * 250 / 2048, 0.0)
     histogram = histogram_of(values).merge(histogram_of([0.75]))  # the limit is 1, 250 bins are in use
     used = histogram.counts[:250]
-    centres = np.repeat((np.arange(250) + 0.5) / BINS, used)
+    centers = np.repeat((np.arange(250) + 0.5) / BINS, used)
     wanted = squared_error(values, 254 / BINS)
     (error,) = squared_errors(used, np.array([254 / BINS]), width=histogram.width)
     assert error == pytest.approx(wanted, rel=1e-3)
-    assert squared_error(centres, 254 / BINS) == pytest.approx(0.75 * wanted, rel=1e-3)
+    assert squared_error(centers, 254 / BINS) == pytest.approx(0.75 * wanted, rel=1e-3)
 
 
 def divergence_by_the_slide(kept: np.ndarray, *, clipped: int) -> float:

@@ -28,7 +28,7 @@ from gircse.checkpoint.reference import refine
 from gircse.evaluation.parity.run import ParityOptions, measure_parity
 from gircse.runtime import Embedder
 from gircse.runtime.bundle import Bundle
-from gircse.runtime.errors import CalibrationError, GircseError, OptionError
+from gircse.runtime.errors import CalibrationError, OptionError
 from gircse.runtime.numerics import l2_normalize, row_cosine
 
 
@@ -160,11 +160,11 @@ def test_excluded_inputs_stay_in_float(small_models: SmallModels, tmp_path: Path
 def test_int8_needs_a_calibration_of_this_model(small_models: SmallModels, tmp_path: Path) -> None:
     with pytest.raises(OptionError, match=r"needs a --calibration\. .* gircse-calibrate --steps 5"):
         export(small_models, tmp_path / "a", None)
-    with pytest.raises(GircseError, match=r"config\.json with SHA-256"):
+    with pytest.raises(CalibrationError, match=r"config\.json with SHA-256"):
         export(small_models, tmp_path / "a", small_models.calibration("qwen2", steps=STEPS))
-    with pytest.raises(GircseError, match=r"steps 5.* 3"):
+    with pytest.raises(CalibrationError, match=r"steps 5; this export has 3\."):
         export(small_models, tmp_path / "a", small_models.calibration("llama", steps=STEPS), steps=3)
-    with pytest.raises(GircseError, match=r"pooling mean.* last"):
+    with pytest.raises(CalibrationError, match=r"pooling mean; this export has last\."):
         export(small_models, tmp_path / "a", small_models.calibration("llama", steps=STEPS), pooling="last")
     assert not (tmp_path / "a").exists()
 
@@ -173,10 +173,12 @@ def test_moments_of_another_calibration(small_models: SmallModels, tmp_path: Pat
     """Both files of one calibration, or nothing."""
     path = tmp_path / "calibration.json"
     shutil.copy(small_models.calibration("llama", steps=STEPS), path)
-    with pytest.raises(GircseError, match=r"calibration\.moments\.safetensors.* No such file .*[cC]opy both"):
+    message = r"needs calibration\.moments\.safetensors next to it, which cannot be read: No such file .* copy both\."
+    with pytest.raises(CalibrationError, match=message):
         export(small_models, tmp_path / "a", path)
     shutil.copy(moments_path(small_models.calibration("qwen2", steps=STEPS)), moments_path(path))
-    with pytest.raises(GircseError, match=r"calibration\.moments\.safetensors.* SHA-256 .*calibration\.json"):
+    message = r"calibration\.moments\.safetensors has SHA-256 .*; calibration\.json names "
+    with pytest.raises(CalibrationError, match=message):
         export(small_models, tmp_path / "a", path)
     assert not (tmp_path / "a").exists()
 

@@ -19,14 +19,14 @@ from gircse.export.int8 import vocabulary
 from gircse.runtime.numerics import l2_normalize, row_cosine
 
 
-@pytest.mark.parametrize(("flat_mass", "max_sum"), [(0.0, vocabulary.MAX_SUM), (0.0, 10**6), (1.0, 10**6)])
+@pytest.mark.parametrize(("high_entropy_mass", "max_sum"), [(0.0, vocabulary.MAX_SUM), (0.0, 10**6), (1.0, 10**6)])
 def test_soft_token_is_what_the_sensitivity_measured(
-    small_models: SmallModels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flat_mass: float, max_sum: int
+    small_models: SmallModels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, high_entropy_mass: float, max_sum: int
 ) -> None:
     """The vocabulary alone, one step: every row in the branch of the whole sum, with large sums or not; or none."""
     monkeypatch.setattr(vocabulary, "MAX_SUM", max_sum)
-    monkeypatch.setattr(vocabulary, "FLAT_MASS", flat_mass)
-    monkeypatch.setattr(fake_quantization, "FLAT_MASS", flat_mass)
+    monkeypatch.setattr(vocabulary, "HIGH_ENTROPY_MASS", high_entropy_mass)
+    monkeypatch.setattr(fake_quantization, "HIGH_ENTROPY_MASS", high_entropy_mass)
     original = small_models.calibration("llama", steps=STEPS)
     content = json.loads(original.read_text())
     content["sensitivity"]["excluded"] = [entry.name for entry in decoder_inputs(2)[:-1]]
@@ -36,8 +36,8 @@ def test_soft_token_is_what_the_sensitivity_measured(
     ids, mask = map(torch.from_numpy, padded(PROMPTS, left=True, extra=0))
     projection = decoder_inputs(2)[-1:]
     with quantized_inputs(model, projection, calibration.inputs, rounded_weights(model, projection, original)):
-        mixture = fake_quantization.mixture_of(calibration.soft_token)
-        *_, state = refine(model, ids, mask, steps=1, temperature=1.0, mixture=mixture)
+        function = fake_quantization.soft_token_function(calibration.soft_token)
+        *_, state = refine(model, ids, mask, steps=1, temperature=1.0, embed_soft_token=function)
     assert row_cosine(ours[:, 1], l2_normalize(state.hidden.numpy())).min() > INT8_FAKE_MIN_COSINE
     exact = run(int8_bundle(small_models, "llama"), "fp32")
-    assert row_cosine(ours[:, 1], exact[:, 1]).min() > (0.999 if flat_mass == 0.0 else 0.5)
+    assert row_cosine(ours[:, 1], exact[:, 1]).min() > (0.999 if high_entropy_mass == 0.0 else 0.5)
