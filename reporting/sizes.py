@@ -1,0 +1,15 @@
+"""Sizes of memory and files, as reports and messages print them."""
+
+import resource
+import sys
+
+
+def gib(size: int) -> str:
+    """Return a size in bytes as text: ``1.20 GiB``."""
+    return f"{size / 2**30:.2f} GiB"
+
+
+def peak_memory() -> int:
+    """Return the most memory that this process has held so far, in bytes."""
+    # ru_maxrss counts KiB on Linux and bytes on macOS.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
