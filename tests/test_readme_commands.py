@@ -19,7 +19,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 PARSERS = {
     "gircse-calibrate": calibrate_command._parser,
     "gircse-export": export_command._parser,
-    "gircse-build": build_command._parser,
+    "gircse-build": build_command.build_parser,
     "gircse-embed": embed_command._parser,
     "gircse-parity": parity_command._parser,
     "gircse-bench": bench_command._parser,
