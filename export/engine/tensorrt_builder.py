@@ -122,13 +122,15 @@ class TensorRtBuilder:
         """Start from the timings of earlier builds; None turns the cache off.
 
         Raises:
-            OptionError: the folder of the file does not exist.
+            OptionError: it is not a file in an existing folder.
         """
         self.settings["timing_cache"] = path is not None
         self._timing_path = path
         if path is None:
             self._config.set_flag(self._trt.BuilderFlag.DISABLE_TIMING_CACHE)
             return
+        if path.is_dir():
+            raise OptionError(f"--timing-cache {path}", "is a folder", "it has to be a file")
         if not path.parent.is_dir():
             raise OptionError(f"--timing-cache {path}", f"is in {path.parent}, which is not a folder")
         cache = self._config.create_timing_cache(path.read_bytes() if path.is_file() else b"")
