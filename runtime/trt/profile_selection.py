@@ -53,7 +53,7 @@ class ProfileSelector:
             raise OptionError(
                 tensor_names.INPUT_IDS,
                 f"has shape {(batch, tokens)}",
-                ", ".join(self._limits(profile) for profile in self.manifest.profiles),
+                "; ".join(self._limits(profile) for profile in self.manifest.profiles),
                 f"Split the batch, or rebuild with larger sizes; it was built by: {self.build_command}",
             )
         return selection
