@@ -6,36 +6,28 @@ import sys
 from pathlib import Path
 
 from gircse.export.engine.profiles import DEFAULT_BATCH, SizeRange
-from gircse.runtime.errors import GircseError
+from gircse.runtime.command import comma_separated, run_command
 from gircse.runtime.manifest import Layout
 from gircse.runtime.provider import Provider
 from gircse.runtime.trt.library import MODULES
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command; returns the exit code, 2 for an error."""
-    args = _parser().parse_args(argv)
-    # TensorRT's warnings remark on every input and profile; its errors come with ours.
-    logging.basicConfig(level=logging.CRITICAL)
-    try:
+    """Run the command; returns the exit code."""
+    args = build_parser().parse_args(argv)
+
+    def work() -> int:
         from gircse.export.engine.builder import BuildOptions, build_engine
 
-        plan = build_engine(BuildOptions(**vars(args)))
-    except GircseError as err:
-        print(f"gircse-build: error: {err}", file=sys.stderr)
-        return 2
-    except ImportError as err:
-        print(
-            f"gircse-build: error: {err.name or err} is not installed | the packages of the build | "
-            "pip install 'gircse-deploy[tensorrt]' or 'gircse-deploy[tensorrt-rtx]'",
-            file=sys.stderr,
-        )
-        return 2
-    print(plan)
-    return 0
+        print(build_engine(BuildOptions(**vars(args))))
+        return 0
+
+    # TensorRT warns about every input and profile; its errors are part of ours.
+    return run_command("gircse-build", work, extras=args.provider or Provider.TENSORRT, level=logging.CRITICAL)
 
 
-def _parser() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
     parser = argparse.ArgumentParser(
         prog="gircse-build", description="Build a TensorRT engine of a bundle; the runtime finds it in BUNDLE/engines."
     )
@@ -57,30 +49,33 @@ def _parser() -> argparse.ArgumentParser:
         help="graph to build from (default: stepwise)",
     )
     parser.add_argument(
-        "--batch", type=_sizes, default=DEFAULT_BATCH, metavar="MIN:EXPECTED:MAX", help="default: 1:8:64"
+        "--batch", type=_sizes, default=DEFAULT_BATCH, metavar="MIN:OPT:MAX", help="texts of a run (default: 1:8:64)"
     )
     parser.add_argument(
-        "--tokens", type=_sizes, metavar="MIN:EXPECTED:MAX", help="of a prompt (default: 1:64:max_tokens)"
+        "--tokens", type=_sizes, metavar="MIN:OPT:MAX", help="tokens of a prompt (default: 1:64:max_tokens)"
     )
     parser.add_argument(
         "--profiles",
-        nargs="+",
+        type=comma_separated(str),
         default=(),
-        metavar="NAME=BATCH[xTOKENS]",
-        help="named profiles (default: latency=1 and throughput=--batch; for tensorrt-rtx the latter alone)",
+        metavar="NAME=BATCH[xTOKENS],...",
+        help="named profiles (default: latency=1,throughput=BATCH; for tensorrt-rtx the latter alone)",
     )
     parser.add_argument(
         "--sm",
         dest="capabilities",
-        type=lambda text: tuple(text.split(",")),
+        type=comma_separated(str),
         default=(),
         metavar="8.9,...",
         help="compute capabilities to build for (default: this machine's GPU; tensorrt builds for no other)",
     )
     parser.add_argument(
-        "--timing-cache", type=Path, metavar="FILE", help="kernel timings of earlier builds (default: beside the plan)"
+        "--timing-cache",
+        type=Path,
+        metavar="FILE",
+        help="kernel timings of earlier builds (default: BUNDLE/engines/timing.cache)",
     )
-    parser.add_argument("--workspace-gib", type=float, metavar="G", help="most scratch memory of a kernel")
+    parser.add_argument("--workspace-gib", type=float, metavar="G", help="maximum workspace of a kernel")
     return parser
 
 

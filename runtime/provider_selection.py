@@ -1,7 +1,7 @@
-"""Open a bundle on the provider that was asked for, or on the best one for ``auto``.
+"""Open a bundle on the provider that was asked for, or for ``auto`` on the best one.
 
 An explicit provider never falls back to another. ``auto`` tries them in the order of ``AUTO_ORDER`` and logs which one
-it took, and why not those before it.
+runs, and why those before it do not.
 """
 
 import functools
@@ -23,8 +23,8 @@ from gircse.runtime.trt.library import MODULES, import_tensorrt
 logger = logging.getLogger(__name__)
 
 AUTO_ORDER = (Provider.TENSORRT, Provider.TENSORRT_RTX, Provider.CUDA, Provider.CPU)
-"""Engines first, because they exist only where somebody built them. ONNX Runtime's TensorRT provider builds its own
-engines when it loads, which takes minutes: only on request."""
+"""Engines come first, because they exist only where somebody built them. ONNX Runtime's TensorRT provider runs only on
+request: it builds engines when it loads, which takes minutes."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def _log_skipped(skipped: Sequence[ProviderError], level: int) -> None:
     for err in skipped:
         # Somebody built an engine and expects it to run.
         severity = logging.WARNING if isinstance(err, EngineMismatchError) else level
-        logger.log(severity, "provider auto: passed over: %s", err)
+        logger.log(severity, "provider auto: skipped: %s", err)
 
 
 def _open(bundle: Bundle, provider: Provider, options: SessionOptions) -> SessionHandle:
@@ -122,7 +122,7 @@ def _open_engine(bundle: Bundle, provider: Provider, options: SessionOptions) ->
 
     module = import_tensorrt(provider)
     cuda = open_cuda()
-    plan, path = select_engine(
+    manifest, path = select_engine(
         bundle,
         provider=provider,
         version=module.__version__,
@@ -132,6 +132,6 @@ def _open_engine(bundle: Bundle, provider: Provider, options: SessionOptions) ->
         verify=options.verify,
     )
     if options.verify:
-        bundle.verify(None)  # tokenizer and golden vectors; the engine holds weights of its own
-    session = open_tensorrt_session(bundle, plan, path, module=module, cuda=cuda)
-    return SessionHandle(session, provider, plan.precision)
+        bundle.verify(None)  # tokenizer and golden vectors; the engine has its own copy of the weights
+    session = open_tensorrt_session(bundle, manifest, path, module=module, cuda=cuda)
+    return SessionHandle(session, provider, manifest.precision)

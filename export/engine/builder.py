@@ -1,11 +1,10 @@
-"""Build a TensorRT engine from a variant of a bundle: parse, check, state the cost, build, write plan and JSON.
+"""Build a TensorRT engine from a variant of a bundle: parse, check, announce the cost, build, write plan and JSON.
 
 Works with ``tensorrt`` 10.15 or later and 11, which need the GPU that the engine is for, and with ``tensorrt_rtx``,
 which needs none. Networks are strongly typed: the precision is that of the graph.
 """
 
 import hashlib
-import shlex
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,13 +23,20 @@ from gircse.export.engine.profiles import (
 )
 from gircse.export.engine.tensorrt_builder import TensorRtBuilder
 from gircse.reporting.progress import StageProgress
+from gircse.reporting.sizes import gib
 from gircse.runtime.atomic_file import atomic_write
 from gircse.runtime.bundle import Bundle, file_sha256
-from gircse.runtime.errors import ExportError, ProviderError
+from gircse.runtime.errors import ExportError, OptionError, OutputError, ProviderError
 from gircse.runtime.manifest import MANIFEST_NAME, Layout
 from gircse.runtime.precision import GPU_ORDER, precision_spec
 from gircse.runtime.provider import Provider
-from gircse.runtime.trt.engine_manifest import ENGINE_SCHEMA_VERSION, ENGINES_FOLDER, EngineManifest, EngineProfile
+from gircse.runtime.trt.engine_manifest import (
+    ENGINE_SCHEMA_VERSION,
+    ENGINES_FOLDER,
+    BuildRequest,
+    EngineManifest,
+    EngineProfile,
+)
 from gircse.runtime.trt.library import MODULES, import_tensorrt
 
 LAYER_PAIR_SECONDS = 1.1e-6
@@ -38,10 +44,10 @@ LAYER_PAIR_SECONDS = 1.1e-6
 beyond that it grows faster)."""
 
 SLOW_BUILD_SECONDS = 60.0
-"""Above this estimate the layout that builds in seconds is pointed out."""
+"""Above this estimate, the user is told of the layout that builds in seconds."""
 
 BUILD_BYTES, LAYER_BYTES = 1 << 29, 1 << 18
-"""Memory of a build besides three times its weights, and of each layer (measured with TensorRT for RTX, demo, FP16: 1.4
+"""Memory of a build beyond three times its weights, and of each layer (measured with TensorRT for RTX, demo, FP16: 1.4
 GiB for 2,400 layers, 4.1 GiB for 17,600)."""
 
 MAX_WORKSPACE_GIB = 1 << 20
@@ -61,8 +67,8 @@ class BuildOptions:
         profiles: named profiles in place of the default ones, ``NAME=BATCH`` or ``NAME=BATCHxTOKENS``.
         capabilities: compute capabilities to build for; empty takes that of the GPU.
         timing_cache: file of kernel timings that speeds up later builds (not RTX, which times nothing); None is one
-            beside the plan.
-        workspace_gib: most scratch memory of a kernel; None leaves it to TensorRT.
+            next to the plan.
+        workspace_gib: maximum workspace of a kernel; None leaves it to TensorRT.
     """
 
     bundle: Path
@@ -76,6 +82,16 @@ class BuildOptions:
     timing_cache: Path | None = None
     workspace_gib: float | None = None
 
+    def __post_init__(self) -> None:
+        """Refuse a workspace that is not a size."""
+        if self.workspace_gib is not None and not 0 < self.workspace_gib <= MAX_WORKSPACE_GIB:
+            raise OptionError(
+                "--workspace-gib",
+                f"is {self.workspace_gib}",
+                f"it can be above 0, up to {MAX_WORKSPACE_GIB}",
+                "Leave it out for TensorRT's default limit.",
+            )
+
 
 def build_engine(options: BuildOptions, *, progress: StageProgress | None = None) -> Path:
     """Build one engine.
@@ -85,28 +101,26 @@ def build_engine(options: BuildOptions, *, progress: StageProgress | None = None
         progress: where to show the stages; None makes one on stderr.
 
     Returns:
-        The path of the plan; its JSON lies beside it.
+        The path of the plan; its JSON lies next to it.
 
     Raises:
         BundleError: the bundle cannot be used.
+        OptionError: an option does not fit the bundle or this TensorRT.
         ProviderError: TensorRT is not installed, or there is no GPU to build on.
-        ExportError: TensorRT refuses the graph or a profile, or cannot build it, or memory or disk do not suffice.
+        ExportError: TensorRT refuses the graph or a profile, or cannot build it, or there is too little memory.
+        OutputError: the engine cannot be written, or there is too little room on the disk.
     """
     progress = progress or StageProgress()
-    if options.workspace_gib is not None and not 0 < options.workspace_gib <= MAX_WORKSPACE_GIB:
-        raise ExportError(
-            f"--workspace-gib {options.workspace_gib} | above 0, at most {MAX_WORKSPACE_GIB} | leave it out for "
-            "TensorRT's own limit"
-        )
     bundle = Bundle.open(options.bundle)
     provider = options.provider or _installed_provider()
     module = import_tensorrt(provider)
     precision = options.precision or bundle.default_precision(GPU_ORDER)
     bundle.variant(precision)
     if not precision_spec(precision).tensorrt:
-        raise ExportError(
-            f"--precision {precision}: made for ONNX Runtime, with products that TensorRT does not have | int8, fp16, bf16 "
-            "or fp32 | build from one of these"
+        raise OptionError(
+            f"precision {precision}",
+            "is made for ONNX Runtime, with products that TensorRT does not have",
+            f"engines are built from {', '.join(name for name in Precision if precision_spec(name).tensorrt)}",
         )
     profiles = _profiles(options, bundle, provider)
     capabilities = _capabilities(options, module, provider)
@@ -115,7 +129,7 @@ def build_engine(options: BuildOptions, *, progress: StageProgress | None = None
     builder = TensorRtBuilder(module, provider)
     with progress.stage(f"parse the {options.layout} {precision} graph"):
         builder.parse(bundle.engine_graph(precision, options.layout))
-    _state_cost(builder, bundle, precision, profiles, provider, progress)
+    _announce_cost(builder, bundle, precision, profiles, provider, progress)
     builder.configure(profiles, capabilities, workspace_gib=options.workspace_gib)
     folder = bundle.directory / ENGINES_FOLDER
     cache = None if provider is Provider.TENSORRT_RTX else options.timing_cache or folder / "timing.cache"
@@ -126,7 +140,7 @@ def build_engine(options: BuildOptions, *, progress: StageProgress | None = None
         title = f"build for {provider} {module.__version__}, compute capability {', '.join(capabilities)}"
         with progress.stage(title, total=1.0) as advance:
             serialized = builder.build(advance)
-        plan = EngineManifest(
+        manifest = EngineManifest(
             schema_version=ENGINE_SCHEMA_VERSION,
             bundle_sha256=file_sha256(bundle.directory / MANIFEST_NAME),
             precision=precision,
@@ -135,18 +149,25 @@ def build_engine(options: BuildOptions, *, progress: StageProgress | None = None
             version=str(module.__version__),
             compute_capabilities=tuple(capabilities),
             profiles=tuple(profiles),
+            request=BuildRequest(
+                batch=options.batch,
+                tokens=options.tokens,
+                profiles=tuple(options.profiles),
+                workspace_gib=options.workspace_gib,
+            ),
             settings=builder.settings,
-            command=_command(options, precision, provider, capabilities),
             build_seconds=round(time.perf_counter() - start, 1),
             plan_bytes=serialized.nbytes,
             plan_sha256=hashlib.sha256(serialized).hexdigest(),
         )
         with progress.stage(f"write {serialized.nbytes / 1e6:.0f} MB"):
-            return _write(folder, plan, serialized)
+            return _write(folder, manifest, serialized)
     except OSError as err:
-        raise ExportError(
-            f"{err.filename or folder}: {err.strerror or err} | room and permission to write | nothing was left behind: "
-            "free some space"
+        raise OutputError(
+            str(err.filename or folder),
+            f"cannot be written: {err.strerror or err}",
+            "nothing was left behind",
+            "Free some space, or check the permissions.",
         ) from err
 
 
@@ -158,45 +179,49 @@ def _installed_provider() -> Provider:
             continue
         return provider
     raise ProviderError(
-        f"no TensorRT is installed | {' or '.join(MODULES.values())} | "
-        + " or ".join(f"pip install 'gircse-deploy[{provider}]'" for provider in MODULES)
+        "TensorRT",
+        f"is not installed, neither {' nor '.join(MODULES.values())}",
+        None,
+        "Install it: " + " or ".join(f"pip install 'gircse-deploy[{provider}]'" for provider in MODULES),
     )
 
 
 def _profiles(options: BuildOptions, bundle: Bundle, provider: Provider) -> list[EngineProfile]:
     facts = bundle.manifest.graph
     tokens = options.tokens or SizeRange(1, min(DEFAULT_TOKENS, facts.max_tokens), facts.max_tokens)
-    try:
-        specs = [ProfileSpec.parse(text, tokens=tokens) for text in options.profiles]
-    except ValueError as err:
-        raise ExportError(f"--profiles {err}") from err
+    specs = [ProfileSpec.parse(text, tokens=tokens) for text in options.profiles]
     specs = specs or default_specs(provider, options.batch, tokens)
     return engine_profiles(specs, facts, layout=options.layout, provider=provider)
 
 
 def _capabilities(options: BuildOptions, module: Any, provider: Provider) -> list[str]:
-    """Return the compute capabilities to build for; what TensorRT builds for is the GPU that it runs on."""
+    """Return the compute capabilities to build for; TensorRT builds only for the GPU that it runs on."""
     from gircse.runtime.trt.cuda import open_cuda
 
     if provider is Provider.TENSORRT_RTX and options.capabilities:
         known = {_dotted(name): name for name in module.ComputeCapability.__members__ if name.startswith("SM")}
         for capability in options.capabilities:
             if capability not in known:
-                raise ExportError(
-                    f"--sm {capability} | this {provider} {module.__version__} builds for {', '.join(known)} | "
-                    "choose from these, or use --provider tensorrt on the GPU itself"
+                raise OptionError(
+                    "--sm",
+                    f"has {capability!r}",
+                    f"this {provider} {module.__version__} builds for {', '.join(known)}",
+                    "Choose from these, or use --provider tensorrt on the GPU itself.",
                 )
         return list(dict.fromkeys(options.capabilities))
     try:
         found = open_cuda().compute_capability()
     except ProviderError as err:
         if provider is Provider.TENSORRT_RTX:
-            raise ExportError(f"{err}; to build for another machine, name its GPU: --sm 8.9") from err
+            hint = "To build for the GPU of another machine, name it: --sm 8.9"
+            raise ProviderError(err.where, err.got, err.expected, hint) from err
         raise
     if options.capabilities and list(options.capabilities) != [found]:
-        raise ExportError(
-            f"--sm {','.join(options.capabilities)} | the {found} of this GPU, the only one that {provider} builds for | "
-            "build on the machine that will run the engine, or use --provider tensorrt-rtx"
+        raise OptionError(
+            "--sm",
+            f"has {', '.join(map(repr, options.capabilities))}",
+            f"{provider} builds only for the GPU of this machine, {found}",
+            "Build on the machine that will run the engine, or use --provider tensorrt-rtx.",
         )
     return [found]
 
@@ -206,7 +231,7 @@ def _dotted(name: str) -> str:
     return f"{digits[:-1]}.{digits[-1]}"
 
 
-def _state_cost(
+def _announce_cost(
     builder: TensorRtBuilder,
     bundle: Bundle,
     precision: str,
@@ -214,48 +239,40 @@ def _state_cost(
     provider: Provider,
     progress: StageProgress,
 ) -> None:
-    """Say what the build will take, and refuse what cannot fit."""
+    """Say what the build will need, and refuse what cannot fit."""
     weights = bundle.manifest.files[bundle.manifest.variants[precision].weights].bytes
     needed = BUILD_BYTES + 3 * weights + LAYER_BYTES * builder.num_layers
     free = psutil.virtual_memory().available
     disk = psutil.disk_usage(str(bundle.directory)).free
     seconds = LAYER_PAIR_SECONDS * len(profiles) * builder.num_layers**2
-    time_needed = f"about {seconds:.0f} s" if provider is Provider.TENSORRT_RTX else "minutes, for it times its kernels"
+    duration = (
+        f"about {seconds:.0f} s" if provider is Provider.TENSORRT_RTX else "minutes, because it times its kernels"
+    )
+    names = ", ".join(dict.fromkeys(profile.name for profile in profiles))
     progress.note(
-        f"  {builder.num_layers} layers, profiles: {', '.join(dict.fromkeys(profile.name for profile in profiles))}; takes "
-        f"{time_needed}, about {needed / 2**30:.1f} GiB of memory ({free / 2**30:.1f} available) and "
-        f"{2 * weights / 2**30:.1f} GiB of disk ({disk / 2**30:.1f} free)"
+        f"  {builder.num_layers} layers, profiles: {names}; takes {duration}, about {gib(needed)} of memory "
+        f"({gib(free)} available) and {gib(2 * weights)} of disk ({gib(disk)} free)"
     )
     if seconds > SLOW_BUILD_SECONDS:
         progress.note("  build time grows with the square of the layers: --layout stepwise builds fast whatever K is")
     if needed > free:
         raise ExportError(
-            f"memory: {free / 2**30:.1f} GiB available | about {needed / 2**30:.1f} GiB | close other programs"
+            "the build", f"needs about {gib(needed)} of memory", f"{gib(free)} are available", "Close other programs."
         )
     if weights > disk:
-        raise ExportError(
-            f"{bundle.directory}: {disk / 2**30:.1f} GiB free | {weights / 2**30:.1f} GiB | free some space"
+        raise OutputError(
+            str(bundle.directory),
+            f"has {gib(disk)} of free disk space",
+            f"the engine needs at least {gib(weights)}",
+            "Free some space.",
         )
 
 
-def _command(options: BuildOptions, precision: str, provider: Provider, capabilities: Sequence[str]) -> str:
-    """Return the command that repeats a build."""
-    words = ["gircse-build", str(options.bundle), "--precision", precision, "--provider", provider]
-    words += ["--layout", options.layout, "--batch", ":".join(map(str, options.batch))]
-    if options.tokens is not None:
-        words += ["--tokens", ":".join(map(str, options.tokens))]
-    if options.profiles:
-        words += ["--profiles", *options.profiles]
-    if options.workspace_gib is not None:
-        words += ["--workspace-gib", str(options.workspace_gib)]
-    return shlex.join([*words, "--sm", ",".join(capabilities)])
-
-
-def _write(folder: Path, plan: EngineManifest, serialized: memoryview) -> Path:
-    """Write plan and JSON, both or none; the JSON appears last, for it says that the plan is there."""
-    path = folder / f"{plan.name}.plan"
-    with atomic_write(path.with_suffix(".json")) as beside, atomic_write(path) as file:
-        beside.write(plan.to_json())
-        beside.flush()  # a full disk shows before the plan appears
+def _write(folder: Path, manifest: EngineManifest, serialized: memoryview) -> Path:
+    """Write plan and JSON, both or none; the JSON comes last, because it says that the plan is there."""
+    path = folder / f"{manifest.name}.plan"
+    with atomic_write(path.with_suffix(".json")) as json_file, atomic_write(path) as file:
+        json_file.write(manifest.to_json())
+        json_file.flush()  # a full disk shows before the plan is there
         file.write(serialized)
     return path

@@ -1,9 +1,9 @@
 """Optimization profiles: from ranges of batch and tokens to the shape range of every engine input.
 
-An unrolled engine has one profile for each name. A stepwise engine of TensorRT has two, one that expects a prompt and
-one that expects a step; their ranges overlap, because fixed sizes would be folded into kernels with weights of their
-own (measured with TensorRT for RTX: a plan of 2.1 times the weights). TensorRT for RTX compiles its kernels for the
-shapes that it meets, so there one profile serves both passes, and a second one would only add to build time and plan.
+An unrolled engine has one profile for each name. A stepwise engine of TensorRT has two, one optimized for the prompt and
+one for a step; their ranges overlap, because fixed sizes would be folded into kernels with separate weights (measured
+with TensorRT for RTX: a plan of 2.1 times the weights). TensorRT for RTX compiles its kernels for the shapes that it
+meets, so there one profile serves both passes, and a second one would only add to build time and plan.
 """
 
 import re
@@ -12,17 +12,17 @@ from dataclasses import dataclass
 from typing import NamedTuple, Self
 
 from gircse.runtime import tensor_names
-from gircse.runtime.errors import ExportError
+from gircse.runtime.errors import OptionError
 from gircse.runtime.manifest import GraphFacts, Layout
 from gircse.runtime.provider import Provider
 from gircse.runtime.trt.engine_manifest import EngineProfile, ShapeRange, Stage
 
 MAX_SIZE = 2**31 - 1
-"""TensorRT cuts larger ones to 32 bits and says nothing (measured with TensorRT for RTX 1.7)."""
+"""TensorRT silently truncates larger ones to 32 bits (measured with TensorRT for RTX 1.7)."""
 
 
 class SizeRange(NamedTuple):
-    """Smallest, expected and largest size of a dimension."""
+    """The min, opt and max size of a dimension."""
 
     min: int
     opt: int
@@ -30,23 +30,24 @@ class SizeRange(NamedTuple):
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """Read ``8``, ``1:64`` (smallest and largest) or ``1:8:64``.
+        """Read ``8``, ``1:64`` (min and max) or ``1:8:64``.
 
         Raises:
-            ValueError: another form, or sizes that are not in order, below 1 or above ``MAX_SIZE``.
+            OptionError: another form, or sizes that are not in order, below 1 or above ``MAX_SIZE``.
         """
+        example = "Write for example 1:8:64."
         if not re.fullmatch(r"\d+(:\d+){0,2}", text):
-            raise ValueError(f"{text!r} | MIN:EXPECTED:MAX, MIN:MAX or one number | write for example 1:8:64")
+            raise OptionError(repr(text), "is not MIN:OPT:MAX, MIN:MAX or one number", None, example)
         sizes = [int(part) for part in text.split(":")]
         found = cls(sizes[0], sizes[len(sizes) // 2] if len(sizes) == 3 else sizes[-1], sizes[-1])
         if not 1 <= found.min <= found.opt <= found.max <= MAX_SIZE:
-            raise ValueError(f"{text!r} | sizes of 1 to {MAX_SIZE}, in order | write for example 1:8:64")
+            raise OptionError(repr(text), f"is not a range of sizes from 1 to {MAX_SIZE}, in order", None, example)
         return found
 
 
 DEFAULT_BATCH = SizeRange(1, 8, 64)
 DEFAULT_TOKENS = 64
-"""What a run is expected to be, unless the user says otherwise."""
+"""The sizes to optimize for, unless the user names others."""
 
 
 @dataclass(frozen=True)
@@ -65,16 +66,21 @@ class ProfileSpec:
 
     @classmethod
     def parse(cls, text: str, *, tokens: SizeRange) -> Self:
-        """Read ``NAME=BATCH`` or ``NAME=BATCHxTOKENS``; ``tokens`` is taken where the text has none.
+        """Read ``NAME=BATCH`` or ``NAME=BATCHxTOKENS``; ``tokens`` is the default of the latter.
 
         Raises:
-            ValueError: another form.
+            OptionError: another form.
         """
+        flag = f"--profiles {text!r}"
         name, _, sizes = text.partition("=")
         if not re.fullmatch(r"[\w-]+", name) or not sizes:
-            raise ValueError(f"{text!r} | NAME=BATCH or NAME=BATCHxTOKENS | write for example latency=1x1:64:512")
+            example = "Write for example latency=1x1:64:512."
+            raise OptionError(flag, "is not NAME=BATCH or NAME=BATCHxTOKENS", None, example)
         batch, cross, own = sizes.partition("x")
-        return cls(name, SizeRange.parse(batch), SizeRange.parse(own) if cross else tokens)
+        try:
+            return cls(name, SizeRange.parse(batch), SizeRange.parse(own) if cross else tokens)
+        except OptionError as err:
+            raise OptionError(f"{flag}: {err.where}", err.got, err.expected, err.hint) from err
 
 
 def default_specs(provider: Provider, batch: SizeRange, tokens: SizeRange) -> list[ProfileSpec]:
@@ -91,18 +97,18 @@ def engine_profiles(
     """Return the profiles of an engine, in its order.
 
     Raises:
-        ExportError: a prompt longer than the bundle takes, or two profiles of one name.
+        OptionError: a prompt longer than the bundle takes, or two profiles of one name.
     """
     for spec in specs:
         if spec.tokens.max > facts.max_tokens:
-            raise ExportError(
-                f"profile {spec.name}: {spec.tokens.max} tokens | at most the {facts.max_tokens} of the bundle | "
-                "lower --tokens, or export again with --max-tokens"
+            raise OptionError(
+                f"profile {spec.name}",
+                f"has prompts of {spec.tokens.max} tokens",
+                f"the bundle takes at most {facts.max_tokens}",
+                f"Lower --tokens, or export again with --max-tokens {spec.tokens.max}.",
             )
     if len({spec.name for spec in specs}) < len(specs):
-        raise ExportError(
-            f"--profiles: {', '.join(spec.name for spec in specs)} | one profile of each name | rename one"
-        )
+        raise OptionError("--profiles", f"names a profile twice: {', '.join(spec.name for spec in specs)}")
     if layout is Layout.UNROLLED:
         return [EngineProfile(spec.name, Stage.ANY, _prompt_shapes(spec)) for spec in specs]
     stages = (Stage.ANY,) if provider is Provider.TENSORRT_RTX else (Stage.PROMPT, Stage.STEP)
@@ -117,10 +123,10 @@ def _prompt_shapes(spec: ProfileSpec) -> dict[str, ShapeRange]:
 
 
 def _stepwise_shapes(spec: ProfileSpec, facts: GraphFacts, stage: Stage) -> dict[str, ShapeRange]:
-    """Return ranges that hold the stage, and expect it.
+    """Return ranges that hold every stage, their opt sizes being those of this one.
 
-    The smallest sizes of a stage fit together, a prompt without past or a step after the shortest prompt. Those of both
-    stages cannot: no tokens and no soft token is no run at all, which TensorRT remarks on and goes on.
+    The min sizes of one stage fit together: a prompt without past, or a step after the shortest prompt. Those of both
+    stages cannot: no tokens and no soft token is not a run at all, about which TensorRT only warns.
     """
     steps, tokens = facts.steps, spec.tokens
     step = stage is Stage.STEP

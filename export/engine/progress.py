@@ -1,6 +1,6 @@
-"""Progress of a TensorRT build: one share of the whole, from the builder's nested phases.
+"""Progress of a TensorRT build: the fraction done, from the builder's nested phases.
 
-A phase of n steps runs inside one step of its parent, so its k-th step stands at::
+A phase of n steps runs inside one step of its parent, so its k-th step is at::
 
     start of the phase + k / n * (width of one step of the parent)
 """
@@ -23,13 +23,13 @@ class _Phase:
 
 
 class PhaseProgress:
-    """Follows the phases and tells by how much the share done has grown."""
+    """Follows the phases and reports how much the fraction done has grown."""
 
     def __init__(self, on_growth: Callable[[float], None]) -> None:
-        """Take a function that is told the growth, as a share of 1."""
+        """Take a function that is called with the growth, as a fraction of 1."""
         self._on_growth = on_growth
         self._phases: dict[str, _Phase] = {}
-        self._share = 0.0
+        self._done = 0.0
 
     def start(self, phase: str, parent: str | None, steps: int) -> None:
         """Begin a phase of so many steps inside the current step of its parent."""
@@ -45,20 +45,20 @@ class PhaseProgress:
             self._reach(found.position)
 
     def finish(self, phase: str) -> None:
-        """End a phase, whether or not every step was told."""
+        """End a phase, whether or not every step was reported."""
         found = self._phases.pop(phase, None)
         if found is not None:
             self._reach(found.start + found.width)
 
     def _reach(self, position: float) -> None:
-        position = min(position, 1.0)  # a phase that begins after its parent's last step would stand beyond the end
-        if position > self._share:
-            self._on_growth(position - self._share)
-            self._share = position
+        position = min(position, 1.0)  # a phase that begins after its parent's last step would lie beyond the end
+        if position > self._done:
+            self._on_growth(position - self._done)
+            self._done = position
 
 
 def progress_monitor(module: Any, on_growth: Callable[[float], None]) -> Any:
-    """Return an ``IProgressMonitor`` of a TensorRT module that tells ``on_growth`` the share of 1 just done."""
+    """Return an ``IProgressMonitor`` of a TensorRT module that calls ``on_growth`` with the fraction of 1 just done."""
     progress = PhaseProgress(on_growth)
 
     class Monitor(module.IProgressMonitor):  # type: ignore[misc]  # a class of the module passed in

@@ -1,4 +1,4 @@
-"""TensorRT's builder behind one class: ``tensorrt`` 10 and 11 and ``tensorrt_rtx``, every refusal an error."""
+"""TensorRT's builder as one class, for ``tensorrt`` 10 and 11 and ``tensorrt_rtx``."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -7,7 +7,7 @@ from typing import Any
 
 from gircse.export.engine.progress import progress_monitor
 from gircse.runtime.atomic_file import atomic_write
-from gircse.runtime.errors import ExportError, ProviderError
+from gircse.runtime.errors import ExportError, OptionError, ProviderError
 from gircse.runtime.provider import Provider
 from gircse.runtime.trt.engine_manifest import EngineProfile
 from gircse.runtime.trt.library import tensorrt_logger
@@ -25,11 +25,12 @@ class TensorRtBuilder:
         self._logger = tensorrt_logger(module)
         try:
             self._builder = module.Builder(self._logger)
-        except (RuntimeError, TypeError) as err:  # pybind11's way to say that CUDA could not be started
+        except (RuntimeError, TypeError) as err:  # what pybind11 raises where CUDA cannot be started
+            reason = self._logger.drain() or err
             raise ProviderError(
-                f"{provider}: {self._logger.drain() or err} | a TensorRT that can start its builder | check nvidia-smi"
+                str(provider), f"cannot start its builder: {reason}", None, "Check nvidia-smi."
             ) from err
-        # TensorRT 11 knows strongly typed networks only and may drop the flag.
+        # TensorRT 11 has only strongly typed networks and may drop the flag.
         flag = getattr(module.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
         self._network = self._builder.create_network(0 if flag is None else 1 << int(flag))
         self._parser = module.OnnxParser(self._network, self._logger)
@@ -43,19 +44,23 @@ class TensorRtBuilder:
         return int(self._network.num_layers)
 
     def parse(self, path: Path, graph: bytes | None = None) -> None:
-        """Parse a graph, weights included; the parser names every operator that it refuses.
+        """Parse a graph, weights included.
 
         Args:
-            path: the graph; its weights are found beside it.
+            path: the graph; its weights lie next to it.
             graph: ONNX to parse in its place.
+
+        Raises:
+            ExportError: the parser refuses operators; every one is named.
         """
         if self._parser.parse_from_file(str(path)) if graph is None else self._parser.parse(graph, str(path)):
             self._allow_decomposition()
             return
-        refused = refused_operators(self._parser)
         raise ExportError(
-            f"{path}: TensorRT refuses {'; '.join(refused)} | operators that {self._provider} {self._trt.__version__} "
-            "takes | report this graph, and use ONNX Runtime (--provider cuda) until then"
+            str(path),
+            f"is refused by {self._provider} {self._trt.__version__}: {', '.join(refused_operators(self._parser))}",
+            None,
+            "Report this graph, and use ONNX Runtime (--provider cuda) until then.",
         )
 
     def _allow_decomposition(self) -> None:
@@ -72,7 +77,11 @@ class TensorRtBuilder:
     def configure(
         self, profiles: Sequence[EngineProfile], capabilities: Sequence[str], *, workspace_gib: float | None
     ) -> None:
-        """Set profiles, targets and the most scratch memory of a kernel."""
+        """Set profiles, targets and the maximum workspace of a kernel.
+
+        Raises:
+            ExportError: TensorRT refuses one of them.
+        """
         for index, profile in enumerate(profiles):
             self._add_profile(index, profile)
         if self._provider is Provider.TENSORRT_RTX:
@@ -81,12 +90,10 @@ class TensorRtBuilder:
                 target = getattr(self._trt.ComputeCapability, f"SM{capability.replace('.', '')}")
                 self._check(self._config.set_compute_capability(target, index), f"--sm {capability}")
         if workspace_gib is not None:
-            limit = int(workspace_gib * 2**30)
-            self._config.set_memory_pool_limit(self._trt.MemoryPoolType.WORKSPACE, limit)
+            self._config.set_memory_pool_limit(self._trt.MemoryPoolType.WORKSPACE, int(workspace_gib * 2**30))
         self.settings = {
             "strongly_typed": True,
             "builder_optimization_level": int(self._config.builder_optimization_level),
-            "workspace_gib": workspace_gib,
         }
 
     def _add_profile(self, index: int, profile: EngineProfile) -> None:
@@ -94,48 +101,68 @@ class TensorRtBuilder:
         inputs = {self._network.get_input(i).name for i in range(self._network.num_inputs)}
         if inputs != set(profile.shapes):
             raise ExportError(
-                f"profile {profile.name}: shapes for {sorted(profile.shapes)} | the inputs {sorted(inputs)} | "
-                "the graph is not one of this version: export again"
+                "the graph",
+                f"has the inputs {sorted(inputs)}",
+                f"this gircse-deploy builds from {sorted(profile.shapes)}",
+                "Export the bundle again.",
             )
         for name, shape in profile.shapes.items():
             try:
                 made.set_shape(name, shape.min, shape.opt, shape.max)
             except (RuntimeError, TypeError, ValueError) as err:  # which of them depends on the TensorRT
                 raise ExportError(
-                    f"profile {profile.name}, {name}: {str(err).splitlines()[0]} | {shape} | check --batch and --tokens"
+                    f"profile {profile.name}",
+                    f"is refused for {name}: {str(err).splitlines()[0]}",
+                    f"its shapes are {shape.min}, {shape.opt} and {shape.max}",
+                    "Check --batch and --tokens.",
                 ) from err
         self._check(self._config.add_optimization_profile(made) == index, f"profile {profile.name} ({profile.stage})")
 
     def use_timing_cache(self, path: Path | None) -> None:
-        """Start from the timings of earlier builds; None switches the cache off."""
+        """Start from the timings of earlier builds; None turns the cache off.
+
+        Raises:
+            OptionError: it is not a file in an existing folder.
+        """
         self.settings["timing_cache"] = path is not None
         self._timing_path = path
         if path is None:
             self._config.set_flag(self._trt.BuilderFlag.DISABLE_TIMING_CACHE)
             return
+        if path.is_dir():
+            raise OptionError(f"--timing-cache {path}", "is a folder", "it has to be a file")
         if not path.parent.is_dir():
-            raise ExportError(f"--timing-cache {path}: no such folder | a file in an existing one | make {path.parent}")
+            raise OptionError(f"--timing-cache {path}", f"is in {path.parent}, which is not a folder")
         cache = self._config.create_timing_cache(path.read_bytes() if path.is_file() else b"")
         if not self._config.set_timing_cache(cache, False):
-            logger.warning("%s: timings of another GPU or TensorRT, not used; they will be replaced", path)
+            logger.warning(
+                "%s has the timings of another GPU or TensorRT; they are not used and will be replaced", path
+            )
             cache = self._config.create_timing_cache(b"")
             self._check(self._config.set_timing_cache(cache, False), "a new timing cache")
 
     def _check(self, succeeded: Any, what: str) -> None:
-        """TensorRT's setters report a refusal by their result, not by an exception."""
+        """Raise an error where a setter of TensorRT, which raises none, has returned that it failed."""
         if not succeeded:
-            raise ExportError(
-                f"{what}: {self._logger.drain() or 'refused by TensorRT'} | a setting that it takes | change or leave it out"
-            )
+            raise ExportError(what, f"is refused by TensorRT: {self._logger.drain() or 'it gives no reason'}")
 
     def build(self, advance: Callable[[float], None]) -> memoryview:
-        """Build the engine and return its bytes; ``advance`` is told the growth of the share done, of 1."""
+        """Build the engine and return its bytes.
+
+        Args:
+            advance: called with the fraction of 1 just done.
+
+        Raises:
+            ExportError: the build failed.
+        """
         self._config.progress_monitor = progress_monitor(self._trt, advance)
         serialized = self._builder.build_serialized_network(self._network, self._config)
         if serialized is None:
             raise ExportError(
-                f"{self._provider} {self._trt.__version__}: the build failed: {self._logger.drain() or 'no reason given'} | "
-                "an engine | --workspace-gib, --batch and --tokens change what it needs"
+                f"{self._provider} {self._trt.__version__}",
+                f"cannot build the engine: {self._logger.drain() or 'it gives no reason'}",
+                None,
+                "Change what the build needs with --workspace-gib, --batch and --tokens.",
             )
         if self._timing_path is not None:
             with atomic_write(self._timing_path) as file:
@@ -144,6 +171,8 @@ class TensorRtBuilder:
 
 
 def refused_operators(parser: Any) -> list[str]:
-    """Return every operator that a parser refused: its type, the node's name and the reason."""
+    """Return every operator that a parser refused: its type, the node's name and the reason; or that it was the file."""
     errors = [parser.get_error(index) for index in range(parser.num_errors)]
-    return [f"{error.node_operator()} ({error.node_name()}): {error.desc()}" for error in errors] or ["the file"]
+    return [f"{error.node_operator()} ({error.node_name()}): {error.desc()}" for error in errors] or [
+        "it is not an ONNX file"
+    ]

@@ -15,7 +15,7 @@ from gircse.runtime.errors import ProviderError
 HostBytes = NDArray[np.uint8]
 
 MIB = 1 << 20
-INSTALL_HINT = "pip install 'gircse-deploy[tensorrt]' or 'gircse-deploy[tensorrt-rtx]'"
+INSTALL = "pip install 'gircse-deploy[tensorrt]' or pip install 'gircse-deploy[tensorrt-rtx]'"
 
 
 class DeviceMemory(NamedTuple):
@@ -33,7 +33,7 @@ class Cuda(Protocol):
     """
 
     def make_current(self) -> None:
-        """Make this device the calling thread's own; CUDA keeps that choice per thread."""
+        """Make this the calling thread's current device; CUDA keeps one per thread."""
 
     def malloc(self, size: int) -> int:
         """Return the address of ``size`` bytes on the device, aligned to 256; the caller frees it."""
@@ -89,63 +89,53 @@ class CudaRuntime:
         self._api, self.device = api, device
 
     def make_current(self) -> None:
-        """Make this device the calling thread's own."""
         self._call("cudaSetDevice", self.device)
 
     def malloc(self, size: int) -> int:
-        """Return the address of ``size`` bytes on the device."""
         error, address = self._api.cudaMalloc(size)
         if error == self._api.cudaError_t.cudaErrorMemoryAllocation:
             memory = self.memory()
             raise ProviderError(
-                f"cudaMalloc: {error.name} for {size / MIB:.0f} MiB | {memory.free / MIB:.0f} of "
-                f"{memory.total / MIB:.0f} MiB are free | use smaller batches or fewer threads, or free the GPU"
+                "cudaMalloc",
+                f"cannot allocate {size / MIB:.0f} MiB ({error.name})",
+                f"{memory.free / MIB:.0f} of {memory.total / MIB:.0f} MiB are free",
+                "Use smaller batches or fewer threads, or free memory of the GPU.",
             )
         self._check("cudaMalloc", (error,))
         return int(address)
 
     def free(self, address: int) -> None:
-        """Free memory of :meth:`malloc`."""
         self._call("cudaFree", address)
 
     def malloc_host(self, size: int) -> HostBytes:
-        """Return (size,) uint8 of pinned host memory."""
         address = self._call("cudaMallocHost", size)
         return np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(int(address)))
 
     def free_host(self, array: HostBytes) -> None:
-        """Free memory of :meth:`malloc_host`."""
         self._call("cudaFreeHost", array.ctypes.data)
 
     def create_stream(self) -> int:
-        """Return a stream that does not wait for the default stream."""
         return int(self._call("cudaStreamCreateWithFlags", self._api.cudaStreamNonBlocking))
 
     def destroy_stream(self, stream: int) -> None:
-        """Destroy a stream of :meth:`create_stream`."""
         self._call("cudaStreamDestroy", stream)
 
     def synchronize(self, stream: int) -> None:
-        """Wait until everything in the stream is done."""
         self._call("cudaStreamSynchronize", stream)
 
     def copy_to_device(self, address: int, array: HostBytes, stream: int) -> None:
-        """Queue a copy of a contiguous array in pinned memory to the device."""
         kind = self._api.cudaMemcpyKind.cudaMemcpyHostToDevice
         self._call("cudaMemcpyAsync", address, array.ctypes.data, array.nbytes, kind, stream)
 
     def copy_to_host(self, array: HostBytes, address: int, stream: int) -> None:
-        """Queue a copy from the device that fills a contiguous array in pinned memory."""
         kind = self._api.cudaMemcpyKind.cudaMemcpyDeviceToHost
         self._call("cudaMemcpyAsync", array.ctypes.data, address, array.nbytes, kind, stream)
 
     def begin_capture(self, stream: int) -> None:
-        """Record what this thread puts into the stream from now on."""
         # Thread-local: another thread's allocation must not spoil this capture, nor be refused because of it.
         self._call("cudaStreamBeginCapture", stream, self._api.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal)
 
     def end_capture(self, stream: int) -> int:
-        """Stop recording and return what was recorded, ready to launch."""
         template = int(self._call("cudaStreamEndCapture", stream))
         try:
             return int(self._call("cudaGraphInstantiate", template, 0))
@@ -153,22 +143,18 @@ class CudaRuntime:
             self._call("cudaGraphDestroy", template)
 
     def launch_graph(self, graph: int, stream: int) -> None:
-        """Queue a graph of :meth:`end_capture`."""
         self._call("cudaGraphLaunch", graph, stream)
 
     def destroy_graph(self, graph: int) -> None:
-        """Destroy a graph of :meth:`end_capture`."""
         self._call("cudaGraphExecDestroy", graph)
 
     def compute_capability(self) -> str:
-        """Return the device's compute capability, such as ``8.9``."""
         kinds = self._api.cudaDeviceAttr
         major = self._call("cudaDeviceGetAttribute", kinds.cudaDevAttrComputeCapabilityMajor, self.device)
         minor = self._call("cudaDeviceGetAttribute", kinds.cudaDevAttrComputeCapabilityMinor, self.device)
         return f"{major}.{minor}"
 
     def memory(self) -> DeviceMemory:
-        """Return how much of the device's memory is free."""
         return DeviceMemory(*self._call("cudaMemGetInfo"))
 
     def _call(self, name: str, *arguments: Any) -> Any:
@@ -179,8 +165,10 @@ class CudaRuntime:
         error, *values = result
         if error != self._api.cudaError_t.cudaSuccess:
             raise ProviderError(
-                f"{name}: {error.name}, {self._error_text(error)} | a CUDA call that succeeds | check the GPU with "
-                "nvidia-smi, then open the bundle again"
+                name,
+                f"failed: {error.name}, {self._error_text(error)}",
+                None,
+                "Check the GPU with nvidia-smi, then open the bundle again.",
             )
         return values[0] if len(values) == 1 else tuple(values) or None
 
@@ -199,7 +187,7 @@ def open_cuda(device: int = 0) -> CudaRuntime:
         from cuda.bindings import runtime
     except ImportError as err:
         raise ProviderError(
-            f"provider tensorrt: {err} | the package cuda-bindings 12.9 or later | {INSTALL_HINT}"
+            "TensorRT", f"needs the package cuda-bindings 12.9 or later: {err}", None, f"Install it: {INSTALL}"
         ) from err
     return cuda_device(runtime, device)
 
@@ -213,13 +201,17 @@ def cuda_device(api: Any, device: int) -> CudaRuntime:
     error, count = api.cudaGetDeviceCount()
     if error == api.cudaError_t.cudaErrorInsufficientDriver:
         raise ProviderError(
-            f"cudaGetDeviceCount: {error.name} | an NVIDIA driver, new enough for the installed cuda-bindings | "
-            "install or update the driver, or run on the CPU: provider cpu"
+            "cudaGetDeviceCount",
+            f"failed: {error.name}",
+            "the installed cuda-bindings need a newer NVIDIA driver",
+            "Install or update the driver, or run on the CPU (provider cpu).",
         )
     if error == api.cudaError_t.cudaErrorNoDevice or (error == api.cudaError_t.cudaSuccess and device >= count):
         raise ProviderError(
-            f"GPU {device}: {count or 0} GPUs are visible | an NVIDIA GPU with that number | check nvidia-smi and "
-            "CUDA_VISIBLE_DEVICES, or run on the CPU: provider cpu"
+            f"GPU {device}",
+            f"is missing: {count or 0} NVIDIA GPUs are visible",
+            None,
+            "Check nvidia-smi and CUDA_VISIBLE_DEVICES, or run on the CPU (provider cpu).",
         )
     opened = CudaRuntime(api, device)
     opened._check("cudaGetDeviceCount", (error, count))

@@ -1,6 +1,6 @@
-"""Loads a TensorRT plan and checks that it is the engine that the bundle and the plan's JSON describe.
+"""Loads a TensorRT plan and checks that it is the engine that the bundle and the plan's manifest describe.
 
-The module of TensorRT comes in as an argument.
+The module of TensorRT is an argument.
 """
 
 import mmap
@@ -12,28 +12,40 @@ from typing import Any
 from gircse.runtime.errors import BundleError, ProviderError
 from gircse.runtime.manifest import MANIFEST_NAME, GraphFacts, Layout
 from gircse.runtime.provider import Provider
-from gircse.runtime.tensor_names import ATTENTION_MASK, INPUT_IDS
+from gircse.runtime.tensor_names import ATTENTION_MASK, INPUT_IDS, cache_names
 from gircse.runtime.trt.engine_manifest import EngineManifest
 from gircse.runtime.trt.library import tensorrt_logger
-from gircse.runtime.trt.memory_layout import BufferPlanner
+from gircse.runtime.trt.memory_layout import MemoryLayout
 
 CACHE_ITEM_BYTES = {"FLOAT": 4, "HALF": 2, "BF16": 2}
+
+Check = Callable[[str | None, str, object, object], None]
+"""Refuses a plan that is not as expected; takes the part (None for the whole), what of it, the found and the expected."""
 
 
 class LoadedEngine:
     """A deserialized engine; makes execution contexts for several threads.
 
     Attributes:
-        planner: plans its passes.
+        manifest: the manifest of its plan.
+        memory: what its passes bind.
+        build_command: builds it again; for messages.
     """
 
     def __init__(
-        self, engine: Any, *, module: Any, messages: Any, plan: EngineManifest, planner: BufferPlanner
+        self,
+        engine: Any,
+        *,
+        module: Any,
+        messages: Any,
+        manifest: EngineManifest,
+        memory: MemoryLayout,
+        build_command: str,
     ) -> None:
         """Take an ``ICudaEngine`` and what :func:`load_engine` found out about it."""
-        self.planner = planner
+        self.manifest, self.memory, self.build_command = manifest, memory, build_command
         self._engine, self._module, self._messages = engine, module, messages
-        self._is_rtx = plan.provider is Provider.TENSORRT_RTX
+        self._is_rtx = manifest.provider is Provider.TENSORRT_RTX
         self._lock = threading.Lock()  # TensorRT does not promise that contexts can be created concurrently
 
     @property
@@ -42,7 +54,7 @@ class LoadedEngine:
         return self._is_rtx
 
     def scratch_bytes(self, profile: int) -> int:
-        """Return how much device memory a context of a profile wants for its activations."""
+        """Return how much device memory a context of a profile needs for its activations."""
         return int(self._engine.get_device_memory_size_for_profile_v2(profile))
 
     def create_context(self, *, for_graph: bool) -> Any:
@@ -60,109 +72,115 @@ class LoadedEngine:
                 context = self._engine.create_execution_context(self._rtx_config(managed, for_graph=for_graph))
             else:
                 context = self._engine.create_execution_context(managed)
-        return self.checked(context, "create_execution_context", "an execution context", "free GPU memory")
+        if context is None:
+            raise self.failure("create_execution_context", "failed", hint="Free memory of the GPU.")
+        return context
 
-    def checked(self, result: Any, where: str, expected: str, remedy: str) -> Any:
-        """Return the result of a TensorRT call unless it is the None or False that stands for a failure.
+    def failure(self, where: str, verb: str, *, expected: str | None = None, hint: str | None = None) -> ProviderError:
+        """Return the error for a TensorRT call that returned None or False, with the reason that TensorRT logged.
 
-        Raises:
-            ProviderError: with what TensorRT logged.
+        Args:
+            where: the call, or what was set.
+            verb: what became of it, such as ``failed``.
+            expected: more about the call, as a clause.
+            hint: what to do; None is to build the engine again.
         """
-        if result is None or result is False:
-            raise ProviderError(f"{where}: {self._messages.drain() or result} | {expected} | {remedy}")
-        return result
+        reason = self._messages.drain() or "TensorRT gives no reason"
+        return ProviderError(
+            where, f"{verb}: {reason}", expected, hint or f"Build the engine again: {self.build_command}"
+        )
 
     def _rtx_config(self, strategy: Any, *, for_graph: bool) -> Any:
         config = self._engine.create_runtime_config()
-        self.checked(config, "create_runtime_config", "a runtime configuration", "reinstall tensorrt-rtx")
+        if config is None:
+            raise self.failure("create_runtime_config", "failed", hint="Reinstall tensorrt-rtx.")
         config.set_execution_context_allocation_strategy(strategy)
         graphs = self._module.CudaGraphStrategy
         config.cuda_graph_strategy = graphs.WHOLE_GRAPH_CAPTURE if for_graph else graphs.DISABLED
         return config
 
 
-def load_engine(plan_path: Path, plan: EngineManifest, facts: GraphFacts, *, module: Any) -> LoadedEngine:
+def load_engine(
+    plan_path: Path, manifest: EngineManifest, facts: GraphFacts, *, module: Any, build_command: str
+) -> LoadedEngine:
     """Deserialize a plan.
 
     Args:
         plan_path: the plan; :mod:`gircse.runtime.trt.engine_manifest` has checked its hash.
-        plan: its JSON.
+        manifest: its manifest.
         facts: what the bundle's graphs compute.
         module: ``tensorrt`` or ``tensorrt_rtx``.
+        build_command: builds the plan again; for messages.
 
     Raises:
-        BundleError: TensorRT refuses the plan, or it is not the engine that plan and facts describe.
+        BundleError: TensorRT refuses the plan, or it is not the engine that manifest and facts describe.
     """
     messages = tensorrt_logger(module)
     runtime = module.Runtime(messages)
-    engine = _deserialize(plan_path, runtime)
-    if engine is None:
-        raise BundleError(
-            f"{plan_path}: {messages.drain() or 'TensorRT cannot read it'} | a plan for {plan.provider} "
-            f"{module.__version__} on this GPU (it was built by {plan.version} for compute capability "
-            f"{', '.join(plan.compute_capabilities)}) | build it again: {plan.command}"
-        )
-
-    def refuse(what: str, came: object, expected: object) -> None:
-        if came != expected:
-            raise BundleError(
-                f"{plan_path}: {what} {came} | its JSON and {MANIFEST_NAME} say {expected} | build it again: "
-                f"{plan.command}"
-            )
-
-    planner = BufferPlanner(facts, plan.layout, _check_tensors(engine, facts, plan.layout, module, refuse))
-    _check_profiles(engine, plan, planner, refuse)
-    return LoadedEngine(engine, module=module, messages=messages, plan=plan, planner=planner)
-
-
-def _deserialize(plan_path: Path, runtime: Any) -> Any:
+    hint = f"Build it again: {build_command}"
     # Mapped, not read: a plan of several gigabytes goes to the device without a copy on the heap.
     try:
         with plan_path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            return runtime.deserialize_cuda_engine(content)
+            engine = runtime.deserialize_cuda_engine(content)
     except (OSError, ValueError) as err:  # mmap refuses an empty file with ValueError
-        raise BundleError(f"{plan_path}: {err} | a TensorRT plan | build it again: gircse-build") from err
+        raise BundleError(str(plan_path), f"cannot be read: {err}", None, hint) from err
+    if engine is None:
+        raise BundleError(
+            str(plan_path),
+            f"is refused by {manifest.provider} {module.__version__}: {messages.drain() or 'it gives no reason'}",
+            f"it was built by {manifest.version} for compute capability {', '.join(manifest.compute_capabilities)}",
+            hint,
+        )
+
+    def check(part: str | None, what: str, found: object, expected: object) -> None:
+        if found != expected:
+            where = f"{plan_path}: {part}" if part else str(plan_path)
+            raise BundleError(where, f"{what} {found}", f"its JSON and {MANIFEST_NAME} say {expected}", hint)
+
+    memory = MemoryLayout(facts, manifest.layout, _check_tensors(engine, facts, manifest.layout, module, check))
+    _check_profiles(engine, manifest, memory, check)
+    return LoadedEngine(
+        engine, module=module, messages=messages, manifest=manifest, memory=memory, build_command=build_command
+    )
 
 
-def _check_tensors(
-    engine: Any, facts: GraphFacts, layout: Layout, module: Any, refuse: Callable[[str, object, object], None]
-) -> int:
+def _check_tensors(engine: Any, facts: GraphFacts, layout: Layout, module: Any, check: Check) -> int:
     """Compare names, types, shapes and locations with the layout; return the item size of the KV cache."""
     names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
-    found = {name: engine.get_tensor_mode(name) for name in names}
-    planner = BufferPlanner(facts, layout, CACHE_ITEM_BYTES["FLOAT"])
+    modes = {name: engine.get_tensor_mode(name) for name in names}
+    memory = MemoryLayout(facts, layout, CACHE_ITEM_BYTES["FLOAT"])
     # Where the shapes of two batches that differ in every size differ, the dimension must be dynamic.
-    small, large = planner.plan(2, 3, 0), planner.plan(5, 7, planner.last_pass)
+    small, large = memory.bindings(2, 3, 0), memory.bindings(5, 7, memory.last_pass)
     inputs, outputs = module.TensorIOMode.INPUT, module.TensorIOMode.OUTPUT
-    refuse("has inputs", sorted(n for n in names if found[n] == inputs), sorted(small.inputs))
-    refuse("has outputs", sorted(n for n in names if found[n] == outputs), sorted(small.outputs))
+    check(None, "has the inputs", sorted(n for n in names if modes[n] == inputs), sorted(small.inputs))
+    check(None, "has the outputs", sorted(n for n in names if modes[n] == outputs), sorted(small.outputs))
 
-    cache = {name for name in names if name.startswith(("past.", "present."))}
+    cache = {*cache_names("past", facts.num_layers), *cache_names("present", facts.num_layers)} & set(names)
     cache_dtype = engine.get_tensor_dtype(min(cache)).name if cache else "FLOAT"
     if cache_dtype not in CACHE_ITEM_BYTES:
-        refuse("has a KV cache of", cache_dtype, " or ".join(CACHE_ITEM_BYTES))
+        check(None, "has a KV cache of type", cache_dtype, " or ".join(CACHE_ITEM_BYTES))
     for name in names:
         integers = name in (INPUT_IDS, ATTENTION_MASK)
-        expected = "INT64" if integers else cache_dtype if name in cache else "FLOAT"
-        refuse(f"{name} is of type", engine.get_tensor_dtype(name).name, expected)
-        refuse(f"{name} lies on", engine.get_tensor_location(name).name, module.TensorLocation.DEVICE.name)
+        dtype = "INT64" if integers else cache_dtype if name in cache else "FLOAT"
+        check(name, "is of type", engine.get_tensor_dtype(name).name, dtype)
+        check(name, "lies on", engine.get_tensor_location(name).name, module.TensorLocation.DEVICE.name)
         one, other = (sizes.inputs.get(name) or sizes.outputs[name] for sizes in (small, large))
-        came = tuple(engine.get_tensor_shape(name))
-        wanted = tuple(a if a == b else -1 for a, b in zip(one, other, strict=True))
+        found = tuple(engine.get_tensor_shape(name))
+        expected = tuple(a if a == b else -1 for a, b in zip(one, other, strict=True))
         # TensorRT may leave more open than it must; BoundContext compares every shape of every pass again.
-        if len(came) != len(wanted) or any(w not in (-1, c) and c != -1 for c, w in zip(came, wanted, strict=True)):
-            refuse(f"{name} has shape", came, wanted)
+        if len(found) != len(expected) or any(
+            e not in (-1, f) and f != -1 for f, e in zip(found, expected, strict=True)
+        ):
+            check(name, "has shape", found, expected)
     return CACHE_ITEM_BYTES[cache_dtype]
 
 
-def _check_profiles(
-    engine: Any, plan: EngineManifest, planner: BufferPlanner, refuse: Callable[[str, object, object], None]
-) -> None:
-    names = sorted(planner.input_shapes(1, 1, 0))
-    refuse("has optimization profiles:", engine.num_optimization_profiles, len(plan.profiles))
-    for index, profile in enumerate(plan.profiles):
-        refuse(f"profile {profile.name} has ranges of", sorted(profile.shapes), names)
+def _check_profiles(engine: Any, manifest: EngineManifest, memory: MemoryLayout, check: Check) -> None:
+    names = sorted(memory.input_shapes(1, 1, 0))
+    check("the number of optimization profiles", "is", engine.num_optimization_profiles, len(manifest.profiles))
+    for index, profile in enumerate(manifest.profiles):
+        check(f"profile {profile.name}", "has ranges of", sorted(profile.shapes), names)
         for name in names:
             ranges = profile.shapes[name]
-            came = [tuple(dims) for dims in engine.get_tensor_profile_shape(name, index)]
-            refuse(f"profile {profile.name} has {name} of", came, [ranges.min, ranges.opt, ranges.max])
+            found = [tuple(dims) for dims in engine.get_tensor_profile_shape(name, index)]
+            check(f"profile {profile.name}", f"has {name} of", found, [ranges.min, ranges.opt, ranges.max])

@@ -1,7 +1,7 @@
-"""TensorRT engines of a bundle: ``engines/NAME.plan`` with a JSON beside each, checked before the plan is trusted.
+"""TensorRT engines of a bundle: ``engines/NAME.plan`` and ``engines/NAME.json``, checked before the plan is trusted.
 
-``gircse-build`` writes both; a plan runs only with the TensorRT that built it, on the compute capabilities it was built
-for, and belongs to exactly one bundle. The JSON holds the fields of :class:`EngineManifest`.
+``gircse-build`` writes both. A plan runs only with the TensorRT that built it, on the compute capabilities that it was
+built for, and belongs to exactly one bundle. The JSON holds the fields of :class:`EngineManifest`.
 """
 
 import shlex
@@ -19,6 +19,7 @@ ENGINES_FOLDER = "engines"
 ENGINE_SCHEMA_VERSION = 2
 
 Shape = tuple[int, ...]
+Sizes = tuple[int, int, int]
 
 
 class Stage(StrEnum):
@@ -30,7 +31,7 @@ class Stage(StrEnum):
 
 
 class ShapeRange(Record, frozen=True):
-    """Smallest, expected and largest shape of one engine input."""
+    """The min, opt and max shape of one engine input."""
 
     min: Shape
     opt: Shape
@@ -48,13 +49,29 @@ class EngineProfile(Record, frozen=True):
 
     Attributes:
         name: such as ``latency`` or ``throughput``.
-        stage: what it is made for. Its ranges hold every stage; only the expected shapes differ.
+        stage: what it is made for. Its ranges hold every stage; only the opt shapes differ.
         shapes: the range of every input, by name.
     """
 
     name: str
     stage: Stage
     shapes: Mapping[str, ShapeRange]
+
+
+class BuildRequest(Record, frozen=True):
+    """The options of ``gircse-build`` as they were given, but for those that :class:`EngineManifest` has itself.
+
+    Attributes:
+        batch: min, opt and max texts of a run.
+        tokens: min, opt and max tokens of a prompt; None where the bundle's limit was taken.
+        profiles: named profiles, as on the command line; empty for the default ones.
+        workspace_gib: maximum workspace; None leaves it to TensorRT.
+    """
+
+    batch: Sizes
+    tokens: Sizes | None = None
+    profiles: tuple[str, ...] = ()
+    workspace_gib: float | None = None
 
 
 class EngineManifest(Record, frozen=True):
@@ -69,8 +86,8 @@ class EngineManifest(Record, frozen=True):
         version: version of that TensorRT.
         compute_capabilities: GPUs that it runs on, such as ``8.9``.
         profiles: optimization profiles, in the engine's order.
-        settings: builder settings, as they were given.
-        command: the command that builds it again.
+        request: what ``gircse-build`` was asked for.
+        settings: settings of TensorRT's builder.
         build_seconds: how long the build took.
         plan_bytes: size of the plan.
         plan_sha256: SHA-256 of the plan.
@@ -84,16 +101,11 @@ class EngineManifest(Record, frozen=True):
     version: str
     compute_capabilities: tuple[str, ...]
     profiles: tuple[EngineProfile, ...]
+    request: BuildRequest
     settings: Mapping[str, str | int | float | bool | None]
-    command: str
     build_seconds: float
     plan_bytes: int
     plan_sha256: str
-
-    def __post_init__(self) -> None:
-        """Refuse a command that cannot be taken apart; msgspec turns the ``ValueError`` into its own."""
-        if len(shlex.split(self.command)) < 2:
-            raise ValueError(f"command {self.command!r} names no bundle")
 
     @property
     def name(self) -> str:
@@ -102,35 +114,67 @@ class EngineManifest(Record, frozen=True):
         layout = "unrolled-" if self.layout is Layout.UNROLLED else ""
         return f"{layout}{self.precision}-{self.provider}-{self.version}-sm{capabilities}"
 
+    def build_command(self, bundle: Path, capability: str) -> str:
+        """Return the command that builds it again, for the bundle where it is now and a GPU that may be another one."""
+        return build_command(
+            bundle,
+            precision=self.precision,
+            provider=self.provider,
+            layout=self.layout,
+            capability=capability,
+            request=self.request,
+        )
+
     def to_json(self) -> bytes:
         """Return the content of the JSON beside the plan."""
         return encode_record(self, indent=2)
 
 
+def build_command(
+    bundle: Path,
+    *,
+    precision: str,
+    provider: Provider,
+    layout: Layout,
+    capability: str,
+    request: BuildRequest | None = None,
+) -> str:
+    """Return a ``gircse-build`` command, quoted for a shell; without a request, the sizes are left to their defaults."""
+    words = ["gircse-build", str(bundle), "--precision", precision, "--provider", provider, "--layout", layout]
+    if request is not None:
+        words += ["--batch", ":".join(map(str, request.batch))]
+        if request.tokens is not None:
+            words += ["--tokens", ":".join(map(str, request.tokens))]
+        if request.profiles:
+            words += ["--profiles", ",".join(request.profiles)]
+        if request.workspace_gib is not None:
+            words += ["--workspace-gib", str(request.workspace_gib)]
+    return shlex.join([*words, "--sm", capability])
+
+
 def read_engines(bundle: Bundle) -> list[tuple[EngineManifest, Path]]:
-    """Return the plans of a bundle with their paths, sorted by name.
+    """Return the manifests of a bundle's engines and the paths of their plans, sorted by name.
 
     Raises:
-        BundleError: a JSON beside a plan cannot be used.
+        BundleError: a manifest cannot be read or used.
     """
+    remake = f"Build the engine again: {shlex.join(['gircse-build', str(bundle.directory)])}"
     found = []
     for path in sorted((bundle.directory / ENGINES_FOLDER).glob("*.json")):
         try:
             content = path.read_bytes()
         except OSError as err:
-            raise BundleError(
-                f"{path}: {err.strerror} | what gircse-build wrote beside its plan | build the engine again"
-            ) from err
-        plan = decode_versioned(
+            raise BundleError(str(path), f"cannot be read: {err.strerror}", None, remake) from err
+        manifest = decode_versioned(
             EngineManifest,
             content,
             where=str(path),
             oldest=ENGINE_SCHEMA_VERSION,
             newest=ENGINE_SCHEMA_VERSION,
             error=BundleError,
-            remake="Build the engine again.",
+            remake=remake,
         )
-        found.append((plan, path.with_suffix(".plan")))
+        found.append((manifest, path.with_suffix(".plan")))
     return found
 
 
@@ -144,7 +188,7 @@ def select_engine(
     layout: Layout | None,
     verify: bool,
 ) -> tuple[EngineManifest, Path]:
-    """Choose the engine that this machine can run.
+    """Select the engine that this machine can run.
 
     Args:
         bundle: an opened bundle.
@@ -158,63 +202,68 @@ def select_engine(
     Raises:
         ProviderError: there is no engine of the provider; the message says how to build one.
         EngineMismatchError: none fits; the message says what differs and how to build one that does.
-        BundleError: a plan or its JSON is damaged.
+        BundleError: a plan or its manifest is damaged.
     """
-    plans = [(plan, path) for plan, path in read_engines(bundle) if plan.provider is provider]
-    wanted = [
-        (plan, path)
+    engines = [(manifest, path) for manifest, path in read_engines(bundle) if manifest.provider is provider]
+    candidates = [
+        (manifest, path)
         for precision in precisions
         for name in ((layout,) if layout else (Layout.STEPWISE, Layout.UNROLLED))
-        for plan, path in plans
-        if plan.precision == precision and plan.layout is name
+        for manifest, path in engines
+        if manifest.precision == precision and manifest.layout is name
     ]
-    if not wanted:
-        possible = [name for name in precisions if name in bundle.manifest.variants] or precisions
-        layouts = bundle.manifest.graph.layouts  # a variant with one graph of two has the stepwise one
-        layout = layout or (Layout.STEPWISE if Layout.STEPWISE in layouts else Layout.UNROLLED)
-        command = ["gircse-build", str(bundle.directory), "--precision", possible[0], "--provider", provider]
-        raise ProviderError(
-            f"{bundle.directory}: no {provider} engine of {' or '.join(possible)} | one in {ENGINES_FOLDER}/ | "
-            f"build it: {shlex.join([*command, '--layout', layout, '--sm', capability])}"
-        )
-    differences = [_differences(plan, bundle, version, capability) for plan, _ in wanted]
-    for (plan, path), difference in zip(wanted, differences, strict=True):
+    if not candidates:
+        raise _no_engine(bundle, provider, precisions, layout, capability)
+    differences = [_differences(manifest, bundle, version, capability) for manifest, _ in candidates]
+    for (manifest, path), difference in zip(candidates, differences, strict=True):
         if not difference:
-            _check_plan_file(plan, path, rebuild_command(plan, bundle.directory, capability), verify=verify)
-            return plan, path
-    plan, path = wanted[0]
+            _check_plan_file(path, manifest, manifest.build_command(bundle.directory, capability), verify=verify)
+            return manifest, path
+    manifest, path = candidates[0]
     raise EngineMismatchError(
-        f"{path}: {'; '.join(differences[0])} | an engine of this bundle for this machine | "
-        f"rebuild: {rebuild_command(plan, bundle.directory, capability)}"
+        str(path),
+        f"does not fit: {'; '.join(differences[0])}",
+        None,
+        f"Build it again: {manifest.build_command(bundle.directory, capability)}",
     )
 
 
-def rebuild_command(plan: EngineManifest, bundle: Path, capability: str) -> str:
-    """Return the command that builds a plan again, for a bundle that may have moved and a GPU that may be another."""
-    command, _, *flags = shlex.split(plan.command)
-    if "--sm" in flags:
-        place = flags.index("--sm") + 1
-        flags[place : place + 1] = [capability]
-    return shlex.join([command, str(bundle), *flags])
+def _no_engine(
+    bundle: Bundle, provider: Provider, precisions: Sequence[str], layout: Layout | None, capability: str
+) -> ProviderError:
+    possible = [name for name in precisions if name in bundle.manifest.variants] or precisions
+    layouts = bundle.manifest.graph.layouts  # a variant with one graph of two has the stepwise one
+    command = build_command(
+        bundle.directory,
+        precision=possible[0],
+        provider=provider,
+        layout=layout or (Layout.STEPWISE if Layout.STEPWISE in layouts else Layout.UNROLLED),
+        capability=capability,
+    )
+    wanted = f"{layout} {provider}" if layout else provider
+    return ProviderError(
+        str(bundle.directory), f"has no {wanted} engine of {' or '.join(possible)}", None, f"Build one: {command}"
+    )
 
 
-def _differences(plan: EngineManifest, bundle: Bundle, version: str, capability: str) -> list[str]:
+def _differences(manifest: EngineManifest, bundle: Bundle, version: str, capability: str) -> list[str]:
     found = []
-    if plan.schema_version != ENGINE_SCHEMA_VERSION:
-        found.append(f"schema version {plan.schema_version}, this gircse-deploy reads {ENGINE_SCHEMA_VERSION}")
-    if plan.bundle_sha256 != file_sha256(bundle.directory / MANIFEST_NAME):
-        found.append("built from another export of the bundle")
-    if plan.version != version:
-        found.append(f"built by {plan.provider} {plan.version}, {version} is installed")
-    if capability not in plan.compute_capabilities:
-        found.append(f"for compute capability {', '.join(plan.compute_capabilities)}, this GPU has {capability}")
+    if manifest.bundle_sha256 != file_sha256(bundle.directory / MANIFEST_NAME):
+        found.append("it was built from another export of the bundle")
+    if manifest.version != version:
+        found.append(f"it was built by {manifest.provider} {manifest.version}, and {version} is installed")
+    if capability not in manifest.compute_capabilities:
+        built_for = ", ".join(manifest.compute_capabilities)
+        found.append(f"it was built for compute capability {built_for}, and this GPU has {capability}")
     return found
 
 
-def _check_plan_file(plan: EngineManifest, path: Path, command: str, *, verify: bool) -> None:
+def _check_plan_file(path: Path, manifest: EngineManifest, command: str, *, verify: bool) -> None:
     size = path.stat().st_size if path.is_file() else None
-    if size != plan.plan_bytes or (verify and file_sha256(path) != plan.plan_sha256):
-        came = "missing" if size is None else f"{size} bytes" if size != plan.plan_bytes else "another SHA-256"
-        raise BundleError(
-            f"{path}: {came} | {plan.plan_bytes} bytes, SHA-256 {plan.plan_sha256[:12]}... | build again: {command}"
-        )
+    if size == manifest.plan_bytes and not (verify and file_sha256(path) != manifest.plan_sha256):
+        return
+    got = "is missing" if size is None else f"has {size} bytes"
+    if size == manifest.plan_bytes:
+        got = "has another SHA-256"
+    expected = f"it was built with {manifest.plan_bytes} bytes and the SHA-256 {manifest.plan_sha256}"
+    raise BundleError(str(path), got, expected, f"Build it again: {command}")

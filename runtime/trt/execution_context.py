@@ -7,8 +7,6 @@ from gircse.runtime.trt.cuda import Cuda
 from gircse.runtime.trt.engine import LoadedEngine
 from gircse.runtime.trt.memory_layout import Buffer, Shape, StepBindings
 
-REBUILD = "build the engine again with gircse-build"
-
 
 class BoundContext:
     """An ``IExecutionContext`` on one profile and one stream, which remembers what is bound to it."""
@@ -33,32 +31,32 @@ class BoundContext:
         self._context = engine.create_context(for_graph=for_graph)
         self._shapes: dict[str, Shape] = {}
         self._addresses: dict[str, int] = {}
-        switched = self._context.set_optimization_profile_async(profile, stream)
-        engine.checked(switched, f"optimization profile {profile}", "a profile of the engine", REBUILD)
+        if not self._context.set_optimization_profile_async(profile, stream):
+            raise engine.failure(f"optimization profile {profile}", "is refused")
         self._context.set_device_memory(scratch, scratch_bytes)
 
-    def bind(self, planned: StepBindings, addresses: Mapping[Buffer, int]) -> None:
+    def bind(self, bindings: StepBindings, addresses: Mapping[Buffer, int]) -> None:
         """Set what differs from the last pass.
 
         Args:
-            planned: the pass.
+            bindings: of the pass.
             addresses: where the buffers lie on the device.
 
         Raises:
-            ProviderError: TensorRT refuses a shape or an address, or derives other output shapes than planned.
+            ProviderError: TensorRT refuses a shape or an address, or derives other output shapes.
         """
-        for name, shape in planned.inputs.items():
+        for name, shape in bindings.inputs.items():
             if self._shapes.get(name) != shape:
-                accepted = self._context.set_input_shape(name, shape)
-                self._engine.checked(accepted, f"{name}: shape {shape}", "a shape in the profile's range", REBUILD)
+                if not self._context.set_input_shape(name, shape):
+                    raise self._engine.failure(f"shape {shape} of {name}", "is refused")
                 self._shapes[name] = shape
-        for name, place in planned.places.items():
+        for name, place in bindings.places.items():
             address = addresses[place.buffer] + place.offset
             if self._addresses.get(name) != address:
-                accepted = self._context.set_tensor_address(name, address)
-                self._engine.checked(accepted, f"{name}: address {address:#x}", "an address TensorRT takes", REBUILD)
+                if not self._context.set_tensor_address(name, address):
+                    raise self._engine.failure(f"address {address:#x} of {name}", "is refused")
                 self._addresses[name] = address
-        self._check_outputs(planned)
+        self._check_outputs(bindings)
 
     def enqueue(self) -> None:
         """Put the bound pass into the stream.
@@ -66,25 +64,28 @@ class BoundContext:
         Raises:
             ProviderError: TensorRT refuses.
         """
-        queued = self._context.execute_async_v3(self._stream)
-        self._engine.checked(queued, "execute_async_v3", f"a pass with {self._shapes}", "see TensorRT's log")
+        if not self._context.execute_async_v3(self._stream):
+            shapes = f"the input shapes are {self._shapes}"
+            raise self._engine.failure("execute_async_v3", "failed", expected=shapes, hint="See TensorRT's log.")
 
-    def _check_outputs(self, planned: StepBindings) -> None:
+    def _check_outputs(self, bindings: StepBindings) -> None:
+        rebuild = f"Build the engine again: {self._engine.build_command}"
         try:
             missing = self._context.infer_shapes()
         except RuntimeError as err:
-            raise ProviderError(f"infer_shapes: {err} | the shapes {dict(planned.inputs)} | {REBUILD}") from err
+            shapes = f"the input shapes are {dict(bindings.inputs)}"
+            raise ProviderError("infer_shapes", f"failed: {err}", shapes, rebuild) from err
         if missing:
-            raise ProviderError(f"infer_shapes: {missing} are unset | every input with a shape | {REBUILD}")
-        for name, expected in planned.outputs.items():
-            # A larger output than planned would be written past its place.
-            came = tuple(self._context.get_tensor_shape(name))
-            if came != expected:
-                raise ProviderError(f"{name}: shape {came} | {expected} | {REBUILD}")
+            raise ProviderError("infer_shapes", f"misses the shapes of {', '.join(missing)}", None, rebuild)
+        for name, expected in bindings.outputs.items():
+            # A larger output would be written past its place.
+            found = tuple(self._context.get_tensor_shape(name))
+            if found != expected:
+                raise ProviderError(name, f"has shape {found}", f"its place holds {expected}", rebuild)
 
 
 class CapturedStep:
-    """A pass that comes again with the same shapes: it has a context of its own and, once captured, a CUDA graph.
+    """A pass that repeats with the same shapes: it has a context of its own and, once captured, a CUDA graph.
 
     A captured graph stays valid only while nothing is changed in the context that it was captured from. Therefore that
     context serves no other pass. TensorRT for RTX captures and replays on its own as long as nothing is changed.

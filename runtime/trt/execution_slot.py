@@ -1,9 +1,9 @@
-"""A lane: one stream and all that one caller at a time needs to run batches in it.
+"""An execution slot: one stream and all that one caller at a time needs to run batches in it.
 
     host inputs --copy--> pass 0, pass 1, ... pass steps --copy--> host outputs, then one synchronization
 
-The KV cache and the states stay on the device between the passes. A shape that comes back soon gets captured: its
-second run captures every pass (see :class:`CapturedStep`), from the third on a pass is one launch.
+The KV cache and the states stay on the device between the passes. A shape that soon repeats is captured: its second run
+captures every pass (see :class:`CapturedStep`), and from the third on a pass is one launch.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ from gircse.runtime.trt.cuda import Cuda
 from gircse.runtime.trt.engine import LoadedEngine
 from gircse.runtime.trt.execution_context import BoundContext, CapturedStep
 from gircse.runtime.trt.memory_layout import Buffer, Int64, StepBindings, aligned
-from gircse.runtime.trt.profile_selection import ProfileChoice
+from gircse.runtime.trt.profile_selection import ProfileSelection
 
 logger = logging.getLogger(__name__)
 
@@ -26,29 +26,27 @@ Entry = TypeVar("Entry")
 
 
 class CapturePolicy:
-    """Whether to capture, shared by the lanes of a session: what fails once is not tried again."""
+    """Whether to capture, shared by the slots of a session: what fails once is not tried again."""
 
     def __init__(self, shapes: int) -> None:
         """Keep the graphs of the ``shapes`` batch shapes that were used last; 0 captures nothing."""
         self.shapes = shapes
 
     def give_up(self, reason: str) -> None:
-        """Stop capturing; tell so once."""
+        """Stop capturing; log that once."""
         if self.shapes:
             self.shapes = 0
-            logger.warning(
-                "no CUDA graphs: %s; passes are enqueued one by one, which is slower for small batches", reason
-            )
+            logger.warning("no CUDA graphs, which makes small batches slower: %s", reason)
 
 
 class BatchRunner:
-    """Buffers and contexts for the batches of one choice of profiles, allocated once for the largest of them."""
+    """Buffers and contexts for the batches of one selection of profiles, allocated once for the largest of them."""
 
     def __init__(
         self,
         cuda: Cuda,
         engine: LoadedEngine,
-        choice: ProfileChoice,
+        selection: ProfileSelection,
         limits: BatchShape,
         *,
         stream: int,
@@ -59,7 +57,7 @@ class BatchRunner:
         Args:
             cuda: the device.
             engine: the engine.
-            choice: the profiles.
+            selection: the profiles.
             limits: largest batch and width that they take.
             stream: where everything runs.
             policy: whether to capture.
@@ -68,11 +66,11 @@ class BatchRunner:
             ProviderError: out of memory; what was allocated is freed.
         """
         self._cuda, self._engine, self._stream, self._policy = cuda, engine, stream, policy
-        self._profiles = (choice.prompt, choice.step)
+        self._profiles = (selection.prompt, selection.step)
         self._contexts: dict[int, BoundContext] = {}
         self._seen: OrderedDict[BatchShape, None] = OrderedDict()
         self._captured: OrderedDict[BatchShape, dict[int, CapturedStep]] = OrderedDict()
-        sizes = engine.planner.buffer_bytes(*limits)
+        sizes = engine.memory.buffer_bytes(*limits)
         with contextlib.ExitStack() as resources:
             self._addresses = {buffer: _device_memory(cuda, size, resources) for buffer, size in sizes.items()}
             self._scratch_bytes = aligned(max(engine.scratch_bytes(profile) for profile in self._profiles))
@@ -86,31 +84,30 @@ class BatchRunner:
 
     def run(self, input_ids: Int64, attention_mask: Int64, *, steps: int) -> StepOutputs:
         """Run one batch, (batch, tokens) int64 each, within the limits; the arrays returned are the caller's."""
-        cuda, planner = self._cuda, self._engine.planner
+        cuda, memory = self._cuda, self._engine.memory
         batch, tokens = input_ids.shape
-        repeated = self._captured_steps((batch, tokens))
-        size = planner.write_inputs(self._host_inputs, input_ids, attention_mask, steps=steps)
+        captured = self._captured_steps((batch, tokens))
+        size = memory.write_inputs(self._host_inputs, input_ids, attention_mask, steps=steps)
         cuda.copy_to_device(self._addresses[Buffer.INPUTS], self._host_inputs[:size], self._stream)
-        for number in range(planner.pass_count(steps)):
-            again = None if repeated is None else self._run_or_capture(repeated, batch, tokens, number)
-            if again is None:
-                self._enqueue(planner.plan(batch, tokens, number), self._profiles[number > 0])
-        results = self._host_outputs[: planner.output_bytes(batch, steps)]
+        for number in range(memory.pass_count(steps)):
+            if captured is None or not self._launch_or_capture(captured, batch, tokens, number):
+                self._enqueue(memory.bindings(batch, tokens, number), self._profiles[number > 0])
+        results = self._host_outputs[: memory.output_bytes(batch, steps)]
         cuda.copy_to_host(results, self._addresses[Buffer.OUTPUTS], self._stream)
         cuda.synchronize(self._stream)
-        return planner.read_outputs(results, batch=batch, steps=steps)
+        return memory.read_outputs(results, batch=batch, steps=steps)
 
     def close(self) -> None:
         """Free everything; the stream must be idle."""
         with self._resources as resources:
-            for passes in _shrink(self._captured, 0):
-                _close_passes(passes, resources)
+            for captured in _shrink(self._captured, 0):
+                _close_steps(captured, resources)
 
-    def _enqueue(self, planned: StepBindings, profile: int) -> None:
+    def _enqueue(self, bindings: StepBindings, profile: int) -> None:
         if profile not in self._contexts:
             self._contexts[profile] = self._context(profile, for_graph=False)
         context = self._contexts[profile]
-        context.bind(planned, self._addresses)
+        context.bind(bindings, self._addresses)
         context.enqueue()
 
     def _context(self, profile: int, *, for_graph: bool) -> BoundContext:
@@ -124,13 +121,13 @@ class BatchRunner:
         )
 
     def _captured_steps(self, shape: BatchShape) -> dict[int, CapturedStep] | None:
-        """Return the captured passes of a shape, none yet when it comes for the second time; None: do not capture.
+        """Return the captured passes of a shape, empty at its second run; None: do not capture.
 
-        Captured shapes and candidates are both bounded by what is kept: of a stream of texts of ever new lengths only
-        what comes back soon is worth the capture, which costs as much as many plain runs. The stream is idle here, so
-        that the graphs of the shape that was not used for longest can be destroyed.
+        Captured shapes and candidates are both bounded by the number of shapes to keep: of a stream of texts of ever new
+        lengths, only a shape that soon repeats is worth a capture, which costs as much as many plain runs. The stream is
+        idle here, so the graphs of the least recently used shape can be destroyed.
         """
-        limit = self._policy.shapes  # read once: another lane may give up meanwhile
+        limit = self._policy.shapes  # read once: another slot may give up meanwhile
         if shape in self._captured:
             self._captured.move_to_end(shape)
             return self._captured[shape]
@@ -143,38 +140,36 @@ class BatchRunner:
         del self._seen[shape]
         self._captured[shape] = {}
         with contextlib.ExitStack() as resources:
-            for passes in _shrink(self._captured, limit):
-                _close_passes(passes, resources)
+            for captured in _shrink(self._captured, limit):
+                _close_steps(captured, resources)
         return self._captured[shape]
 
-    def _run_or_capture(
-        self, repeated: dict[int, CapturedStep], batch: int, tokens: int, number: int
-    ) -> CapturedStep | None:
-        """Enqueue a pass by its graph, or capture it; None when it must be enqueued plainly."""
-        if number in repeated:
-            repeated[number].enqueue()
-            return repeated[number]
+    def _launch_or_capture(self, captured: dict[int, CapturedStep], batch: int, tokens: int, number: int) -> bool:
+        """Enqueue a captured pass, or enqueue it and capture it; False when it has to be enqueued plainly."""
+        if number in captured:
+            captured[number].enqueue()
+            return True
         if not self._policy.shapes:
-            return None
+            return False
         try:
             context = self._context(self._profiles[number > 0], for_graph=True)
-            context.bind(self._engine.planner.plan(batch, tokens, number), self._addresses)
+            context.bind(self._engine.memory.bindings(batch, tokens, number), self._addresses)
         except ProviderError as err:
             self._policy.give_up(str(err))
             # The error holds the context until here; what its profile may have queued must not outlive it.
             self._cuda.synchronize(self._stream)
-            return None
-        repeated[number] = CapturedStep(self._cuda, context, stream=self._stream)
+            return False
+        captured[number] = CapturedStep(self._cuda, context, stream=self._stream)
         if not self._engine.captures_itself:
             try:
-                repeated[number].capture()
+                captured[number].capture()
             except ProviderError as err:
                 self._policy.give_up(str(err))
-        return repeated[number]
+        return True
 
 
 class ExecutionSlot:
-    """A stream with a :class:`BatchRunner` for every choice of profiles that came up. One caller at a time."""
+    """A stream with a :class:`BatchRunner` for every selection of profiles that occurred. One caller at a time."""
 
     def __init__(self, cuda: Cuda, engine: LoadedEngine, policy: CapturePolicy) -> None:
         """Create the stream; the buffers follow with the first batch.
@@ -187,17 +182,17 @@ class ExecutionSlot:
         self._stream = cuda.create_stream()
 
     def run(
-        self, input_ids: Int64, attention_mask: Int64, *, steps: int, choice: ProfileChoice, limits: BatchShape
+        self, input_ids: Int64, attention_mask: Int64, *, steps: int, selection: ProfileSelection, limits: BatchShape
     ) -> StepOutputs:
-        """Run one batch, (batch, tokens) int64 each, padded to ``choice.tokens``.
+        """Run one batch, (batch, tokens) int64 each, padded to ``selection.tokens``.
 
         Raises:
-            ProviderError: CUDA or TensorRT refuses; the lane can only be closed then.
+            ProviderError: CUDA or TensorRT refuses; the slot can only be closed then.
         """
-        key = (choice.prompt, choice.step)
+        key = (selection.prompt, selection.step)
         if key not in self._runners:
             self._runners[key] = BatchRunner(
-                self._cuda, self._engine, choice, limits, stream=self._stream, policy=self._policy
+                self._cuda, self._engine, selection, limits, stream=self._stream, policy=self._policy
             )
         return self._runners[key].run(input_ids, attention_mask, steps=steps)
 
@@ -221,9 +216,9 @@ def _device_memory(cuda: Cuda, size: int, resources: contextlib.ExitStack) -> in
     return address
 
 
-def _close_passes(passes: dict[int, CapturedStep], resources: contextlib.ExitStack) -> None:
-    for again in passes.values():
-        resources.callback(again.close)
+def _close_steps(captured: dict[int, CapturedStep], resources: contextlib.ExitStack) -> None:
+    for step in captured.values():
+        resources.callback(step.close)
 
 
 def _shrink(entries: "OrderedDict[BatchShape, Entry]", limit: int) -> "list[Entry]":

@@ -1,6 +1,6 @@
-"""The Python modules of TensorRT: which there are, how they are imported, and what they log.
+"""The Python modules of TensorRT: which there are, how they are imported, and where their log goes.
 
-``tensorrt`` 10.15 or later, 11 and ``tensorrt_rtx`` share the names that this package uses.
+``tensorrt`` 10.15 or later, ``tensorrt`` 11 and ``tensorrt_rtx`` share the names that this package uses.
 """
 
 import importlib
@@ -30,8 +30,10 @@ def import_tensorrt(provider: Provider) -> Any:
         return importlib.import_module(name)
     except ImportError as err:
         raise ProviderError(
-            f"{provider}: {name} is not installed ({err}) | TensorRT's Python package | "
-            f"pip install 'gircse-deploy[{provider}]'"
+            f"provider {provider}",
+            f"needs the package {name}, which cannot be imported ({err})",
+            None,
+            f"Install it: pip install 'gircse-deploy[{provider}]'",
         ) from err
 
 
@@ -40,7 +42,7 @@ def tensorrt_logger(module: Any) -> Any:
 
     class TensorRtLogger(module.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:
-            module.ILogger.__init__(self)  # pybind11 wants the base called by name
+            module.ILogger.__init__(self)  # pybind11 requires an explicit call of the base
             self._errors: list[str] = []
 
         def log(self, severity: Any, message: str) -> None:
@@ -50,7 +52,7 @@ def tensorrt_logger(module: Any) -> Any:
                 self._errors.append(message)
 
         def drain(self) -> str:
-            """Return the first error since the last call; what follows it is mostly its echo."""
+            """Return the first error since the last call; those after it mostly repeat it."""
             errors, self._errors = self._errors, []
             return errors[0] if errors else ""
 

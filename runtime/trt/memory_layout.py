@@ -4,12 +4,12 @@ An unrolled engine runs one pass. A stepwise engine runs pass 0, the prompt, and
 serve them all, so that nothing but ids, masks and states ever crosses the bus:
 
     inputs   input_ids (batch, tokens), then the attention mask of every pass, pass k's (batch, tokens + k)
-    outputs  h_0..h_K, (batch, hidden) float32 each: pass k reads slot k - 1 and writes slot k
+    outputs  h_0..h_K, (batch, hidden) float32 each: pass k reads h_(k-1) and writes h_k
     cache 0  the keys and values that even passes write and odd passes read
     cache 1  the other way round
 
-An empty tensor still gets an address of its own inside a buffer, for TensorRT wants every tensor's address to be
-non-null and different from all others. Every tensor starts at a multiple of 256 bytes, which TensorRT wants too.
+An empty tensor still gets an address of its own inside a buffer, because TensorRT requires every tensor's address to be
+non-null and different from all others. Every tensor starts at a multiple of 256 bytes, which TensorRT requires too.
 """
 
 from collections.abc import Mapping
@@ -34,7 +34,7 @@ FLOAT32_BYTES = 4
 
 
 class Buffer(Enum):
-    """The device buffers of a lane."""
+    """The device buffers of an execution slot."""
 
     INPUTS = "inputs"
     OUTPUTS = "outputs"
@@ -66,8 +66,8 @@ class StepBindings:
 
 
 @dataclass(frozen=True)
-class BufferPlanner:
-    """Plans the passes of one engine.
+class MemoryLayout:
+    """Computes what the passes of one engine bind.
 
     Attributes:
         facts: what the graph computes.
@@ -115,8 +115,8 @@ class BufferPlanner:
             steps if facts.steps else {}
         )
 
-    def plan(self, batch: int, tokens: int, number: int) -> StepBindings:
-        """Plan pass ``number`` of a batch."""
+    def bindings(self, batch: int, tokens: int, number: int) -> StepBindings:
+        """Return what pass ``number`` of a batch binds."""
         places = {
             tensor_names.INPUT_IDS: TensorPlacement(Buffer.INPUTS, 0),
             tensor_names.ATTENTION_MASK: TensorPlacement(Buffer.INPUTS, self.mask_offset(batch, tokens, number)),
@@ -136,8 +136,8 @@ class BufferPlanner:
         """Return the size of every buffer that batches up to these sizes need."""
         sizes = {
             Buffer.INPUTS: self.mask_offset(max_batch, max_tokens, self.last_pass + 1),
-            # z_1..z_K of an unrolled engine lie in one block, no longer than K slots; one more slot is z_K alone.
-            Buffer.OUTPUTS: (self.facts.steps + 2) * self._slot_bytes(max_batch),
+            # z_1..z_K of an unrolled engine lie in one block, no longer than K states; one more is z_K alone.
+            Buffer.OUTPUTS: (self.facts.steps + 2) * self._state_bytes(max_batch),
         }
         if self.layout is Layout.STEPWISE:
             cache = 2 * self.facts.num_layers * self._cache_bytes(max_batch, max_tokens + self.facts.steps)
@@ -163,40 +163,40 @@ class BufferPlanner:
 
     def output_bytes(self, batch: int, steps: int) -> int:
         """Return how much of the output buffer's start holds the results of a run."""
-        return (steps + 1 if self.layout is Layout.STEPWISE else self.facts.steps + 1) * self._slot_bytes(batch)
+        return (steps + 1 if self.layout is Layout.STEPWISE else self.facts.steps + 1) * self._state_bytes(batch)
 
     def read_outputs(self, host: HostBytes, *, batch: int, steps: int) -> StepOutputs:
         """Read the results of a run from a copy of the output buffer; the arrays returned are copies."""
-        hidden, slot = self.facts.hidden_size, self._slot_bytes(batch)
+        hidden, size = self.facts.hidden_size, self._state_bytes(batch)
         if self.layout is Layout.STEPWISE:
             states = np.empty((batch, steps + 1, hidden), np.float32)
             for number in range(steps + 1):
-                states[:, number] = _read(host, number * slot, (batch, hidden))
+                states[:, number] = _read(host, number * size, (batch, hidden))
             return step_outputs(states, self.facts.pooling)
-        vectors = _read(host, slot, (batch, self.facts.steps, hidden))
+        vectors = _read(host, size, (batch, self.facts.steps, hidden))
         return StepOutputs(_read(host, 0, (batch, hidden)).copy(), vectors[:, :steps].copy())
 
-    def _slot_bytes(self, batch: int) -> int:
+    def _state_bytes(self, batch: int) -> int:
         return aligned(batch * self.facts.hidden_size * FLOAT32_BYTES)
 
     def _cache_bytes(self, batch: int, total: int) -> int:
         return aligned(batch * total * self.facts.kv_size * self.cache_item_bytes)
 
     def _unrolled_outputs(self, batch: int) -> dict[str, TensorPlacement]:
-        slot = self._slot_bytes(batch)
+        size = self._state_bytes(batch)
         names = [tensor_names.PROMPT_EMBEDDING, tensor_names.STEP_EMBEDDINGS, tensor_names.EMBEDDING]
-        offsets = [0, slot, (self.facts.steps + 1) * slot]
+        offsets = [0, size, (self.facts.steps + 1) * size]
         places = {name: TensorPlacement(Buffer.OUTPUTS, offset) for name, offset in zip(names, offsets, strict=True)}
         if not self.facts.steps:
             del places[tensor_names.STEP_EMBEDDINGS]
         return places
 
     def _states(self, batch: int, number: int) -> dict[str, TensorPlacement]:
-        slot = self._slot_bytes(batch)
-        places = {tensor_names.NEXT_HIDDEN: TensorPlacement(Buffer.OUTPUTS, number * slot)}
+        size = self._state_bytes(batch)
+        places = {tensor_names.NEXT_HIDDEN: TensorPlacement(Buffer.OUTPUTS, number * size)}
         if self.facts.steps:
-            # The prompt has no soft token to read: its empty tensor lies in the slot that the first step will write.
-            places[tensor_names.HIDDEN] = TensorPlacement(Buffer.OUTPUTS, (number - 1 if number else 1) * slot)
+            # The prompt has no soft token to read: its empty tensor lies where the first step will write h_1.
+            places[tensor_names.HIDDEN] = TensorPlacement(Buffer.OUTPUTS, (number - 1 if number else 1) * size)
         return places
 
     def _cache(self, batch: int, tokens: int, number: int) -> dict[str, TensorPlacement]:

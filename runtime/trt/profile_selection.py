@@ -1,19 +1,20 @@
 """Which optimization profiles of an engine run a batch. Pure: shapes in, indices out.
 
-A profile runs a pass when its ranges hold the pass's shapes. Of those that do, one made for the stage comes first, then
-one for any stage; among equals the one with the smallest maximum batch, whose kernels were chosen for such sizes.
+A profile can run a pass whose shapes lie in its ranges. Of several, one made for the stage comes first, then one for any
+stage; among equals the one with the smallest maximum batch, whose kernels were selected for such sizes.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from gircse.runtime import tensor_names
+from gircse.runtime.errors import OptionError
 from gircse.runtime.trt.engine_manifest import EngineManifest, EngineProfile, Stage
-from gircse.runtime.trt.memory_layout import BufferPlanner
+from gircse.runtime.trt.memory_layout import MemoryLayout
 
 
 @dataclass(frozen=True)
-class ProfileChoice:
+class ProfileSelection:
     """How a batch is run.
 
     Attributes:
@@ -28,65 +29,73 @@ class ProfileChoice:
 
 
 @dataclass(frozen=True)
-class ProfileChooser:
-    """Chooses among the profiles of one engine."""
+class ProfileSelector:
+    """Selects among the profiles of one engine.
 
-    plan: EngineManifest
-    planner: BufferPlanner
+    Attributes:
+        manifest: of the engine.
+        memory: shapes of its passes.
+        build_command: builds it again; for messages.
+    """
 
-    def choose(self, batch: int, tokens: int) -> ProfileChoice:
-        """Return how to run a batch; the choice serves every number of steps.
+    manifest: EngineManifest
+    memory: MemoryLayout
+    build_command: str
+
+    def select(self, batch: int, tokens: int) -> ProfileSelection:
+        """Return how to run a batch, with any number of steps.
 
         Raises:
-            ValueError: no profile takes it.
+            OptionError: no profile takes it.
         """
-        choice = self._find(batch, tokens)
-        if choice is None:
-            limits = "; ".join(self._limits(profile) for profile in self.plan.profiles)
-            raise ValueError(
-                f"{tensor_names.INPUT_IDS}: shape {(batch, tokens)} | {limits} | split the batch or rebuild: "
-                f"{self.plan.command}"
+        selection = self._find(batch, tokens)
+        if selection is None:
+            raise OptionError(
+                tensor_names.INPUT_IDS,
+                f"has shape {(batch, tokens)}",
+                "; ".join(self._limits(profile) for profile in self.manifest.profiles),
+                f"Split the batch, or rebuild with larger sizes; it was built by: {self.build_command}",
             )
-        return choice
+        return selection
 
     def max_batch(self, tokens: int) -> int:
         """Return the largest batch of prompts that are ``tokens`` wide; 0 when they are too wide for every profile."""
-        sizes = {profile.shapes[tensor_names.INPUT_IDS].max[0] for profile in self.plan.profiles}
+        sizes = {profile.shapes[tensor_names.INPUT_IDS].max[0] for profile in self.manifest.profiles}
         return next((size for size in sorted(sizes, reverse=True) if self._find(size, tokens)), 0)
 
-    def limits(self, choice: ProfileChoice) -> tuple[int, int]:
-        """Return the largest batch and the largest width that the chosen profiles take together."""
-        prompt, step = self.plan.profiles[choice.prompt], self.plan.profiles[choice.step]
+    def limits(self, selection: ProfileSelection) -> tuple[int, int]:
+        """Return the largest batch and the largest width that the selected profiles take together."""
+        prompt, step = self.manifest.profiles[selection.prompt], self.manifest.profiles[selection.step]
         batch = min(profile.shapes[tensor_names.INPUT_IDS].max[0] for profile in (prompt, step))
         return batch, min(
-            self._max_tokens(prompt), step.shapes[tensor_names.ATTENTION_MASK].max[1] - self.planner.last_pass
+            self._max_tokens(prompt), step.shapes[tensor_names.ATTENTION_MASK].max[1] - self.memory.last_pass
         )
 
-    def _find(self, batch: int, tokens: int) -> ProfileChoice | None:
-        last = self.planner.last_pass
+    def _find(self, batch: int, tokens: int) -> ProfileSelection | None:
+        last = self.memory.last_pass
         for prompt in self._by_preference(Stage.PROMPT):
-            width = max(tokens, _min_tokens(self.plan.profiles[prompt]))
+            width = max(tokens, _min_tokens(self.manifest.profiles[prompt]))
             if tokens < 1 or not self._holds(prompt, batch, width, 0):
                 continue
             if not last:
-                return ProfileChoice(prompt, prompt, width)
+                return ProfileSelection(prompt, prompt, width)
             for step in self._by_preference(Stage.STEP):
-                # Every size grows with the step, so the first and the last speak for all.
+                # Every size grows with the step, so the first and the last step are enough.
                 if self._holds(step, batch, width, 1) and self._holds(step, batch, width, last):
-                    return ProfileChoice(prompt, step, width)
+                    return ProfileSelection(prompt, step, width)
         return None
 
     def _by_preference(self, stage: Stage) -> Iterator[int]:
         def rank(index: int) -> tuple[int, int]:
-            profile = self.plan.profiles[index]
+            profile = self.manifest.profiles[index]
             order = {stage: 0, Stage.ANY: 1}
             return order.get(profile.stage, 2), profile.shapes[tensor_names.INPUT_IDS].max[0]
 
-        return iter(sorted(range(len(self.plan.profiles)), key=rank))
+        return iter(sorted(range(len(self.manifest.profiles)), key=rank))
 
     def _holds(self, index: int, batch: int, tokens: int, number: int) -> bool:
-        ranges = self.plan.profiles[index].shapes
-        shapes = self.planner.input_shapes(batch, tokens, number)
+        ranges = self.manifest.profiles[index].shapes
+        shapes = self.memory.input_shapes(batch, tokens, number)
         return all(ranges[name].holds(shape) for name, shape in shapes.items())
 
     def _max_tokens(self, profile: EngineProfile) -> int:
@@ -95,7 +104,7 @@ class ProfileChooser:
     def _limits(self, profile: EngineProfile) -> str:
         ids = profile.shapes[tensor_names.INPUT_IDS]
         tokens = min(
-            self._max_tokens(profile), profile.shapes[tensor_names.ATTENTION_MASK].max[1] - self.planner.last_pass
+            self._max_tokens(profile), profile.shapes[tensor_names.ATTENTION_MASK].max[1] - self.memory.last_pass
         )
         return f"profile {profile.name} takes batch {ids.min[0]}..{ids.max[0]}, tokens {_min_tokens(profile)}..{tokens}"
 

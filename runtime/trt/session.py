@@ -1,7 +1,7 @@
 """TensorRT sessions for both layouts, with ``tensorrt`` or ``tensorrt_rtx``. Safe to call from several threads.
 
-A run takes an idle lane (stream, contexts, buffers) or opens a new one, and gives it back; so there are as many lanes
-as there ever were callers at once. The arrays that a run returns are the caller's own, no views of pinned memory.
+A run takes an idle execution slot (stream, contexts, buffers) or opens a new one, and gives it back; so there are as
+many slots as there ever were concurrent callers. The arrays that a run returns are copies, not views of pinned memory.
 """
 
 import functools
@@ -16,7 +16,7 @@ from typing import Any, Self
 import numpy as np
 
 from gircse.runtime.bundle import Bundle
-from gircse.runtime.errors import ProviderError
+from gircse.runtime.errors import OptionError, ProviderError, sentence
 from gircse.runtime.session import StepOutputs
 from gircse.runtime.tensor_names import ATTENTION_MASK, INPUT_IDS
 from gircse.runtime.trt.cuda import Cuda
@@ -24,33 +24,33 @@ from gircse.runtime.trt.engine import LoadedEngine, load_engine
 from gircse.runtime.trt.engine_manifest import EngineManifest
 from gircse.runtime.trt.execution_slot import CapturePolicy, ExecutionSlot
 from gircse.runtime.trt.memory_layout import Int64
-from gircse.runtime.trt.profile_selection import ProfileChooser
+from gircse.runtime.trt.profile_selection import ProfileSelector
 
 logger = logging.getLogger(__name__)
 
 GRAPH_SHAPES = 8
-"""Batch shapes whose CUDA graphs are kept in a lane; each has one context and one graph per pass."""
+"""Batch shapes whose CUDA graphs an execution slot keeps; each has one context and one graph per pass."""
 
 
 class TensorRtSession:
     """Runs batches through one engine; a context manager that frees the GPU's memory at its end."""
 
-    def __init__(self, engine: LoadedEngine, plan: EngineManifest, *, cuda: Cuda, graph_shapes: int) -> None:
+    def __init__(self, engine: LoadedEngine, *, cuda: Cuda, graph_shapes: int) -> None:
         """Take a loaded engine; :func:`open_tensorrt_session` makes it."""
-        self._steps = engine.planner.facts.steps
+        self._steps = engine.memory.facts.steps
         self._cuda = cuda
-        self._chooser = ProfileChooser(plan, engine.planner)
-        self._choose = functools.lru_cache(maxsize=1024)(self._chooser.choose)  # hundreds of inputs to compare
-        self._lanes = _SlotPool(functools.partial(ExecutionSlot, cuda, engine, CapturePolicy(graph_shapes)))
+        self._selector = ProfileSelector(engine.manifest, engine.memory, engine.build_command)
+        self._select = functools.lru_cache(maxsize=1024)(self._selector.select)  # hundreds of inputs to compare
+        self._slots = _SlotPool(functools.partial(ExecutionSlot, cuda, engine, CapturePolicy(graph_shapes)))
         # The pool knows nothing of the session, so a session that is dropped without close() frees the device too.
-        self._finalizer = weakref.finalize(self, self._lanes.close)
+        self._finalizer = weakref.finalize(self, self._slots.close)
 
     def max_batch(self, tokens: int) -> int:
         """Return the largest batch of prompts that are ``tokens`` wide; 0 when no profile takes such a width."""
-        return self._chooser.max_batch(tokens)
+        return self._selector.max_batch(tokens)
 
     def run(self, input_ids: Int64, attention_mask: Int64, *, steps: int) -> StepOutputs:
-        """Embed one batch; a width below the smallest of the profile is padded.
+        """Embed one batch; a width below the profile's minimum is padded.
 
         Args:
             input_ids: (batch, tokens) int64.
@@ -61,32 +61,33 @@ class TensorRtSession:
             New arrays, as in :class:`StepOutputs`.
 
         Raises:
-            ValueError: wrong types or shapes, a batch that no profile takes, too many steps, or a closed session.
+            OptionError: wrong types or shapes, a batch that no profile takes, or too many steps.
+            ValueError: the session is closed.
             ProviderError: CUDA or TensorRT fails.
         """
         _check_batch(input_ids, attention_mask)
         if not 0 <= steps <= self._steps:
-            raise ValueError(f"steps: {steps} | 0..{self._steps}, which the engine was built for | ask for fewer")
-        choice = self._choose(*input_ids.shape)
+            raise OptionError("steps", f"is {steps}", f"the engine was built for 0..{self._steps}")
+        selection = self._select(*input_ids.shape)
         self._cuda.make_current()
-        lane = self._lanes.take()
+        slot = self._slots.take()
         try:
-            padding = ((0, 0), (0, choice.tokens - input_ids.shape[1]))
-            outputs = lane.run(
+            padding = ((0, 0), (0, selection.tokens - input_ids.shape[1]))
+            outputs = slot.run(
                 np.pad(input_ids, padding),
                 np.pad(attention_mask, padding),
                 steps=steps,
-                choice=choice,
-                limits=self._chooser.limits(choice),
+                selection=selection,
+                limits=self._selector.limits(selection),
             )
         except BaseException:
-            _close(lane)  # its stream may still be busy, or be lost
+            _close(slot)  # its stream may still be busy, or be lost
             raise
-        self._lanes.give_back(lane)
+        self._slots.give_back(slot)
         return outputs
 
     def close(self) -> None:
-        """Free what is idle and the engine; a run under way frees its lane at its end. Closing twice does nothing."""
+        """Free what is idle and the engine; a running call frees its slot at its end. Closing twice does nothing."""
         self._finalizer()
 
     def __enter__(self) -> Self:
@@ -99,47 +100,53 @@ class TensorRtSession:
 
 
 class _SlotPool:
-    """The idle lanes of a session, and how to make more; once closed, nothing here keeps the engine alive."""
+    """The idle slots of a session, and how to make more; once closed, nothing here keeps the engine alive."""
 
-    def __init__(self, new_lane: Callable[[], ExecutionSlot]) -> None:
-        self._new_lane: Callable[[], ExecutionSlot] | None = new_lane
+    def __init__(self, new_slot: Callable[[], ExecutionSlot]) -> None:
+        self._new_slot: Callable[[], ExecutionSlot] | None = new_slot
         self._lock = threading.Lock()
         self._idle: list[ExecutionSlot] = []
 
     def take(self) -> ExecutionSlot:
-        """Return an idle lane, the one used last, or a new one; it is the caller's until given back."""
+        """Return an idle slot, the one used last, or a new one; it is the caller's until given back."""
         with self._lock:
-            new_lane = self._new_lane
-            if new_lane is None:
-                raise ValueError("TensorRtSession: run after close | an open session | open the bundle again")
-            lane = self._idle.pop() if self._idle else None
-        return lane or new_lane()
+            new_slot = self._new_slot
+            if new_slot is None:
+                raise ValueError(sentence("the TensorRT session", "is closed", None, "Open the bundle again."))
+            slot = self._idle.pop() if self._idle else None
+        return slot or new_slot()
 
-    def give_back(self, lane: ExecutionSlot) -> None:
-        """Take a lane whose stream is idle, for the next run; close it when the session was closed meanwhile."""
+    def give_back(self, slot: ExecutionSlot) -> None:
+        """Take a slot whose stream is idle, for the next run; close it when the session was closed meanwhile."""
         with self._lock:
-            if self._new_lane is not None:
-                self._idle.append(lane)
+            if self._new_slot is not None:
+                self._idle.append(slot)
                 return
-        _close(lane)
+        _close(slot)
 
     def close(self) -> None:
-        """Close the idle lanes and all that come back later."""
+        """Close the idle slots, and the others as they are given back."""
         with self._lock:
-            lanes, self._idle, self._new_lane = self._idle, [], None
-        for lane in lanes:
-            _close(lane)
+            slots, self._idle, self._new_slot = self._idle, [], None
+        for slot in slots:
+            _close(slot)
 
 
 def open_tensorrt_session(
-    bundle: Bundle, plan: EngineManifest, plan_path: Path, *, module: Any, cuda: Cuda, graph_shapes: int = GRAPH_SHAPES
+    bundle: Bundle,
+    manifest: EngineManifest,
+    plan_path: Path,
+    *,
+    module: Any,
+    cuda: Cuda,
+    graph_shapes: int = GRAPH_SHAPES,
 ) -> TensorRtSession:
     """Load an engine of a bundle onto the GPU.
 
     Args:
         bundle: an opened bundle.
-        plan: the engine's JSON, checked against the bundle and the GPU.
-        plan_path: the plan beside it.
+        manifest: the engine's manifest, checked against the bundle and the GPU.
+        plan_path: the plan next to it.
         module: ``tensorrt`` or ``tensorrt_rtx``, whichever built the plan.
         cuda: the GPU.
         graph_shapes: batch shapes whose CUDA graphs are kept; 0 captures none.
@@ -149,26 +156,24 @@ def open_tensorrt_session(
         ProviderError: the GPU fails.
     """
     cuda.make_current()
-    engine = load_engine(plan_path, plan, bundle.manifest.graph, module=module)
-    return TensorRtSession(engine, plan, cuda=cuda, graph_shapes=graph_shapes)
+    command = manifest.build_command(bundle.directory, cuda.compute_capability())
+    engine = load_engine(plan_path, manifest, bundle.manifest.graph, module=module, build_command=command)
+    return TensorRtSession(engine, cuda=cuda, graph_shapes=graph_shapes)
 
 
 def _check_batch(input_ids: Int64, attention_mask: Int64) -> None:
     for name, array in ((INPUT_IDS, input_ids), (ATTENTION_MASK, attention_mask)):
         if array.ndim != 2 or array.dtype != np.int64:
-            raise ValueError(
-                f"{name}: shape {array.shape} of {array.dtype} | (batch, tokens) of int64 | convert the array"
-            )
+            raise OptionError(name, f"has shape {array.shape} and type {array.dtype}", "it is (batch, tokens) int64")
     if input_ids.shape != attention_mask.shape:
-        raise ValueError(
-            f"{ATTENTION_MASK}: shape {attention_mask.shape} | that of {INPUT_IDS}, {input_ids.shape} | "
-            "give every token its mask"
+        raise OptionError(
+            ATTENTION_MASK, f"has shape {attention_mask.shape}", f"{INPUT_IDS} has shape {input_ids.shape}"
         )
 
 
-def _close(lane: ExecutionSlot) -> None:
-    """Close a lane where nobody waits for its errors."""
+def _close(slot: ExecutionSlot) -> None:
+    """Close a slot where nobody waits for its errors."""
     try:
-        lane.close()
+        slot.close()
     except ProviderError as err:
-        logger.warning("closing a TensorRT lane: %s", str(err))
+        logger.warning("closing an execution slot of TensorRT: %s", err)

@@ -11,8 +11,15 @@ from gircse.runtime import tensor_names
 from gircse.runtime.manifest import GraphFacts, Layout, Pooling
 from gircse.runtime.provider import Provider
 from gircse.runtime.session import StepOutputs
-from gircse.runtime.trt.engine_manifest import EngineManifest, EngineProfile, ShapeRange, Stage
-from gircse.runtime.trt.memory_layout import BufferPlanner
+from gircse.runtime.trt.engine_manifest import (
+    ENGINE_SCHEMA_VERSION,
+    BuildRequest,
+    EngineManifest,
+    EngineProfile,
+    ShapeRange,
+    Stage,
+)
+from gircse.runtime.trt.memory_layout import MemoryLayout
 from gircse.runtime.trt.session import TensorRtSession, open_tensorrt_session
 from support.fake_cuda import FakeCuda
 from support.fake_tensorrt import FakeTensorRt, tiny_run
@@ -29,7 +36,7 @@ def make_facts(layout: Layout = Layout.STEPWISE, *, steps: int = STEPS, pooling:
         pooling=pooling,
         temperature=1.0,
         max_tokens=MAX_TOKENS,
-        hidden_size=10,  # 40 bytes a vector: nothing is aligned by chance
+        hidden_size=10,  # 40 bytes per vector: nothing is aligned by chance
         num_layers=2,
         kv_size=6,
         vocab_size=50,
@@ -46,23 +53,23 @@ def profile(
     tokens: tuple[int, int] = (1, MAX_TOKENS),
 ) -> EngineProfile:
     """Ranges that hold the prompt and every step."""
-    planner = BufferPlanner(facts, layout, 2)
+    memory = MemoryLayout(facts, layout, 2)
     low, high, last = (
-        planner.input_shapes(1, tokens[0], 0),
-        planner.input_shapes(batch, tokens[1], 0),
-        planner.input_shapes(batch, tokens[1], planner.last_pass),
+        memory.input_shapes(1, tokens[0], 0),
+        memory.input_shapes(batch, tokens[1], 0),
+        memory.input_shapes(batch, tokens[1], memory.last_pass),
     )
-    if planner.last_pass:
+    if memory.last_pass:
         low[tensor_names.INPUT_IDS] = (1, 0)
     largest = {key: tuple(map(max, high[key], last[key])) for key in high}
     return EngineProfile(name, stage, {key: ShapeRange(low[key], high[key], largest[key]) for key in high})
 
 
-def make_plan(
+def make_manifest(
     facts: GraphFacts, layout: Layout, profiles: list[EngineProfile] | None = None, *, rtx: bool = False
 ) -> EngineManifest:
     return EngineManifest(
-        schema_version=1,
+        schema_version=ENGINE_SCHEMA_VERSION,
         bundle_sha256="",
         precision="fp16",
         layout=layout,
@@ -70,8 +77,8 @@ def make_plan(
         version="11.1.0",
         compute_capabilities=("8.9",),
         profiles=tuple(profiles or [profile(facts, layout)]),
+        request=BuildRequest((1, 2, 4)),
         settings={},
-        command="gircse-build bundle --max-batch 4",
         build_seconds=1.0,
         plan_bytes=4,
         plan_sha256="",
@@ -97,14 +104,14 @@ class Rig:
         self.facts = facts or make_facts(layout)
         self.cache_type = cache_type if layout is Layout.STEPWISE else "FLOAT"
         self.cuda = cuda or FakeCuda()
-        plan = make_plan(self.facts, layout, profiles, rtx=rtx)
-        self.module = FakeTensorRt(self.cuda, self.facts, plan, cache_type=self.cache_type, rtx=rtx)
+        manifest = make_manifest(self.facts, layout, profiles, rtx=rtx)
+        self.module = FakeTensorRt(self.cuda, self.facts, manifest, cache_type=self.cache_type, rtx=rtx)
         prepare(self.module)
         path = folder / "engine.plan"
         path.write_bytes(b"plan")
-        bundle: Any = SimpleNamespace(manifest=SimpleNamespace(graph=self.facts))
+        bundle: Any = SimpleNamespace(directory=folder, manifest=SimpleNamespace(graph=self.facts))
         self.session: TensorRtSession = open_tensorrt_session(
-            bundle, plan, path, module=self.module, cuda=self.cuda, graph_shapes=graph_shapes
+            bundle, manifest, path, module=self.module, cuda=self.cuda, graph_shapes=graph_shapes
         )
 
     def run(self, batch: int, tokens: int, *, steps: int = STEPS, seed: int = 0) -> StepOutputs:
@@ -125,6 +132,20 @@ class Rig:
         assert outputs.prompt_embedding.dtype == outputs.step_embeddings.dtype == np.float32
 
 
+def stage_profiles(facts: GraphFacts) -> list[EngineProfile]:
+    """Profiles of both stages for two batch sizes, and one for any stage."""
+    return [
+        profile(facts, Layout.STEPWISE, name=name, stage=stage, batch=batch, tokens=tokens)
+        for name, stage, batch, tokens in (
+            ("throughput", Stage.ANY, 8, (4, 12)),
+            ("prompt-1", Stage.PROMPT, 1, (3, 12)),
+            ("step-1", Stage.STEP, 1, (3, 12)),
+            ("prompt-4", Stage.PROMPT, 4, (3, 9)),
+            ("step-4", Stage.STEP, 4, (3, 9)),
+        )
+    ]
+
+
 def random_batch(batch: int, tokens: int, seed: int) -> tuple[Any, Any]:
     """Prompts padded left or right or not at all."""
     rng = np.random.default_rng([batch, tokens, seed])
@@ -135,3 +156,7 @@ def random_batch(batch: int, tokens: int, seed: int) -> tuple[Any, Any]:
         start = rng.integers(0, tokens - length + 1)
         row[start : start + length] = 1
     return ids, mask
+
+
+MakeRig = Callable[..., Rig]
+"""The fixture ``rig`` of ``tests/runtime/trt``."""

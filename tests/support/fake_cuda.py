@@ -74,10 +74,10 @@ class FakeCuda:
             if fails:
                 self.failed = name
             if fails and not releases:
-                raise ProviderError(f"{name}: injected | success | nothing")
+                raise ProviderError(name, "failed: injected")
             yield
             if fails:
-                raise ProviderError(f"{name}: injected | success | nothing")
+                raise ProviderError(name, "failed: injected")
 
     def make_current(self) -> None:
         with self.call("make_current"):
@@ -111,7 +111,7 @@ class FakeCuda:
             require(array.ctypes.data not in queued, "free_host of memory that a queued copy uses")
             freed = self._host.pop(array.ctypes.data, None)
             require(freed is not None, "free_host of what is not allocated")
-            array[:] = POISON  # a view that somebody kept is spoilt
+            array[:] = POISON  # invalidates any view that somebody kept
 
     def create_stream(self) -> int:
         with self.call("create_stream"):

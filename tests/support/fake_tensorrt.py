@@ -29,7 +29,7 @@ CACHE_TYPES: dict[str, Any] = {"FLOAT": np.float32, "HALF": np.float16, "BF16": 
 def tiny_pass(
     facts: GraphFacts, input_ids: Array, hidden: Array | None, mask: Array, past: Sequence[Array]
 ) -> tuple[Array, list[Array]]:
-    """Compute one pass of the stepwise layout; see ``io_spec`` for the shapes.
+    """Compute one pass of the stepwise layout; see ``tensor_names`` for the shapes.
 
     Every number of ids, mask, hidden and past matters, and padding changes nothing.
     """
@@ -52,7 +52,7 @@ def tiny_pass(
 
 
 def tiny_run(facts: GraphFacts, input_ids: Array, mask: Array, *, steps: int, cache_type: str) -> StepOutputs:
-    """Run prompt and steps the plain way: what every session must agree with."""
+    """Run prompt and steps in a plain loop, which every session must agree with."""
     batch = len(mask)
     past = [np.zeros((batch, 0, facts.kv_size), CACHE_TYPES[cache_type]) for _ in range(2 * facts.num_layers)]
     states = []
@@ -124,9 +124,15 @@ class FakeTensorRt:
     ExecutionContextAllocationStrategy, CudaGraphStrategy = ExecutionContextAllocationStrategy, CudaGraphStrategy
 
     def __init__(
-        self, cuda: FakeCuda, facts: GraphFacts, plan: EngineManifest, *, cache_type: str = "HALF", rtx: bool = False
+        self,
+        cuda: FakeCuda,
+        facts: GraphFacts,
+        manifest: EngineManifest,
+        *,
+        cache_type: str = "HALF",
+        rtx: bool = False,
     ) -> None:
-        self.cuda, self.facts, self.plan, self.cache_type, self.rtx = cuda, facts, plan, cache_type, rtx
+        self.cuda, self.facts, self.manifest, self.cache_type, self.rtx = cuda, facts, manifest, cache_type, rtx
         self.refuse: set[str] = set()
         self.refuse_captures = False
         self.refuse_shapes_from: int | None = None
@@ -168,10 +174,10 @@ class FakeEngine:
     def __init__(self, module: FakeTensorRt) -> None:
         self.module = module
         module.engines.add(self)
-        self.facts, self.plan = module.facts, module.plan
+        self.facts, self.manifest = module.facts, module.manifest
         facts, layers = self.facts, self.facts.num_layers
         self.inputs = [tensor_names.INPUT_IDS, tensor_names.ATTENTION_MASK]
-        if self.plan.layout is Layout.UNROLLED:
+        if self.manifest.layout is Layout.UNROLLED:
             self.outputs = [tensor_names.EMBEDDING, tensor_names.PROMPT_EMBEDDING]
             self.outputs += [tensor_names.STEP_EMBEDDINGS] if facts.steps else []
         else:
@@ -179,7 +185,7 @@ class FakeEngine:
             self.inputs += tensor_names.cache_names("past", layers)
             self.outputs = [tensor_names.NEXT_HIDDEN, *tensor_names.cache_names("present", layers)]
         self.num_io_tensors = len(self.inputs) + len(self.outputs)
-        self.num_optimization_profiles = len(self.plan.profiles) + module.extra_profiles
+        self.num_optimization_profiles = len(self.manifest.profiles) + module.extra_profiles
 
     def get_tensor_name(self, index: int) -> str:
         return [*self.outputs, *self.inputs][index]
@@ -209,7 +215,7 @@ class FakeEngine:
         return (-1, -1, self.facts.kv_size) if name.startswith(("past", "present")) else (-1, self.facts.hidden_size)
 
     def get_tensor_profile_shape(self, name: str, index: int) -> list[tuple[int, ...]]:
-        ranges = self.plan.profiles[index].shapes[name]
+        ranges = self.manifest.profiles[index].shapes[name]
         return [ranges.min, ranges.opt, ranges.max]
 
     def get_device_memory_size_for_profile_v2(self, index: int) -> int:
@@ -249,9 +255,9 @@ class FakeContext:
 
     def set_optimization_profile_async(self, index: int, stream: int) -> bool:
         require(stream in self.cuda.streams, "set_optimization_profile_async without a stream")
-        if "set_optimization_profile_async" in self.module.refuse or index >= len(self.engine.plan.profiles):
+        if "set_optimization_profile_async" in self.module.refuse or index >= len(self.engine.manifest.profiles):
             return False
-        self.profile, self.index, self.stream = self.engine.plan.profiles[index], index, stream
+        self.profile, self.index, self.stream = self.engine.manifest.profiles[index], index, stream
         self.shapes.clear()
         self.version += 1
         owner = weakref.ref(self)
@@ -338,7 +344,7 @@ class FakeContext:
         ids, mask = tensors[tensor_names.INPUT_IDS].copy(), tensors[tensor_names.ATTENTION_MASK].copy()
         require(((0 <= ids) & (ids < self.engine.facts.vocab_size)).all(), "ids that were not copied")
         require(((mask == 0) | (mask == 1)).all(), "a mask that was not copied")
-        if self.engine.plan.layout is Layout.UNROLLED:
+        if self.engine.manifest.layout is Layout.UNROLLED:
             facts = self.engine.facts
             results = tiny_run(facts, ids, mask, steps=facts.steps, cache_type=self.module.cache_type)
             prompt, steps = results.prompt_embedding, results.step_embeddings
@@ -369,7 +375,7 @@ class FakeContext:
     def _check_sizes(self, shapes: dict[str, tuple[int, ...]]) -> None:
         batch, total = shapes[tensor_names.ATTENTION_MASK]
         require(all(shape[0] == batch for shape in shapes.values()), f"batch of {shapes}")
-        if self.engine.plan.layout is Layout.STEPWISE:
+        if self.engine.manifest.layout is Layout.STEPWISE:
             tokens, past = shapes[tensor_names.INPUT_IDS][1], shapes[tensor_names.cache_names("past", 1)[0]][1]
             soft = shapes.get(tensor_names.HIDDEN, (batch, 0))[1]
             require(soft == (0 if tokens else 1) and past + (tokens or 1) == total, f"sizes of {shapes}")

@@ -51,7 +51,7 @@ class Bindings:
         return call
 
 
-def test_cuda_calls_have_the_arguments_that_the_bindings_want() -> None:
+def test_cuda_calls_have_the_arguments_that_the_bindings_take() -> None:
     api = Bindings()
     cuda = cuda_device(api, 0)
     array = cuda.malloc_host(64)
@@ -89,10 +89,14 @@ def test_cuda_calls_have_the_arguments_that_the_bindings_want() -> None:
 @pytest.mark.parametrize(
     ("errors", "device", "message"),
     [
-        ({"cudaGetDeviceCount": "cudaErrorInsufficientDriver"}, 0, r"cudaErrorInsufficientDriver \| an NVIDIA driver"),
-        ({"cudaGetDeviceCount": "cudaErrorNoDevice"}, 0, "GPU 0: 0 GPUs are visible"),
-        ({}, 3, "GPU 3: 1 GPUs are visible"),
-        ({"cudaSetDevice": "cudaErrorLaunchFailure"}, 0, "cudaSetDevice: cudaErrorLaunchFailure, in words"),
+        (
+            {"cudaGetDeviceCount": "cudaErrorInsufficientDriver"},
+            0,
+            r"failed: cudaErrorInsufficientDriver; .* a newer NVIDIA driver",
+        ),
+        ({"cudaGetDeviceCount": "cudaErrorNoDevice"}, 0, "GPU 0 is missing: 0 NVIDIA GPUs are visible"),
+        ({}, 3, "GPU 3 is missing: 1 NVIDIA GPUs are visible"),
+        ({"cudaSetDevice": "cudaErrorLaunchFailure"}, 0, "cudaSetDevice failed: cudaErrorLaunchFailure, in words"),
     ],
 )
 def test_no_usable_gpu(errors: dict[str, str], device: int, message: str) -> None:
@@ -102,10 +106,10 @@ def test_no_usable_gpu(errors: dict[str, str], device: int, message: str) -> Non
 
 def test_cuda_errors_have_their_names() -> None:
     full = CudaRuntime(Bindings(cudaMalloc="cudaErrorMemoryAllocation"), 0)
-    with pytest.raises(ProviderError, match=r"cudaErrorMemoryAllocation for 2 MiB \| 1 of 1024 MiB are free"):
+    with pytest.raises(ProviderError, match=r"allocate 2 MiB \(cudaErrorMemoryAllocation\); 1 of 1024 MiB are free"):
         full.malloc(2 << 20)
     lost = CudaRuntime(Bindings(cudaStreamSynchronize="cudaErrorLaunchFailure"), 0)
-    with pytest.raises(ProviderError, match="cudaStreamSynchronize: cudaErrorLaunchFailure, in words"):
+    with pytest.raises(ProviderError, match="cudaStreamSynchronize failed: cudaErrorLaunchFailure, in words"):
         lost.synchronize(7)
     broken = Bindings(cudaGraphInstantiate="cudaErrorLaunchFailure")
     with pytest.raises(ProviderError, match="cudaGraphInstantiate"):

@@ -1,4 +1,4 @@
-"""Which engine of a bundle is taken, and what is said where none can be."""
+"""Which engine of a bundle is selected, and what is said where none can be."""
 
 import hashlib
 import json
@@ -14,16 +14,17 @@ import pytest
 from support.small_models import SmallModels
 
 from gircse.runtime.bundle import Bundle, file_sha256
-from gircse.runtime.errors import BundleError, ProviderError
+from gircse.runtime.errors import BundleError, EngineMismatchError, GircseError, ProviderError
 from gircse.runtime.manifest import Layout
 from gircse.runtime.provider import Provider
 from gircse.runtime.trt.engine_manifest import (
+    ENGINE_SCHEMA_VERSION,
+    BuildRequest,
     EngineManifest,
     EngineProfile,
     ShapeRange,
     Stage,
     read_engines,
-    rebuild_command,
     select_engine,
 )
 
@@ -40,10 +41,10 @@ def bundle(small_models: SmallModels, tmp_path: Path) -> Bundle:
     return Bundle.open(copy)
 
 
-def add_plan(bundle: Bundle, *, content: bytes = b"a plan", **changes: Any) -> Path:
-    """Put a plan and its JSON into a bundle, as gircse-build does; return the plan's path."""
+def add_engine(bundle: Bundle, *, content: bytes = b"a plan", **changes: Any) -> Path:
+    """Put a plan and its manifest into a bundle, as gircse-build does; return the plan's path."""
     fields: dict[str, Any] = {
-        "schema_version": 1,
+        "schema_version": ENGINE_SCHEMA_VERSION,
         "bundle_sha256": file_sha256(bundle.directory / "gircse.json"),
         "precision": "fp16",
         "layout": Layout.STEPWISE,
@@ -51,20 +52,18 @@ def add_plan(bundle: Bundle, *, content: bytes = b"a plan", **changes: Any) -> P
         "version": VERSION,
         "compute_capabilities": ("8.9",),
         "profiles": (EngineProfile("throughput", Stage.ANY, SHAPES),),
-        "settings": {"strongly_typed": True, "workspace_gib": None},
+        "request": BuildRequest((1, 2, 3)),
+        "settings": {"strongly_typed": True},
         "build_seconds": 1.5,
         "plan_bytes": len(content),
         "plan_sha256": hashlib.sha256(content).hexdigest(),
         **changes,
     }
-    words = ["gircse-build", "/home/builder/its bundle", "--precision", fields["precision"]]
-    words += ["--provider", fields["provider"], "--batch", "1:2:3", "--sm", ",".join(fields["compute_capabilities"])]
-    fields.setdefault("command", shlex.join(words))
-    plan = EngineManifest(**fields)
+    manifest = EngineManifest(**fields)
     folder = bundle.directory / "engines"
     folder.mkdir(exist_ok=True)
-    (folder / f"{plan.name}.json").write_bytes(plan.to_json())
-    path = folder / f"{plan.name}.plan"
+    (folder / f"{manifest.name}.json").write_bytes(manifest.to_json())
+    path = folder / f"{manifest.name}.plan"
     path.write_bytes(content)
     return path
 
@@ -79,8 +78,8 @@ def select(
     layout: Layout | None = None,
     verify: bool = True,
 ) -> str:
-    """Return the name of the chosen plan."""
-    plan, path = select_engine(
+    """Return the name of the selected engine."""
+    manifest, path = select_engine(
         bundle,
         provider=provider,
         version=version,
@@ -89,26 +88,28 @@ def select(
         layout=layout,
         verify=verify,
     )
-    assert path == bundle.directory / "engines" / f"{plan.name}.plan"
-    return plan.name
+    assert path == bundle.directory / "engines" / f"{manifest.name}.plan"
+    return manifest.name
 
 
-def command_after(label: str, error: pytest.ExceptionInfo[Exception]) -> list[str]:
+def command_after(label: str, error: GircseError) -> list[str]:
     """Return what a shell makes of the command that ends a message."""
-    return shlex.split(str(error.value).split(f"{label}: ")[-1])
+    hint = error.hint or ""
+    assert hint.startswith(f"{label}: ")
+    return shlex.split(hint.removeprefix(f"{label}: "))
 
 
 def test_json_survives_a_round_trip(bundle: Bundle) -> None:
-    path = add_plan(bundle)
-    ((plan, found),) = read_engines(bundle)
+    path = add_engine(bundle)
+    ((manifest, found),) = read_engines(bundle)
     assert found == path
-    assert msgspec.json.decode(plan.to_json(), type=EngineManifest) == plan
-    assert plan.profiles[0].shapes["input_ids"].max == (64, 512)
+    assert msgspec.json.decode(manifest.to_json(), type=EngineManifest) == manifest
+    assert manifest.profiles[0].shapes["input_ids"].max == (64, 512)
     assert path.name == "fp16-tensorrt-11.1.0-sm89.plan"
 
 
-def test_names_tell_plans_apart(bundle: Bundle) -> None:
-    add_plan(bundle)
+def test_every_engine_has_its_own_name(bundle: Bundle) -> None:
+    add_engine(bundle)
     changes: list[dict[str, Any]] = [
         {"layout": Layout.UNROLLED},
         {"precision": "bf16"},
@@ -117,11 +118,11 @@ def test_names_tell_plans_apart(bundle: Bundle) -> None:
         {"compute_capabilities": ("8.9", "12.0")},
     ]
     for change in changes:
-        add_plan(bundle, **change)
+        add_engine(bundle, **change)
     found = read_engines(bundle)
-    names = {plan.name for plan, _ in found}
+    names = {manifest.name for manifest, _ in found}
     assert len(names) == 6
-    assert all(path.stem == plan.name for plan, path in found)
+    assert all(path.stem == manifest.name for manifest, path in found)
     assert {"unrolled-fp16-tensorrt-11.1.0-sm89", "fp16-tensorrt-11.1.0-sm89-120"} < names
 
 
@@ -135,31 +136,31 @@ def test_shape_range() -> None:
 def test_precision_comes_before_layout(bundle: Bundle) -> None:
     for precision in ("fp32", "bf16"):
         for layout in Layout:
-            add_plan(bundle, precision=precision, layout=layout)
+            add_engine(bundle, precision=precision, layout=layout)
     assert select(bundle) == "bf16-tensorrt-11.1.0-sm89"
     assert select(bundle, precisions=("fp32",)) == "fp32-tensorrt-11.1.0-sm89"
     assert select(bundle, layout=Layout.UNROLLED) == "unrolled-bf16-tensorrt-11.1.0-sm89"
     assert select(bundle, precisions=("fp32", "bf16"), layout=Layout.STEPWISE) == "fp32-tensorrt-11.1.0-sm89"
-    add_plan(bundle, layout=Layout.UNROLLED)
+    add_engine(bundle, layout=Layout.UNROLLED)
     assert select(bundle) == "unrolled-fp16-tensorrt-11.1.0-sm89"  # any layout of the best precision
-    add_plan(bundle)
+    add_engine(bundle)
     assert select(bundle) == "fp16-tensorrt-11.1.0-sm89"
 
 
-def test_a_plan_that_does_not_fit_is_passed_over(bundle: Bundle) -> None:
-    add_plan(bundle, version="10.15.1")
-    add_plan(bundle, compute_capabilities=("9.0", "12.0"))
+def test_an_engine_that_does_not_fit_is_skipped(bundle: Bundle) -> None:
+    add_engine(bundle, version="10.15.1")
+    add_engine(bundle, compute_capabilities=("9.0", "12.0"))
     assert select(bundle, capability="12.0") == "fp16-tensorrt-11.1.0-sm90-120"
     assert select(bundle, version="10.15.1") == "fp16-tensorrt-10.15.1-sm89"
-    add_plan(bundle, precision="fp32")
+    add_engine(bundle, precision="fp32")
     assert select(bundle) == "fp32-tensorrt-11.1.0-sm89"
 
 
-def test_each_flavour_has_its_own_engines(bundle: Bundle) -> None:
-    add_plan(bundle)
-    with pytest.raises(ProviderError, match=r"no tensorrt-rtx engine of fp16 or bf16 or fp32 \| one in engines/ \|"):
+def test_each_provider_has_its_own_engines(bundle: Bundle) -> None:
+    add_engine(bundle)
+    with pytest.raises(ProviderError, match=r"has no tensorrt-rtx engine of fp16 or bf16 or fp32\. Build one: "):
         select(bundle, provider=Provider.TENSORRT_RTX)
-    add_plan(bundle, provider=Provider.TENSORRT_RTX)
+    add_engine(bundle, provider=Provider.TENSORRT_RTX)
     assert select(bundle, provider=Provider.TENSORRT_RTX) == "fp16-tensorrt-rtx-11.1.0-sm89"
     assert select(bundle) == "fp16-tensorrt-11.1.0-sm89"
 
@@ -167,36 +168,36 @@ def test_each_flavour_has_its_own_engines(bundle: Bundle) -> None:
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        ({"version": "10.15.1"}, r"built by tensorrt 10\.15\.1, 11\.1\.0 is installed"),
-        ({"compute_capabilities": ("8.6", "12.0")}, r"for compute capability 8\.6, 12\.0, this GPU has 8\.9"),
+        ({"version": "10.15.1"}, r"built by tensorrt 10\.15\.1, and 11\.1\.0 is installed"),
+        ({"compute_capabilities": ("8.6", "12.0")}, r"for compute capability 8\.6, 12\.0, and this GPU has 8\.9"),
         ({"bundle_sha256": "0" * 64}, "built from another export of the bundle"),
-        ({"schema_version": 0}, "schema version 0, this gircse-deploy reads 1"),
-        ({"version": "9", "bundle_sha256": ""}, "another export of the bundle; built by tensorrt 9, 11.1.0"),
+        ({"version": "9", "bundle_sha256": ""}, "another export of the bundle; it was built by tensorrt 9, and 11.1.0"),
     ],
 )
-def test_differences_are_named_with_the_command_that_mends_them(
+def test_differences_are_named_with_the_command_that_fixes_them(
     bundle: Bundle, change: dict[str, Any], match: str
 ) -> None:
-    path = add_plan(bundle, **change)
-    with pytest.raises(ProviderError, match=match) as caught:
+    path = add_engine(bundle, **change)
+    with pytest.raises(EngineMismatchError, match=match) as caught:
         select(bundle)
-    where, expected, _ = str(caught.value).split(" | ")
-    assert where.startswith(f"{path}: ")
-    assert expected == "an engine of this bundle for this machine"
+    assert str(caught.value).startswith(f"{path} does not fit: it was built ")
     command = ["gircse-build", str(bundle.directory), "--precision", "fp16", "--provider", "tensorrt"]
-    assert command_after("rebuild", caught) == [*command, "--batch", "1:2:3", "--sm", "8.9"]
+    command += ["--layout", "stepwise", "--batch", "1:2:3", "--sm", "8.9"]
+    assert command_after("Build it again", caught.value) == command
 
 
 def test_the_best_of_several_is_blamed(bundle: Bundle) -> None:
-    add_plan(bundle, precision="fp32", version="9.0")
-    path = add_plan(bundle, precision="bf16", compute_capabilities=("7.5",))
-    with pytest.raises(ProviderError, match=rf"{re.escape(str(path))}: for compute capability 7\.5") as caught:
+    add_engine(bundle, precision="fp32", version="9.0")
+    path = add_engine(bundle, precision="bf16", compute_capabilities=("7.5",))
+    with pytest.raises(
+        ProviderError, match=rf"{re.escape(str(path))} does not fit: it was built for compute capability 7\.5"
+    ) as caught:
         select(bundle)
     assert "9.0" not in str(caught.value)
 
 
 def test_an_export_after_the_build_makes_the_engine_stale(bundle: Bundle) -> None:
-    add_plan(bundle)
+    add_engine(bundle)
     assert select(bundle)
     manifest = bundle.directory / "gircse.json"
     manifest.write_bytes(manifest.read_bytes() + b"\n")
@@ -217,15 +218,15 @@ def test_no_engine_names_the_command_that_builds_it(
     bundle: Bundle, precisions: tuple[str, ...], layout: Layout | None, flags: list[str]
 ) -> None:
     possible = " or ".join(name for name in precisions if name in bundle.manifest.variants)
-    with pytest.raises(ProviderError, match=rf"no tensorrt engine of {possible} \| ") as caught:
+    with pytest.raises(ProviderError, match=rf"has no .*tensorrt engine of {possible}\. ") as caught:
         select(bundle, precisions=precisions, layout=layout)
-    assert command_after("build it", caught) == ["gircse-build", str(bundle.directory), *flags, "--sm", "8.9"]
+    assert command_after("Build one", caught.value) == ["gircse-build", str(bundle.directory), *flags, "--sm", "8.9"]
 
 
-def test_an_engine_of_the_other_layout_is_none(bundle: Bundle) -> None:
+def test_an_engine_of_the_other_layout_does_not_count(bundle: Bundle) -> None:
     """The command must build the layout that was asked for, or the same error would come again."""
-    add_plan(bundle)
-    with pytest.raises(ProviderError, match="no tensorrt engine") as caught:
+    add_engine(bundle)
+    with pytest.raises(ProviderError, match="has no unrolled tensorrt engine") as caught:
         select(bundle, layout=Layout.UNROLLED)
     assert "--layout unrolled" in str(caught.value)
 
@@ -239,36 +240,38 @@ def test_a_bundle_without_a_stepwise_graph(small_models: SmallModels) -> None:
 
 @pytest.mark.parametrize("verify", [True, False])
 @pytest.mark.parametrize(
-    ("damage", "came"),
+    ("damage", "got"),
     [
-        (lambda path: path.unlink(), "missing"),
-        (lambda path: path.write_bytes(b""), "0 bytes"),
-        (lambda path: path.write_bytes(b"a pla"), "5 bytes"),
-        (lambda path: path.write_bytes(b"a plan, and more"), "16 bytes"),
-        (lambda path: (path.unlink(), path.mkdir()), "missing"),
+        (lambda path: path.unlink(), "is missing"),
+        (lambda path: path.write_bytes(b""), "has 0 bytes"),
+        (lambda path: path.write_bytes(b"a pla"), "has 5 bytes"),
+        (lambda path: path.write_bytes(b"a plan, and more"), "has 16 bytes"),
+        (lambda path: (path.unlink(), path.mkdir()), "is missing"),
     ],
 )
 def test_missing_and_truncated_plans(
-    bundle: Bundle, damage: Callable[[Path], object], came: str, *, verify: bool
+    bundle: Bundle, damage: Callable[[Path], object], got: str, *, verify: bool
 ) -> None:
-    path = add_plan(bundle)
+    path = add_engine(bundle)
     damage(path)
-    digest = hashlib.sha256(b"a plan").hexdigest()[:12]
-    with pytest.raises(BundleError, match=rf"plan: {came} \| 6 bytes, SHA-256 {digest}\.\.\. \| build again") as caught:
+    digest = hashlib.sha256(b"a plan").hexdigest()
+    with pytest.raises(
+        BundleError, match=rf"\.plan {got}; it was built with 6 bytes and the SHA-256 {digest}\. "
+    ) as caught:
         select(bundle, verify=verify)
-    assert command_after("build again", caught)[:2] == ["gircse-build", str(bundle.directory)]
+    assert command_after("Build it again", caught.value)[:2] == ["gircse-build", str(bundle.directory)]
 
 
 def test_a_changed_plan(bundle: Bundle) -> None:
-    add_plan(bundle).write_bytes(b"b plan")
-    with pytest.raises(BundleError, match=r"plan: another SHA-256 \| 6 bytes, SHA-256 "):
+    add_engine(bundle).write_bytes(b"b plan")
+    with pytest.raises(BundleError, match=r"\.plan has another SHA-256; it was built with 6 bytes and the SHA-256 "):
         select(bundle)
     assert select(bundle, verify=False)  # the user's own choice
 
 
-def test_a_damaged_plan_is_not_passed_over(bundle: Bundle) -> None:
-    add_plan(bundle).write_bytes(b"b plan")
-    add_plan(bundle, precision="fp32")
+def test_a_damaged_plan_is_not_skipped(bundle: Bundle) -> None:
+    add_engine(bundle).write_bytes(b"b plan")
+    add_engine(bundle, precision="fp32")
     with pytest.raises(BundleError, match="fp16-tensorrt"):
         select(bundle)
 
@@ -279,12 +282,12 @@ def edit_json(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
     path.with_suffix(".json").write_text(json.dumps(content))
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b"\xff\xfe", b"{}", b'{"schema_version": 1}'])
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b"\xff\xfe", b"{}", b'{"schema_version": 2}'])
 def test_unreadable_json(bundle: Bundle, content: bytes) -> None:
-    path = add_plan(bundle).with_suffix(".json")
+    path = add_engine(bundle).with_suffix(".json")
     path.write_bytes(content)
     with pytest.raises(
-        BundleError, match=rf"{re.escape(str(path))}: .* \| what gircse-build wrote .* \| build .*again"
+        BundleError, match=rf"^{re.escape(str(path))} cannot be read: .*\. Build the engine again: gircse-build '"
     ):
         select(bundle)
 
@@ -295,44 +298,53 @@ def test_unreadable_json(bundle: Bundle, content: bytes) -> None:
         (lambda p: p.update(more=1), "unknown field `more`"),
         (lambda p: p.update(plan_bytes="6"), r"Expected `int`, got `str` - at `\$\.plan_bytes`"),
         (lambda p: p.update(layout="rolled"), "Invalid enum value 'rolled'"),
-        (lambda p: p.update(provider="cuda"), "Invalid enum value 'cuda'"),
+        (lambda p: p.update(provider="gpu"), "Invalid enum value 'gpu'"),
         (lambda p: p["profiles"][0].update(stage="late"), "Invalid enum value 'late'"),
         (lambda p: p["profiles"][0]["shapes"]["input_ids"].pop("opt"), "missing required field `opt`"),
-        (lambda p: p.update(command="gircse-build"), "names no bundle"),
-        (lambda p: p.update(command="gircse-build 'bundle"), "No closing quotation"),
-        (lambda p: p.update(schema_version=2), r"schema version 2 \| this gircse-deploy reads up to 1 \| upgrade"),
-        (lambda p: p.update(schema_version=2, more=1), r"schema version 2 \| this gircse-deploy reads up to 1"),
+        (lambda p: p["request"].update(batch=[1, 8]), r"length 3 - at `\$\.request\.batch`"),
+        (lambda p: p["request"].update(command="rm"), "unknown field `command`"),
+        (lambda p: p.update(schema_version=1), r"schema version 1; .*\. Build the engine again: gircse-build "),
+        (lambda p: p.update(schema_version=3), r"schema version 3; this gircse-deploy reads up to 2\. Upgrade: "),
+        (lambda p: p.update(schema_version=3, more=1), r"schema version 3; this gircse-deploy reads up to 2\. "),
     ],
 )
 def test_json_of_another_form(bundle: Bundle, change: Callable[[dict[str, Any]], object], match: str) -> None:
-    edit_json(add_plan(bundle), change)
+    edit_json(add_engine(bundle), change)
     with pytest.raises(BundleError, match=match):
         select(bundle)
 
 
-def test_json_that_is_no_file(bundle: Bundle) -> None:
+def test_json_that_is_not_a_file(bundle: Bundle) -> None:
     (bundle.directory / "engines" / "odd.json").mkdir(parents=True)
-    with pytest.raises(BundleError, match=r"odd\.json: .*[Dd]irectory"):
+    with pytest.raises(BundleError, match=r"odd\.json cannot be read: .*[Dd]irectory"):
         select(bundle)
 
 
-def test_a_plan_without_json_is_no_engine(bundle: Bundle) -> None:
-    add_plan(bundle).with_suffix(".json").unlink()
+def test_a_plan_without_json_is_not_an_engine(bundle: Bundle) -> None:
+    add_engine(bundle).with_suffix(".json").unlink()
     assert read_engines(bundle) == []
 
 
-@pytest.mark.parametrize("old", ["bundle", "/a path/with 'quotes'", "/x --sm 1.2/b", "/it's --sm 'here'"])
-@pytest.mark.parametrize("new", ["/plain", "/with space", "/it's", "/back\\1slash", "/$(rm -rf .)"])
-def test_rebuild_command(bundle: Bundle, old: str, new: str) -> None:
-    flags = ["--precision", "fp16", "--profiles", "a=1", "b=1:8x4", "--workspace-gib", "1.5"]
-    add_plan(bundle, command=shlex.join(["gircse-build", old, *flags, "--sm", "8.9,12.0"]))
-    ((plan, _),) = read_engines(bundle)
-    expected = ["gircse-build", new, *flags, "--sm", "12.0"]
-    assert rebuild_command(plan, Path(new), "12.0") == shlex.join(expected)
+REQUESTS = [
+    (BuildRequest((1, 8, 64)), ["--batch", "1:8:64"]),
+    (
+        BuildRequest((1, 1, 4), tokens=(1, 16, 48), profiles=("a=1", "b=1:8x4"), workspace_gib=1.5),
+        ["--batch", "1:1:4", "--tokens", "1:16:48", "--profiles", "a=1,b=1:8x4", "--workspace-gib", "1.5"],
+    ),
+]
 
 
-def test_rebuild_command_quotes_what_a_json_smuggles_in(bundle: Bundle) -> None:
-    add_plan(bundle, command="gircse-build bundle; rm -rf $HOME `id` --sm")
-    ((plan, _),) = read_engines(bundle)
-    words = rebuild_command(plan, Path("/b"), "8.9")
-    assert words == "gircse-build /b rm -rf '$HOME' '`id`' --sm 8.9"
+@pytest.mark.parametrize(("request_", "flags"), REQUESTS)
+@pytest.mark.parametrize("moved", ["/plain", "/with space", "/it's", "/back\\1slash", "/$(rm -rf .)"])
+def test_build_command(bundle: Bundle, moved: str, request_: BuildRequest, flags: list[str]) -> None:
+    """For the bundle where it is now and the GPU that is there."""
+    add_engine(bundle, request=request_, compute_capabilities=("8.9", "12.0"))
+    ((manifest, _),) = read_engines(bundle)
+    words = ["--precision", "fp16", "--provider", "tensorrt", "--layout", "stepwise", *flags, "--sm", "12.0"]
+    assert shlex.split(manifest.build_command(Path(moved), "12.0")) == ["gircse-build", moved, *words]
+
+
+def test_build_command_quotes_what_a_json_smuggles_in(bundle: Bundle) -> None:
+    add_engine(bundle, request=BuildRequest((1, 2, 3), profiles=("a=1; rm -rf $HOME", "`id`")))
+    ((manifest, _),) = read_engines(bundle)
+    assert "--profiles 'a=1; rm -rf $HOME,`id`' --sm" in manifest.build_command(Path("/b"), "8.9")

@@ -1,0 +1,88 @@
+"""What is asked of ONNX Runtime's providers, and what is kept on the GPU; on a stub."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from support.machine import Machine
+from support.small_models import SmallModels
+from support.stub_onnxruntime import CPU, CUDA, TENSORRT, StubOnnxRuntime
+
+from gircse.runtime import Embedder, ProviderError
+from gircse.runtime.tensor_names import cache_names
+
+TEXTS = [
+    "a short one",
+    "two",
+    "a text with a few more words in it",
+    "",
+    "how do I reset my PIN",
+    "x",
+    "two",
+    "last one",
+]
+VARIANTS = ("fp32", "fp16", "bf16")
+
+
+@pytest.fixture
+def bundle(small_models: SmallModels, tmp_path: Path) -> Path:
+    copy = tmp_path / "bundle"
+    shutil.copytree(small_models.bundle("llama", precisions=VARIANTS), copy)
+    return copy
+
+
+@pytest.fixture
+def machine(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
+    """Made after the export, because torch looks at what is installed."""
+    return Machine(monkeypatch)
+
+
+@pytest.mark.parametrize(
+    ("provider", "wanted"),
+    [
+        ("cpu", [CPU]),
+        ("cuda", [CUDA, CPU]),
+        ("onnxruntime-tensorrt", [TENSORRT, CUDA, CPU]),
+    ],
+)
+def test_what_is_asked_of_onnxruntime(machine: Machine, bundle: Path, provider: str, wanted: list[str]) -> None:
+    stub = machine.install("onnxruntime", StubOnnxRuntime(TENSORRT, CUDA, CPU))
+    embedder = Embedder(bundle, provider=provider)
+    assert embedder.provider == provider
+    (asked,) = stub.asked
+    assert [name for name, _ in asked] == wanted
+    assert dict(asked).get(CUDA, {"use_tf32": "0"}) == {"use_tf32": "0"}  # FP32 is not computed in TF32
+
+
+@pytest.mark.parametrize(("provider", "name"), [("cuda", CUDA), ("onnxruntime-tensorrt", TENSORRT)])
+def test_a_session_that_fell_back_is_refused(machine: Machine, bundle: Path, provider: str, name: str) -> None:
+    """ONNX Runtime only warns: the vectors would be right, and slow without a reason."""
+    machine.install("onnxruntime", StubOnnxRuntime(TENSORRT, CUDA, CPU, falls_back=True))
+    match = rf"provider {provider}.* could not start {name} .*{CPU}.*1\.99"
+    with pytest.raises(ProviderError, match=match):
+        Embedder(bundle, provider=provider)
+
+
+@pytest.mark.parametrize("provider", ["cuda", "onnxruntime-tensorrt"])
+def test_state_and_cache_stay_on_the_gpu(machine: Machine, bundle: Path, provider: str) -> None:
+    stub = machine.install("onnxruntime", StubOnnxRuntime(TENSORRT, CUDA, CPU))
+    embedder = Embedder(bundle, provider=provider, layout="stepwise")
+    found = embedder.encode(TEXTS, all_steps=True)
+    facts = embedder.manifest.graph
+    passes = stub.sessions[-1].bindings
+    assert len(passes) == facts.steps + 1
+    past, present = (cache_names(prefix, facts.num_layers) for prefix in ("past", "present"))
+    for number, binding in enumerate(passes):
+        assert set(binding.outputs.values()) == {"cuda"}
+        assert list(binding.outputs) == ["next_hidden", *(present if number < facts.steps else [])]
+        if number:
+            # Only ids and mask come from the host, and the rest is what the pass before left on the device.
+            assert set(binding.arrays) == {"input_ids", "attention_mask"}
+            hidden, *cache = passes[number - 1].results
+            assert binding.values["hidden"] is hidden
+            assert [binding.values[name] for name in past] == cache
+            assert set(binding.values) == {"hidden", *past}
+    cpu = Embedder(bundle, provider="cpu", precision="fp16", layout="stepwise")
+    np.testing.assert_array_equal(found, cpu.encode(TEXTS, all_steps=True))
+    assert stub.sessions[-1].bindings == []  # the CPU needs none
