@@ -5,7 +5,7 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence, Sized
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, Unpack
+from typing import Self, Unpack
 
 from tqdm import tqdm
 
@@ -228,12 +228,14 @@ class Embedder:
 
     def encode_query(self, texts: str | Iterable[str], **arguments: Unpack[EncodeArguments]) -> Float32:
         """Embed queries: ``encode`` with the bundle's query instruction, unless one or a prompt is given."""
-        arguments.setdefault("prompt_name", "query")
+        if arguments.get("prompt_name") is None:
+            arguments["prompt_name"] = "query"
         return self.encode(texts, **arguments)
 
     def encode_document(self, texts: str | Iterable[str], **arguments: Unpack[EncodeArguments]) -> Float32:
         """Embed documents: ``encode`` with nothing before the text, unless an instruction or a prompt is given."""
-        arguments.setdefault("prompt_name", "document")
+        if arguments.get("prompt_name") is None:
+            arguments["prompt_name"] = "document"
         return self.encode(texts, **arguments)
 
     def encode_iter(
@@ -284,10 +286,9 @@ class Embedder:
             window = WINDOW_BATCHES * batch_size
         if window < 1:
             raise OptionError("window", f"is {window}", "it has to be at least 1")
-        bar: tqdm[Any] = tqdm(
-            total=len(texts) if isinstance(texts, Sized) else None, unit="text", disable=not show_progress
-        )
-        return self._windows(iterate_texts(texts), options, window, bar)
+        every = iterate_texts(texts)
+        total = len(texts) if isinstance(texts, Sized) else None
+        return self._windows(every, options, window, total=total, show_progress=show_progress)
 
     def run_batches(
         self,
@@ -327,10 +328,10 @@ class Embedder:
         return compare_with_golden(all_vectors(outputs), golden.vectors[list(rows)], precision=self.precision)
 
     def _windows(
-        self, texts: Iterator[str], options: EncodeOptions, window: int, bar: "tqdm[Any]"
+        self, texts: Iterator[str], options: EncodeOptions, window: int, *, total: int | None, show_progress: bool
     ) -> Iterator[Float32]:
         done = cut = 0
-        with bar:
+        with tqdm(total=total, unit="text", disable=not show_progress) as bar:
             while listed := list(itertools.islice(texts, window)):
                 vectors, cut_here = self._runner.embed(listed, options, bar.update, first_row=done)
                 done, cut = done + len(listed), cut + cut_here

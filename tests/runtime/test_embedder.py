@@ -164,7 +164,7 @@ def test_texts_come_in_any_iterable(embedder: Embedder) -> None:
     wanted = embedder.encode(TEXTS)
     for texts in (tuple(TEXTS), iter(TEXTS), (text for text in TEXTS), np.array(TEXTS), np.array(TEXTS, dtype=object)):
         np.testing.assert_array_equal(embedder.encode(texts), wanted)
-    for wrong in ({"title": "ok"}, {"ok"}, b"ok", None, [None]):
+    for wrong in ({"title": "ok"}, {"ok"}, b"ok", None, [None], np.array("ok"), np.array([["ok"]])):
         for method in (embedder.encode, embedder.encode_query, lambda texts: list(embedder.encode_iter(texts))):
             with pytest.raises(TypeError, match=r"^texts"):
                 method(wrong)
@@ -177,6 +177,7 @@ def test_queries_and_documents(small_models: SmallModels) -> None:
     for vectors, wanted in [
         (embedder.encode_query(["ok"]), with_instruction),
         (embedder.encode_query("ok"), with_instruction[0]),
+        (embedder.encode_query(["ok"], prompt_name=None), with_instruction),
         (embedder.encode_query(["ok"], steps=2), embedder.encode(["ok"], instruction="Find", steps=2)),
         (embedder.encode_query(["ok"], instruction="Other"), embedder.encode(["ok"], instruction="Other")),
         (embedder.encode_query(["ok"], instruction=""), plain),
