@@ -8,9 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import spearmanr
 
-from gircse.runtime.numerics import Float32
-
-Float64 = NDArray[np.float64]
+from gircse.runtime.numerics import Float32, Float64
 
 NEIGHBORS = 10
 """Neighbors compared for each text."""

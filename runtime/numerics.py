@@ -6,6 +6,7 @@ from numpy.typing import NDArray
 from gircse.runtime.manifest import Pooling
 
 Float32 = NDArray[np.float32]
+Float64 = NDArray[np.float64]
 Int64 = NDArray[np.int64]
 
 L2_EPSILON = 1e-12

@@ -14,11 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gircse.runtime.errors import CheckpointError, OptionError, sentence
-from gircse.runtime.numerics import Float32
+from gircse.runtime.numerics import Float32, Float64
 
 Counts = NDArray[np.int64]
-Float64 = NDArray[np.float64]
-
 BINS = 2048
 """Number of bins, as in NVIDIA's calibrators. A power of two, so that bins merge in pairs and edges are exact."""
 

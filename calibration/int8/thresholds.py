@@ -21,8 +21,7 @@ from numpy.typing import NDArray
 from gircse.calibration.int8.histogram import Counts, MagnitudeHistogram
 from gircse.calibration.int8.scheme import INT8_MAX
 from gircse.runtime.errors import OptionError
-
-Float64 = NDArray[np.float64]
+from gircse.runtime.numerics import Float64
 
 ENTROPY_LEVELS = 128
 """Levels of magnitude in the entropy method, as NVIDIA counts them."""

@@ -12,17 +12,13 @@ from enum import StrEnum
 from pathlib import Path
 from typing import ClassVar
 
-import numpy as np
-from numpy.typing import NDArray
-
 from gircse.evaluation.bench.llama_cpp import BASELINE_ENVIRONMENT, CRASH_HINT
 from gircse.runtime.bundle import Bundle
 from gircse.runtime.manifest import Layout
-from gircse.runtime.numerics import Float32, l2_normalize, pool_states
+from gircse.runtime.numerics import Float32, Int64, l2_normalize, pool_states
 from gircse.runtime.precision import Precision
 from gircse.runtime.provider import Provider
 
-Int64 = NDArray[np.int64]
 Run = Callable[[Int64, int], Float32]
 """Takes (batch, tokens) int64 ids of equal length and a number of steps, gives (batch, hidden) float32."""
 

@@ -24,9 +24,7 @@ from numpy.typing import NDArray
 
 from gircse.runtime.errors import CheckpointError, OptionError, ProviderError
 from gircse.runtime.manifest import Pooling
-from gircse.runtime.numerics import Float32, l2_normalize
-
-Int64 = NDArray[np.int64]
+from gircse.runtime.numerics import Float32, Int64, l2_normalize
 
 BASELINE_ENVIRONMENT = {"OPENBLAS_THREAD_TIMEOUT": "4", "GOMP_SPINCOUNT": "10000"}
 """For the process that runs the baseline, from its start. Idle threads of numpy's OpenBLAS and of llama.cpp's OpenMP

@@ -10,14 +10,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 
-from gircse.evaluation.bench.backends import (
-    BackendSpec,
-    Baseline,
-    BundleSpec,
-    Int64,
-    LlamaCppSpec,
-    TorchSpec,
-)
+from gircse.evaluation.bench.backends import BackendSpec, Baseline, BundleSpec, LlamaCppSpec, TorchSpec
 from gircse.evaluation.bench.report_schema import SCHEMA_VERSION, BackendCost, BenchReport, Latency, Quality, Spread
 from gircse.evaluation.bench.roofline import memory_bandwidth
 from gircse.evaluation.bench.worker import Worker
@@ -31,7 +24,7 @@ from gircse.reporting.progress import StageProgress
 from gircse.runtime.bundle import Bundle
 from gircse.runtime.errors import CheckpointError, MeasurementError, OptionError
 from gircse.runtime.manifest import Layout
-from gircse.runtime.numerics import Float32, row_cosine
+from gircse.runtime.numerics import Float32, Int64, row_cosine
 from gircse.runtime.precision import precision_spec
 from gircse.runtime.provider import Provider
 from gircse.runtime.tokenization import load_tokenizer, open_tokenizer

@@ -17,9 +17,9 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Self
 
-from gircse.evaluation.bench.backends import BackendSpec, Int64, import_libraries
+from gircse.evaluation.bench.backends import BackendSpec, import_libraries
 from gircse.runtime.errors import GircseError, MeasurementError
-from gircse.runtime.numerics import Float32
+from gircse.runtime.numerics import Float32, Int64
 
 
 class Worker:

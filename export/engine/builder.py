@@ -28,7 +28,7 @@ from gircse.runtime.atomic_file import atomic_write
 from gircse.runtime.bundle import Bundle, file_sha256
 from gircse.runtime.errors import ExportError, OptionError, OutputError, ProviderError
 from gircse.runtime.manifest import MANIFEST_NAME, Layout
-from gircse.runtime.precision import GPU_ORDER, precision_spec
+from gircse.runtime.precision import GPU_ORDER, SPECS, precision_spec
 from gircse.runtime.provider import Provider
 from gircse.runtime.trt.engine_manifest import (
     ENGINE_SCHEMA_VERSION,
@@ -120,7 +120,7 @@ def build_engine(options: BuildOptions, *, progress: StageProgress | None = None
         raise OptionError(
             f"precision {precision}",
             "is made for ONNX Runtime, with products that TensorRT does not have",
-            f"engines are built from {', '.join(name for name in Precision if precision_spec(name).tensorrt)}",
+            f"engines are built from {', '.join(name for name, spec in SPECS.items() if spec.tensorrt)}",
         )
     profiles = _profiles(options, bundle, provider)
     capabilities = _capabilities(options, module, provider)

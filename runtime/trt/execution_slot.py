@@ -12,11 +12,12 @@ from collections import OrderedDict
 from typing import TypeVar
 
 from gircse.runtime.errors import ProviderError
+from gircse.runtime.numerics import Int64
 from gircse.runtime.session import StepOutputs
 from gircse.runtime.trt.cuda import Cuda
 from gircse.runtime.trt.engine import LoadedEngine
 from gircse.runtime.trt.execution_context import BoundContext, CapturedStep
-from gircse.runtime.trt.memory_layout import Buffer, Int64, StepBindings, aligned
+from gircse.runtime.trt.memory_layout import Buffer, StepBindings, aligned
 from gircse.runtime.trt.profile_selection import ProfileSelection
 
 logger = logging.getLogger(__name__)

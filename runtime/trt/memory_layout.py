@@ -17,16 +17,13 @@ from dataclasses import dataclass
 from enum import Enum
 
 import numpy as np
-from numpy.typing import NDArray
 
 from gircse.runtime import tensor_names
 from gircse.runtime.manifest import GraphFacts, Layout
-from gircse.runtime.numerics import Float32
+from gircse.runtime.numerics import Float32, Int64
 from gircse.runtime.session import StepOutputs, step_outputs
 from gircse.runtime.trt.cuda import HostBytes
-
-Int64 = NDArray[np.int64]
-Shape = tuple[int, ...]
+from gircse.runtime.trt.engine_manifest import Shape
 
 ALIGNMENT = 256
 INT64_BYTES = 8

@@ -17,13 +17,13 @@ import numpy as np
 
 from gircse.runtime.bundle import Bundle
 from gircse.runtime.errors import OptionError, ProviderError, sentence
+from gircse.runtime.numerics import Int64
 from gircse.runtime.session import StepOutputs
 from gircse.runtime.tensor_names import ATTENTION_MASK, INPUT_IDS
 from gircse.runtime.trt.cuda import Cuda
 from gircse.runtime.trt.engine import LoadedEngine, load_engine
 from gircse.runtime.trt.engine_manifest import EngineManifest
 from gircse.runtime.trt.execution_slot import CapturePolicy, ExecutionSlot
-from gircse.runtime.trt.memory_layout import Int64
 from gircse.runtime.trt.profile_selection import ProfileSelector
 
 logger = logging.getLogger(__name__)
