@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 from scipy.stats import bootstrap, rankdata, spearmanr
 
 from gircse.evaluation.tasks.prompts import Prompt
-from gircse.reporting.similarity import Float64, similarities
+from gircse.reporting.similarity import similarities
 from gircse.runtime.errors import MeasurementError
-from gircse.runtime.numerics import Float32
+from gircse.runtime.numerics import Float32, Float64
 
 RETRIEVED = 100
 """Documents kept for each query; nDCG@10 looks at the first ten."""

@@ -5,7 +5,8 @@ from collections.abc import Mapping
 from gircse.runtime.errors import ProviderError
 from gircse.runtime.trt.cuda import Cuda
 from gircse.runtime.trt.engine import LoadedEngine
-from gircse.runtime.trt.memory_layout import Buffer, Shape, StepBindings
+from gircse.runtime.trt.engine_manifest import Shape
+from gircse.runtime.trt.memory_layout import Buffer, StepBindings
 
 
 class BoundContext:
