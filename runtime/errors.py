@@ -24,14 +24,12 @@ class GircseError(Exception):
             can know.
     """
 
-    def __init__(self, where: str, got: str = "", expected: str | None = None, hint: str | None = None) -> None:
+    def __init__(self, where: str, got: str, expected: str | None = None, hint: str | None = None) -> None:
         # All parts are arguments, so that an error survives the way from one process to another.
         super().__init__(where, got, expected, hint)
         self.where, self.got, self.expected, self.hint = where, got, expected, hint
 
     def __str__(self) -> str:
-        if not self.got:
-            return self.where
         return sentence(self.where, self.got, self.expected, self.hint)
 
 

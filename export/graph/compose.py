@@ -188,7 +188,7 @@ def _inputs(g: GraphBuilder, input_ids: ir.Value, mask: ir.Value, *, start: ir.V
 
 
 def _last_state(g: GraphBuilder, states: ir.Value, mask: ir.Value, position: ir.Value) -> ir.Value:
-    """Return the state (batch, 1, hidden) of each row's last real token; ``mask`` and ``position`` cover the new ones."""
+    """Return the state (batch, 1, hidden) of each row's last real token; ``mask``, ``position`` cover the new ones."""
     last = g.op("ReduceMax", g.op("Mul", mask, position), g.indices([1]), keepdims=1)
     at = g.op("Unsqueeze", last, g.indices([2]))
     return g.op("GatherND", states, at, batch_dims=1)

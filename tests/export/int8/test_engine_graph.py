@@ -10,10 +10,10 @@ import pytest
 from support.int8_bundles import MODELS, export, int8_bundle, run, states, written
 from support.small_models import SmallModels
 from support.tolerances import (
-    ENGINE_FORM_MAX_DIFFERENCE,
-    ENGINE_FORM_MIN_COSINE,
-    ENGINE_FORM_PROMPT_MIN_COSINE,
-    ENGINE_FORM_STEPS_MAX_DIFFERENCE,
+    ENGINE_GRAPH_MAX_DIFFERENCE,
+    ENGINE_GRAPH_MIN_COSINE,
+    ENGINE_GRAPH_PROMPT_MIN_COSINE,
+    ENGINE_GRAPH_STEPS_MAX_DIFFERENCE,
 )
 from support.vectors import PROMPTS, STEPS, padded
 
@@ -81,16 +81,16 @@ def test_but_for_fp16_both_graphs_compute_the_same(
         made, expected = (run_node_by_node(graph, bundle, tmp_path) for graph in graphs)
         return np.abs(made - expected).max(axis=(0, 2))
 
-    assert difference(calibration)[0] < ENGINE_FORM_MAX_DIFFERENCE
-    assert difference(vocabulary_alone).max() < ENGINE_FORM_STEPS_MAX_DIFFERENCE
+    assert difference(calibration)[0] < ENGINE_GRAPH_MAX_DIFFERENCE
+    assert difference(vocabulary_alone).max() < ENGINE_GRAPH_STEPS_MAX_DIFFERENCE
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_vectors_in_fp16(small_models: SmallModels, tmp_path: Path, whole_sums: None, name: str) -> None:
     bundle = export(small_models, tmp_path / "bundle", small_models.calibration(name, steps=STEPS), model=name)
     cosines = row_cosine(run_node_by_node(engine_graph(bundle), bundle, tmp_path), run(bundle, "int8"))
-    assert cosines[:, 0].min() > ENGINE_FORM_PROMPT_MIN_COSINE
-    assert cosines.min() > ENGINE_FORM_MIN_COSINE
+    assert cosines[:, 0].min() > ENGINE_GRAPH_PROMPT_MIN_COSINE
+    assert cosines.min() > ENGINE_GRAPH_MIN_COSINE
 
 
 @pytest.mark.parametrize(("name", "expected"), [("llama", 1), ("mistral-linear", 2)])
@@ -173,8 +173,8 @@ def test_vocabulary_excluded_from_quantization(small_models: SmallModels, tmp_pa
     assert operators["Gemm"] == 1
     cosines = row_cosine(run_node_by_node(engine_graph(bundle), bundle, tmp_path), run(bundle, "int8"))
     assert cosines.shape == (len(PROMPTS), STEPS + 1)
-    assert cosines[:, 0].min() > ENGINE_FORM_PROMPT_MIN_COSINE
-    assert cosines.min() > ENGINE_FORM_MIN_COSINE
+    assert cosines[:, 0].min() > ENGINE_GRAPH_PROMPT_MIN_COSINE
+    assert cosines.min() > ENGINE_GRAPH_MIN_COSINE
 
 
 def test_without_steps_the_table_is_only_looked_up(small_models: SmallModels) -> None:

@@ -16,7 +16,7 @@ from support.tolerances import (
     INT8_FAKE_MIN_COSINE,
     INT8_MIN_COSINE,
     INT8_PROMPT_MIN_COSINE,
-    INT8_TWO_DIGITS_FAKE_MIN_COSINE,
+    INT8_TWO_LIMBS_FAKE_MIN_COSINE,
 )
 from support.vectors import PROMPTS, STEPS, padded
 
@@ -57,7 +57,7 @@ def test_graph_is_what_the_sensitivity_measured(
     bundle = export(small_models, tmp_path / "bundle", calibration, model=name)
     chosen = tuple(entry for entry in inputs if entry.kind is kind)
     ours, fake = run(bundle, "int8")[:, 0], fake_prompt_state(small_models, name, chosen)
-    limit = INT8_FAKE_MIN_COSINE if LIMBS[kind] == 1 else INT8_TWO_DIGITS_FAKE_MIN_COSINE
+    limit = INT8_FAKE_MIN_COSINE if LIMBS[kind] == 1 else INT8_TWO_LIMBS_FAKE_MIN_COSINE
     assert row_cosine(ours, fake).min() > limit
     exact = run(int8_bundle(small_models, name), "fp32")[:, 0]
     assert row_cosine(ours, exact).min() < row_cosine(ours, fake).min(), "nothing was quantized"
