@@ -55,7 +55,7 @@ GiB for 2,400 layers, 4.1 GiB for 17,600)."""
 MAX_WORKSPACE_GIB = 1 << 20
 
 MAX_PROTO_BYTES = (1 << 31) - (1 << 24)
-"""What fits into one protobuf beside the nodes."""
+"""What fits into one protobuf next to the nodes."""
 
 
 @dataclass(frozen=True)
