@@ -1,7 +1,7 @@
 """Build time and plan size of TensorRT-RTX engines, each build in a process of its own. Needs no GPU.
 
-python benchmarks/engine_build.py demo --steps 1 2 4 8 16 --limit 700
-python benchmarks/engine_build.py qwen2.5-0.5b --steps 8 --limit 700    # random weights in its shape
+python benchmarks/engine_build.py demo --steps 1,2,4,8,16 --limit 700
+python benchmarks/engine_build.py qwen2.5-0.5b --steps 8 --limit 700    # random weights, same shapes
 """
 
 import argparse
@@ -13,6 +13,8 @@ from pathlib import Path
 
 from export_cost import QWEN25_7B, make_random_model
 from transformers import Qwen2Config
+
+from gircse.runtime.command import comma_separated
 
 QWEN25_05B = Qwen2Config(
     **{
@@ -33,10 +35,10 @@ def main() -> None:
     """Export for each K, and build every precision in both layouts."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", choices=["demo", "qwen2.5-0.5b"])
-    parser.add_argument("--steps", type=int, nargs="+", required=True)
-    parser.add_argument("--precision", nargs="+", default=["fp16", "bf16"])
-    parser.add_argument("--layout", nargs="+", default=["stepwise", "unrolled"])
-    parser.add_argument("--limit", type=float, default=900, help="seconds after which a build is given up")
+    parser.add_argument("--steps", type=comma_separated(int), required=True)
+    parser.add_argument("--precision", type=comma_separated(str), default=("fp16", "bf16"))
+    parser.add_argument("--layout", type=comma_separated(str), default=("stepwise", "unrolled"))
+    parser.add_argument("--limit", type=float, default=900, help="seconds after which a build is aborted")
     parser.add_argument("--build-flags", default="", help="further flags of gircse-build")
     parser.add_argument("--scratch", type=Path, help="folder for models and bundles (default: a temporary one)")
     args = parser.parse_args()

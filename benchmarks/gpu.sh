@@ -4,8 +4,8 @@
 #   pip install ".[demo,evaluation,export,gpu,tensorrt]"     # or tensorrt-rtx
 #   bash benchmarks/gpu.sh [MODEL [ADAPTER]]                 # default: the demo
 #
-# Appends what it finds to benchmarks/RESULTS.md. A provider that is not installed or not usable is named there with its
-# reason; a failed gate is written down like a passed one.
+# Appends its results to benchmarks/RESULTS.md. A provider that is not installed or not usable is listed there with the
+# reason; a failed gate is recorded like a passed one.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 model=${1:-demo}
@@ -51,9 +51,9 @@ for provider in tensorrt tensorrt-rtx; do
 done
 for provider in cuda onnxruntime-tensorrt tensorrt tensorrt-rtx; do
     for layout in unrolled stepwise; do
-        [[ $provider == tensorrt* && $layout == unrolled ]] && continue # engines are built stepwise
+        [[ $provider == tensorrt* && $layout == unrolled ]] && continue # the engines above are stepwise
         record "Parity, $provider $layout" gircse-parity "$bundle" --provider "$provider" --layout "$layout" \
-            --precision fp16 bf16 --device cuda
+            --precision fp16,bf16 --device cuda
         record "Latency, $provider $layout" gircse-bench "$bundle" --provider "$provider" --layout "$layout" \
             --precision fp16 --against torch --device cuda --dtype fp16 --batch 1,8,32 --tokens 24,128 --steps 1,4,8
     done

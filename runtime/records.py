@@ -25,7 +25,15 @@ def encode_record(record: msgspec.Struct, *, indent: int) -> bytes:
 
 
 def decode_versioned(
-    kind: type[R], content: bytes, *, where: str, oldest: int, newest: int, error: type[GircseError], remake: str
+    kind: type[R],
+    content: bytes,
+    *,
+    where: str,
+    oldest: int,
+    newest: int,
+    error: type[GircseError],
+    remake: str,
+    outdated: type[GircseError] | None = None,
 ) -> R:
     """Read a JSON file of a schema version that this code knows.
 
@@ -37,6 +45,7 @@ def decode_versioned(
         newest: newest such version.
         error: class of what is raised.
         remake: how to make the file again, as a sentence.
+        outdated: class of what is raised for a version before ``oldest``, where it is another.
 
     Raises:
         GircseError: of the class ``error``: not JSON, another schema version, or missing, unknown or ill-typed fields.
@@ -51,8 +60,9 @@ def decode_versioned(
                 "Upgrade: pip install -U gircse-deploy",
             )
         if version < oldest:
-            raise error(
-                where, f"has schema version {version}", f"this gircse-deploy reads {oldest} to {newest}", remake
+            readable = f"{oldest} to {newest}" if oldest < newest else f"version {newest}"
+            raise (outdated or error)(
+                where, f"has schema version {version}", f"this gircse-deploy reads {readable}", remake
             )
         return msgspec.json.decode(content, type=kind)
     except (msgspec.DecodeError, UnicodeDecodeError) as err:

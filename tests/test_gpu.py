@@ -1,4 +1,4 @@
-"""What only a GPU can show: every provider gives the vectors of PyTorch. Skipped, with the reason, where there is none."""
+"""What only a GPU can show: every provider gives the vectors of PyTorch. Skipped where there is none."""
 
 import threading
 from pathlib import Path
@@ -14,6 +14,7 @@ from gircse.runtime import Embedder, ProviderError
 from gircse.runtime.manifest import Layout
 from gircse.runtime.provider import Provider
 from gircse.runtime.trt.cuda import open_cuda
+from gircse.runtime.trt.library import MODULES
 
 pytestmark = pytest.mark.gpu
 
@@ -32,12 +33,12 @@ def _gpu() -> None:
 def open_embedder(small_models: SmallModels, provider: Provider, precision: str, layout: Layout) -> Embedder:
     bundle: Path = small_models.bundle("llama", precisions=("fp32", "fp16", "bf16"))
     try:
-        if provider in (Provider.TENSORRT, Provider.TENSORRT_RTX):
+        if provider in MODULES:
             build_engine(
                 BuildOptions(
                     bundle,
                     precision=precision,
-                    provider=Provider(provider),
+                    provider=provider,
                     layout=layout,
                     batch=SizeRange(1, 2, 3),  # smaller than the batches of the tests
                 )
@@ -60,7 +61,7 @@ def test_vectors_are_those_of_pytorch(
 @pytest.mark.parametrize("layout", Layout)
 @pytest.mark.parametrize("provider", PROVIDERS)
 def test_repeated_shapes_threads_and_batches(small_models: SmallModels, provider: Provider, layout: Layout) -> None:
-    """Captured graphs, several lanes and split batches give what the first plain run gave."""
+    """Captured graphs, several execution slots and split batches give what the first plain run gave."""
     embedder = open_embedder(small_models, provider, "fp16", layout)
     first = embedder.encode(TEXTS, all_steps=True)
     for _ in range(4):

@@ -1,9 +1,9 @@
 """Optimization profiles: from ranges of batch and tokens to the shape range of every engine input.
 
-An unrolled engine has one profile for each name. A stepwise engine of TensorRT has two, one optimized for the prompt and
-one for a step; their ranges overlap, because fixed sizes would be folded into kernels with separate weights (measured
-with TensorRT for RTX: a plan of 2.1 times the weights). TensorRT for RTX compiles its kernels for the shapes that it
-meets, so there one profile serves both passes, and a second one would only add to build time and plan.
+An unrolled engine has one profile for each name. A stepwise engine of TensorRT has two, one optimized for the prompt
+and one for a step; their ranges overlap, because fixed sizes would be folded into kernels with separate weights
+(measured with TensorRT for RTX: a plan of 2.1 times the weights). TensorRT for RTX compiles its kernels for the shapes
+that it meets, so there one profile serves both passes, and a second one would only add to build time and plan.
 """
 
 import re

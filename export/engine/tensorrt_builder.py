@@ -171,7 +171,7 @@ class TensorRtBuilder:
 
 
 def refused_operators(parser: Any) -> list[str]:
-    """Return every operator that a parser refused: its type, the node's name and the reason; or that it was the file."""
+    """Return every operator that a parser refused: its type, the node's name and the reason."""
     errors = [parser.get_error(index) for index in range(parser.num_errors)]
     return [f"{error.node_operator()} ({error.node_name()}): {error.desc()}" for error in errors] or [
         "it is not an ONNX file"

@@ -20,7 +20,7 @@ from gircse.runtime.trt.memory_layout import MemoryLayout
 CACHE_ITEM_BYTES = {"FLOAT": 4, "HALF": 2, "BF16": 2}
 
 Check = Callable[[str | None, str, object, object], None]
-"""Refuses a plan that is not as expected; takes the part (None for the whole), what of it, the found and the expected."""
+"""Refuses a plan unless found equals expected; takes the part (None: the whole), a verb, found and expected."""
 
 
 class LoadedEngine:
@@ -50,7 +50,7 @@ class LoadedEngine:
 
     @property
     def captures_itself(self) -> bool:
-        """Whether a context made with ``for_graph`` captures and replays CUDA graphs without being told."""
+        """Whether a context made with ``for_graph`` captures and replays CUDA graphs on its own."""
         return self._is_rtx
 
     def scratch_bytes(self, profile: int) -> int:

@@ -126,7 +126,7 @@ class EngineManifest(Record, frozen=True):
         )
 
     def to_json(self) -> bytes:
-        """Return the content of the JSON beside the plan."""
+        """Return the content of the JSON next to the plan."""
         return encode_record(self, indent=2)
 
 
@@ -139,7 +139,7 @@ def build_command(
     capability: str,
     request: BuildRequest | None = None,
 ) -> str:
-    """Return a ``gircse-build`` command, quoted for a shell; without a request, the sizes are left to their defaults."""
+    """Return a ``gircse-build`` command, quoted for a shell; without a request, sizes have their defaults."""
     words = ["gircse-build", str(bundle), "--precision", precision, "--provider", provider, "--layout", layout]
     if request is not None:
         words += ["--batch", ":".join(map(str, request.batch))]
@@ -172,6 +172,7 @@ def read_engines(bundle: Bundle) -> list[tuple[EngineManifest, Path]]:
             oldest=ENGINE_SCHEMA_VERSION,
             newest=ENGINE_SCHEMA_VERSION,
             error=BundleError,
+            outdated=EngineMismatchError,
             remake=remake,
         )
         found.append((manifest, path.with_suffix(".plan")))

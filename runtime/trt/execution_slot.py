@@ -124,9 +124,9 @@ class BatchRunner:
     def _captured_steps(self, shape: BatchShape) -> dict[int, CapturedStep] | None:
         """Return the captured passes of a shape, empty at its second run; None: do not capture.
 
-        Captured shapes and candidates are both bounded by the number of shapes to keep: of a stream of texts of ever new
-        lengths, only a shape that soon repeats is worth a capture, which costs as much as many plain runs. The stream is
-        idle here, so the graphs of the least recently used shape can be destroyed.
+        Captured shapes and candidates are both bounded by the number of shapes to keep: of a stream of texts of ever
+        new lengths, only a shape that soon repeats is worth a capture, which costs as much as many plain runs. The
+        stream is idle here, so the graphs of the least recently used shape can be destroyed.
         """
         limit = self._policy.shapes  # read once: another slot may give up meanwhile
         if shape in self._captured:

@@ -1,7 +1,7 @@
 """Which optimization profiles of an engine run a batch. Pure: shapes in, indices out.
 
-A profile can run a pass whose shapes lie in its ranges. Of several, one made for the stage comes first, then one for any
-stage; among equals the one with the smallest maximum batch, whose kernels were selected for such sizes.
+A profile can run a pass whose shapes lie in its ranges. Of several, one made for the stage comes first, then one for
+any stage; among equals the one with the smallest maximum batch, whose kernels were selected for such sizes.
 """
 
 from collections.abc import Iterator

@@ -84,7 +84,7 @@ def test_an_unknown_provider(machine: Machine, bundle: Path) -> None:
 
 @pytest.fixture
 def log() -> Iterator[list[str]]:
-    """What is logged of the choice. (The level that a fixture gives caplog is lost when the test begins.)"""
+    """What is logged of the selection. (The level that a fixture gives caplog is lost when the test begins.)"""
     messages: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]

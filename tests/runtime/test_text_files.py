@@ -71,13 +71,17 @@ def test_no_text(tmp_path: Path, content: bytes) -> None:
         ("texts.txt", b"\xef\xbb\xbf\xff\n", r"line 1, is not UTF-8: invalid start byte at byte 0\."),
         ("texts.txt", None, r"texts\.txt cannot be read: No such file or directory\. Check the path\."),
         ("texts.txt.gz", b"no gzip", r"texts\.txt\.gz cannot be read: Not a gzipped file"),
-        ("texts.txt.gz", gzip.compress(b"cut off\n")[:-6], r"cannot be read: Compressed file ended before"),
+        ("texts.txt.gz", gzip.compress(b"cut off\n", mtime=0)[:-6], r"cannot be read: Compressed file ended before"),
         (
             "texts.txt.gz",
-            gzip.compress(b"")[:10] + b"\xff" * 20,
+            gzip.compress(b"", mtime=0)[:10] + b"\xff" * 20,
             r"texts\.txt\.gz cannot be read: .*decompress",
         ),
-        ("texts.txt.gz", gzip.compress(b"\xff\n"), r"texts\.txt\.gz, line 1, is not UTF-8: invalid start byte"),
+        (
+            "texts.txt.gz",
+            gzip.compress(b"\xff\n", mtime=0),
+            r"texts\.txt\.gz, line 1, is not UTF-8: invalid start byte",
+        ),
         (".", None, r"\S+ cannot be read: Is a directory"),
     ],
 )

@@ -18,7 +18,7 @@ from gircse.runtime import tensor_names
 from gircse.runtime.manifest import GraphFacts, Layout
 from gircse.runtime.session import StepOutputs, step_outputs
 from gircse.runtime.trt.engine_manifest import EngineManifest, EngineProfile
-from support.fake_cuda import POISON, FakeCuda, Operation, require
+from support.fake_cuda import POISON, FakeCuda, Misuse, Operation, require
 
 Array = NDArray[Any]
 SCRATCH_BYTES = 1000
@@ -327,9 +327,9 @@ class FakeContext:
 
         def run() -> None:
             context = owner()
-            require(context is not None, "the context of a queued pass is gone")
-            require(not replayed or context.version == version, "the context was changed after the capture")  # type: ignore[union-attr]
-            assert context is not None
+            if context is None:
+                raise Misuse("the context of a queued pass is gone")
+            require(not replayed or context.version == version, "the context was changed after the capture")
             context.compute(shapes, addresses)
 
         replayed = self.cuda.capturing(stream)

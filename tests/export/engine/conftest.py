@@ -80,7 +80,7 @@ def refuse(capsys: pytest.CaptureFixture[str]) -> Refuse:
 
 @pytest.fixture
 def fake(bundle: Path, gpu: None, monkeypatch: pytest.MonkeyPatch) -> FakeBuilderModule:
-    """A machine with a GPU and ``tensorrt`` alone; put in after the export, because torch looks at what is installed."""
+    """A GPU and ``tensorrt`` alone; installed after the export, because torch looks at what is installed."""
     module = FakeBuilderModule()
     install(monkeypatch, tensorrt=module, tensorrt_rtx=None)
     return module
