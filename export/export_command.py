@@ -4,13 +4,13 @@ import argparse
 import dataclasses
 import logging
 import re
-import resource
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
 from gircse.checkpoint.model_settings import ModelSettings, add_model_flags
+from gircse.reporting.sizes import gib, peak_memory
 from gircse.runtime.command import comma_separated, run_command
 from gircse.runtime.manifest import Layout
 from gircse.runtime.precision import Precision
@@ -120,9 +120,7 @@ def _default_output(settings: ModelSettings) -> Path:
 
 def _print_summary(bundle: Path, seconds: float) -> None:
     size = sum(path.stat().st_size for path in bundle.rglob("*") if path.is_file())
-    # ru_maxrss counts KiB on Linux and bytes on macOS.
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    print(f"  {size / 2**20:.0f} MiB, {seconds:.0f} s, peak memory {peak / 2**30:.2f} GiB", file=sys.stderr)
+    print(f"  {size / 2**20:.0f} MiB, {seconds:.0f} s, peak memory {gib(peak_memory())}", file=sys.stderr)
     print(f"  next: gircse-embed {bundle} --self-test", file=sys.stderr)
     print(bundle)
 

@@ -2,7 +2,7 @@
 
 import importlib.metadata
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import psutil
@@ -21,12 +21,13 @@ from gircse.export.options import ExportOptions
 from gircse.export.overflow_probe import largest_magnitudes
 from gircse.export.overflow_report import overflow_risks, write_magnitudes
 from gircse.export.staging import check_destination, staged_directory
-from gircse.export.variants import DecoderGraph, VariantDraft, draft_variant, manifest_variant, write_variant
+from gircse.export.variants import DecoderGraph, VariantDraft, draft_variant, write_variant
 from gircse.export.weights.external_data import estimate_bytes
 from gircse.reporting.progress import Advance, StageProgress
+from gircse.reporting.sizes import gib
 from gircse.runtime.bundle import file_sha256
 from gircse.runtime.errors import ExportError, OptionError, OutputError
-from gircse.runtime.manifest import MANIFEST_NAME, SCHEMA_VERSION, FileEntry, Manifest
+from gircse.runtime.manifest import MANIFEST_NAME, SCHEMA_VERSION, FileEntry, Manifest, Variant
 from gircse.runtime.precision import SPECS, Precision
 from gircse.runtime.text_files import read_texts
 from gircse.runtime.tokenization import PROMPT_TEMPLATE, TokenBatch, padded_batches, tokenize
@@ -76,10 +77,10 @@ def export_bundle(options: ExportOptions, *, progress: StageProgress | None = No
     if calibration is not None:
         calibration.calibration.check(fingerprint_of(source.checkpoint, options), calibration.path)
     golden_missing_reason = _check_resources(source.weights, options.precisions, output, progress)
-    variants = _draft_variants(options, source, calibration, progress)
+    drafts = _draft_variants(options, source, calibration, progress)
     try:
         with staged_directory(output, force=options.force) as directory:
-            files = _write_variants(directory, variants, options, source, progress)
+            variants, files = _write_variants(directory, drafts, options, source, progress)
             if golden_missing_reason is None:
                 _use_reference(directory, options, source, probe_texts, progress)
             with progress.stage("hash the files"):
@@ -147,25 +148,25 @@ def _check_resources(
     memory_needed, memory_free = TRACE_BYTES + 3 * largest, psutil.virtual_memory().available
     reference_needed = TRACE_BYTES + REFERENCE_BYTES + int(1.2 * total)  # PEFT merges layer by layer
     progress.note(
-        f"  needs {_gib(disk_needed)} of disk ({_gib(disk_free)} free) and {_gib(memory_needed)} of memory, "
-        f"{_gib(reference_needed)} with golden vectors ({_gib(memory_free)} available)"
+        f"  needs {gib(disk_needed)} of disk ({gib(disk_free)} free) and {gib(memory_needed)} of memory, "
+        f"{gib(reference_needed)} with golden vectors ({gib(memory_free)} available)"
     )
     if disk_needed > disk_free:
         raise OutputError(
             f"--output {output}",
-            f"has {_gib(disk_free)} of free disk space",
-            f"the bundle needs {_gib(disk_needed)}",
+            f"has {gib(disk_free)} of free disk space",
+            f"the bundle needs {gib(disk_needed)}",
             "Free some space, or choose another disk.",
         )
     if memory_needed > memory_free:
         raise ExportError(
             "memory",
-            f"has {_gib(memory_free)} available",
-            f"the export needs {_gib(memory_needed)}",
+            f"has {gib(memory_free)} available",
+            f"the export needs {gib(memory_needed)}",
             "Close other programs.",
         )
     if reference_needed > memory_free:
-        reason = f"the PyTorch reference needs {_gib(reference_needed)} of memory, {_gib(memory_free)} were available"
+        reason = f"the PyTorch reference needs {gib(reference_needed)} of memory, {gib(memory_free)} were available"
         probe = ", no overflow probe of FP16" if Precision.FP16 in precisions else ""
         progress.note(f"  no golden vectors{probe}: {reason}")
         return reason
@@ -179,25 +180,31 @@ def _bytes_per_weight(precision: Precision) -> int:
 
 def _write_variants(
     directory: Path,
-    variants: Sequence[VariantDraft],
+    drafts: Sequence[VariantDraft],
     options: ExportOptions,
     source: SourceModel,
     progress: StageProgress,
-) -> dict[str, FileEntry]:
-    """Write weights, graphs and tokenizer; return the entries of the weights, which were hashed while written."""
-    files = {}
-    for variant in variants:
-        total = variant.weights.total_bytes
-        with progress.stage(f"write {_gib(total)} of {variant.precision} weights", total=total) as advance:
-            entry = write_variant(variant, directory, identity=source.facts.identity, on_bytes=advance)
-        files[variant.weights_path] = entry
-        if SPECS[variant.precision].calibrated and options.calibration is not None:
-            shutil.copyfile(options.calibration, directory / variant.precision / "calibration.json")
+) -> tuple[dict[str, Variant], dict[str, FileEntry]]:
+    """Write weights, graphs and tokenizer.
+
+    Returns:
+        The variants by precision, and the entries of their weights, which were hashed while they were written.
+    """
+    variants, files = {}, {}
+    for draft in drafts:
+        total = draft.weights.total_bytes
+        with progress.stage(f"write {gib(total)} of {draft.precision} weights", total=total) as advance:
+            written = write_variant(draft, directory, identity=source.facts.identity, on_bytes=advance)
+        variants[str(draft.precision)], files[draft.weights_path] = written.variant, written.entry
+        if written.engine_missing_reason is not None:
+            progress.note(f"  no graph for TensorRT of {draft.precision}: {written.engine_missing_reason}")
+        if SPECS[draft.precision].calibrated and options.calibration is not None:
+            shutil.copyfile(options.calibration, directory / draft.precision / "calibration.json")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         path = source.checkpoint.directory / name
         if path.is_file():
             shutil.copyfile(path, directory / name)
-    return files
+    return variants, files
 
 
 def _use_reference(
@@ -242,7 +249,7 @@ def _counted(batches: Iterable[TokenBatch], advance: Advance) -> Iterator[TokenB
 
 def _write_manifest(
     directory: Path,
-    variants: Sequence[VariantDraft],
+    variants: Mapping[str, Variant],
     options: ExportOptions,
     source: SourceModel,
     files: dict[str, FileEntry],
@@ -259,7 +266,7 @@ def _write_manifest(
         graph=source.facts,
         prompt_template=PROMPT_TEMPLATE,
         pad_token_id=source.pad_token_id,
-        variants={variant.precision: manifest_variant(variant) for variant in variants},
+        variants=variants,
         golden=golden_missing_reason is None,
         golden_missing_reason=golden_missing_reason,
         tools={name: importlib.metadata.version(name) for name in TOOLS},
@@ -267,7 +274,3 @@ def _write_manifest(
         query_instruction=options.query_instruction,
     )
     (directory / MANIFEST_NAME).write_bytes(manifest.to_json())
-
-
-def _gib(size: int) -> str:
-    return f"{size / 2**30:.2f} GiB"

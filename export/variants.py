@@ -1,8 +1,9 @@
 """One precision of a bundle: its graphs in both layouts, its weights, its entry in the manifest."""
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import onnx_ir as ir
 
@@ -16,6 +17,7 @@ from gircse.export.int8.quantize import OpenedCalibration, Quantization, Quantiz
 from gircse.export.weights.external_data import engine_tensors, external_tensors, write_weights
 from gircse.export.weights.layout import WeightLayout
 from gircse.runtime import tensor_names
+from gircse.runtime.errors import ExportError
 from gircse.runtime.manifest import FileEntry, GraphFacts, GraphFile, Layout, TensorSpec, Variant
 from gircse.runtime.precision import SPECS, Precision
 
@@ -61,6 +63,7 @@ class VariantDraft:
         weights: its weights.
         float32: what stays in FP32, in words.
         engine_graph: what TensorRT engines are built from, where it is a graph of its own.
+        engine_missing_reason: why there is none, where there should be.
     """
 
     precision: Precision
@@ -69,6 +72,7 @@ class VariantDraft:
     weights: WeightLayout
     float32: tuple[str, ...]
     engine_graph: ir.Model | None = None
+    engine_missing_reason: str | None = None
 
     @property
     def weights_path(self) -> str:
@@ -122,16 +126,20 @@ def _draft_int8(decoder: DecoderGraph, quantization: Quantization) -> VariantDra
         unneeded=decoder.unneeded,
         sources=quantized.weight_sources,
     )
-    engine = None
-    if SPECS[precision].tensorrt:
-        engine, _ = _compose_int8(decoder, quantization, layout, QdqTarget.TENSORRT)
-        set_precision(engine, Precision.FP16)
-        scales = [node.inputs[1] for node in engine.graph if node.op_type == "DequantizeLinear"]
-        weights = weights.with_fp16_copies(
-            weight_initializers([engine]), scales={scale for scale in scales if scale is not None}
-        )
     float32 = (*SPECS[precision].float32, *quantization.excluded)
-    return VariantDraft(precision, {layout: model}, {layout: quantized.counts}, weights, float32, engine)
+    draft = VariantDraft(precision, {layout: model}, {layout: quantized.counts}, weights, float32)
+    if not SPECS[precision].tensorrt:
+        return draft
+    try:
+        engine, _ = _compose_int8(decoder, quantization, layout, QdqTarget.TENSORRT)
+    except ExportError as err:  # FP16 cannot hold a scale, which ONNX Runtime, in FP32, does not mind
+        return replace(draft, engine_missing_reason=str(err))
+    set_precision(engine, Precision.FP16)
+    scales = [node.inputs[1] for node in engine.graph if node.op_type == "DequantizeLinear"]
+    copied = weights.with_fp16_copies(
+        weight_initializers([engine]), scales={scale for scale in scales if scale is not None}
+    )
+    return replace(draft, weights=copied, engine_graph=engine)
 
 
 def _compose_int8(
@@ -142,30 +150,43 @@ def _compose_int8(
     return model, quantize(model, quantization, vocabulary, target=target)
 
 
+class WrittenVariant(NamedTuple):
+    """What the manifest says of a variant, and of the file of its weights.
+
+    Attributes:
+        entry: of the weights, which were hashed while they were written.
+        variant: the variant.
+        engine_missing_reason: why it has no graph for TensorRT, where it should have one.
+    """
+
+    entry: FileEntry
+    variant: Variant
+    engine_missing_reason: str | None
+
+
 def write_variant(
-    variant: VariantDraft, directory: Path, *, identity: str, on_bytes: Callable[[int], None]
-) -> FileEntry:
+    draft: VariantDraft, directory: Path, *, identity: str, on_bytes: Callable[[int], None]
+) -> WrittenVariant:
     """Write the weights and graphs of a variant into a bundle.
 
     Args:
-        variant: what to write.
+        draft: what to write.
         directory: the bundle.
         identity: written into every graph, see ``GraphFacts.identity``.
         on_bytes: told the bytes of weights just written.
-
-    Returns:
-        The entry of the weights, which were hashed while they were written.
     """
-    folder = directory / variant.precision
+    folder = directory / draft.precision
     folder.mkdir()
-    entry = write_weights(variant.weights, folder / WEIGHTS_FILE, on_bytes=on_bytes)
-    external = external_tensors(variant.weights, WEIGHTS_FILE)
-    for layout, model in variant.graphs.items():
+    written = write_weights(draft.weights, folder / WEIGHTS_FILE, on_bytes=on_bytes)
+    external = external_tensors(draft.weights, WEIGHTS_FILE)
+    for layout, model in draft.graphs.items():
         _write_graph(model, external, folder / GRAPH_FILES[layout], identity)
-    if variant.engine_graph is not None:
-        external = engine_tensors(variant.weights, WEIGHTS_FILE)
-        _write_graph(variant.engine_graph, external, folder / ENGINE_GRAPH_FILE, identity)
-    return entry
+    engine = draft.engine_graph if written.copies_missing_reason is None else None
+    if engine is not None:
+        _write_graph(engine, engine_tensors(draft.weights, WEIGHTS_FILE), folder / ENGINE_GRAPH_FILE, identity)
+    return WrittenVariant(
+        written.entry, _manifest_variant(draft, engine), draft.engine_missing_reason or written.copies_missing_reason
+    )
 
 
 def _write_graph(model: ir.Model, external: Mapping[str, ir.ExternalTensor], path: Path, identity: str) -> None:
@@ -175,18 +196,15 @@ def _write_graph(model: ir.Model, external: Mapping[str, ir.ExternalTensor], pat
     ir.save(model, path)
 
 
-def manifest_variant(variant: VariantDraft) -> Variant:
-    """Return the entry of a variant in the manifest."""
-    engine = variant.engine_graph
+def _manifest_variant(draft: VariantDraft, engine: ir.Model | None) -> Variant:
     return Variant(
         graphs={
-            layout: _graph_file(variant.precision, GRAPH_FILES[layout], model)
-            for layout, model in variant.graphs.items()
+            layout: _graph_file(draft.precision, GRAPH_FILES[layout], model) for layout, model in draft.graphs.items()
         },
-        weights=variant.weights_path,
-        float32=variant.float32,
-        rewrites=variant.rewrites,
-        tensorrt=_graph_file(variant.precision, ENGINE_GRAPH_FILE, engine) if engine is not None else None,
+        weights=draft.weights_path,
+        float32=draft.float32,
+        rewrites=draft.rewrites,
+        tensorrt=_graph_file(draft.precision, ENGINE_GRAPH_FILE, engine) if engine is not None else None,
     )
 
 

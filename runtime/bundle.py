@@ -137,15 +137,18 @@ class Bundle:
         """Return the path of the graph that a TensorRT engine of a variant is built from.
 
         Raises:
-            BundleError: the bundle does not have the precision in that layout, or was exported before INT8 variants had
-                a separate graph for TensorRT.
+            BundleError: the bundle does not have the precision in that layout, or its INT8 variant has no graph for
+                TensorRT: FP16 cannot hold its scales, or it is of an older version.
         """
         path, own = self.graph(precision, layout), self.variant(precision).tensorrt
         if own is not None:
             return self.file(own.path)
         if precision_spec(precision).calibrated:
             raise BundleError(
-                f"{self.directory}, {precision},", "has no graph for TensorRT", None, "Export the bundle again."
+                f"{self.directory}, {precision},",
+                "has no graph for TensorRT",
+                None,
+                "Export the bundle again; where the graph cannot be written, the export says why.",
             )
         return path
 

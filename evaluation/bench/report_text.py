@@ -7,6 +7,7 @@ from rich.table import Table
 
 from gircse.evaluation.bench.report_schema import BackendCost, BenchReport, Latency, Quality
 from gircse.reporting.files import markdown_table
+from gircse.reporting.sizes import gib
 
 COST_COLUMNS = ("backend", "load", "peak memory", "model files", "cosine to the first")
 
@@ -67,7 +68,7 @@ def _cost_cells(cost: BackendCost) -> tuple[str, ...]:
     return (
         cost.backend,
         f"{load.median:.2f} s ({load.low:.2f} to {load.high:.2f})",
-        f"{cost.peak_bytes / 2**30:.2f} GiB",
+        gib(cost.peak_bytes),
         f"{cost.model_bytes / 2**20:.0f} MiB",
         f"{cost.min_cosine:.6f}",
     )

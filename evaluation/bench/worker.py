@@ -8,9 +8,7 @@ parent decides whose turn it is, so the backends still run in turn.
 import contextlib
 import multiprocessing
 import os
-import resource
 import signal
-import sys
 import time
 from collections.abc import Iterator, Mapping
 from multiprocessing.connection import Connection
@@ -18,6 +16,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from gircse.evaluation.bench.backends import BackendSpec, import_libraries
+from gircse.reporting.sizes import peak_memory
 from gircse.runtime.errors import GircseError, MeasurementError
 from gircse.runtime.numerics import Float32, Int64
 
@@ -139,4 +138,4 @@ def _peak_bytes() -> int:
         for line in status.read_text(encoding="ascii", errors="replace").splitlines():
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return peak_memory()

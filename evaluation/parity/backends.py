@@ -22,6 +22,7 @@ from gircse.evaluation.parity.step_trace import (
     collect_states,
     collect_trace,
 )
+from gircse.reporting.sizes import gib
 from gircse.runtime import Embedder
 from gircse.runtime.bundle import Bundle
 from gircse.runtime.embedder import DEFAULT_BATCH_SIZE, DEFAULT_BATCH_TOKENS
@@ -231,8 +232,8 @@ def _check_memory(manifest: Manifest) -> None:
     if needed > free:
         raise MeasurementError(
             "the PyTorch model in FP32",
-            f"needs {needed / 2**30:.1f} GiB of memory",
-            f"{free / 2**30:.1f} GiB are available",
+            f"needs {gib(needed)} of memory",
+            f"{gib(free)} are available",
             "Use a larger machine, or name another bundle or precision as --reference.",
         )
 

@@ -10,7 +10,7 @@ import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import onnx_ir as ir
@@ -46,16 +46,25 @@ def estimate_bytes(base: SafetensorsIndex) -> tuple[int, int]:
     return 4 * sum(elements.values()), 4 * max(pieces, default=0)
 
 
-def write_weights(layout: WeightLayout, path: Path, *, on_bytes: Callable[[int], None]) -> FileEntry:
-    """Write the data file.
+class WrittenWeights(NamedTuple):
+    """A data file.
+
+    Attributes:
+        entry: its size and SHA-256, taken while it was written.
+        copies_missing_reason: why it lacks the FP16 copies, which only TensorRT reads; None if it has all it needs.
+    """
+
+    entry: FileEntry
+    copies_missing_reason: str | None
+
+
+def write_weights(layout: WeightLayout, path: Path, *, on_bytes: Callable[[int], None]) -> WrittenWeights:
+    """Write the data file. A copy that FP16 cannot hold costs the copies, not the file.
 
     Args:
         layout: the matched weights.
         path: file to create.
         on_bytes: called with the number of bytes after each block.
-
-    Returns:
-        Size and SHA-256, taken while writing.
 
     Raises:
         CheckpointError: a value is NaN or infinite, or the adapter does not change a weight that it names.
@@ -73,11 +82,16 @@ def write_weights(layout: WeightLayout, path: Path, *, on_bytes: Callable[[int],
             for block in copied_blocks(layout, weight) if weight.source is None else [made[weight.name]]:
                 file.write(block.reshape(-1).view(torch.uint8).numpy().data)  # no copy
         stream.flush()
-        for copy in layout.fp16_copies:
-            file.pad_to(copy.offset)
-            for values in _fp16_blocks(copy, path):
-                file.write(values.view(np.uint8).data)
-        return FileEntry(stream.tell(), file.sha256)
+        without_copies = FileEntry(stream.tell(), file.sha256)
+        try:
+            for copy in layout.fp16_copies:
+                file.pad_to(copy.offset)
+                for values in _fp16_blocks(copy, path):
+                    file.write(values.view(np.uint8).data)
+        except ExportError as err:
+            stream.truncate(without_copies.bytes)
+            return WrittenWeights(without_copies, str(err))
+        return WrittenWeights(FileEntry(stream.tell(), file.sha256), None)
 
 
 def external_tensors(layout: WeightLayout, location: str) -> dict[str, ir.ExternalTensor]:
