@@ -118,7 +118,7 @@ def build_engine(options: BuildOptions, *, progress: StageProgress | None = None
     bundle.variant(precision)
     if not precision_spec(precision).tensorrt:
         raise OptionError(
-            f"precision {precision}",
+            f"--precision {precision}",
             "is made for ONNX Runtime, with products that TensorRT does not have",
             f"engines are built from {', '.join(name for name, spec in SPECS.items() if spec.tensorrt)}",
         )

@@ -85,7 +85,7 @@ def _replaced(old: str, new: str) -> Any:
         ),
         (
             _replaced(f'"schema_version":{SCHEMA_VERSION}', '"schema_version":1'),
-            rf"has schema version 1; this gircse-deploy reads {SCHEMA_VERSION} to {SCHEMA_VERSION}\. Calibrate again",
+            rf"has schema version 1; this gircse-deploy reads version {SCHEMA_VERSION}\. Calibrate again",
         ),
         (_replaced("0.9375", "NaN"), r"cannot be read: JSON is malformed"),
         (_replaced("0.9375", "1e999"), r"cannot be read: Number out of range"),
