@@ -4,7 +4,7 @@
 #   pip install ".[demo,evaluation,export,gpu,tensorrt]"     # or tensorrt-rtx
 #   bash benchmarks/gpu.sh [MODEL [ADAPTER]]                 # default: the demo
 #
-# Appends its results to benchmarks/RESULTS.md. A provider that is not installed or not usable is listed there with the
+# Writes its results to benchmarks/results/gpu-DATE.md. A provider that is not installed or not usable is listed there with the
 # reason; a failed gate is recorded like a passed one.
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -12,7 +12,7 @@ model=${1:-demo}
 adapter=(${2:+--adapter "$2"})
 bundle=$(mktemp -d)/gircse-gpu
 reports=$(mktemp -d)
-results=benchmarks/RESULTS.md
+results=benchmarks/results/gpu-$(date -u +%F).md
 card=$(nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader | head -1) || exit 2
 
 gircse-export --steps 8 --model "$model" "${adapter[@]}" --precision fp32,fp16,bf16 --output "$bundle" || exit 2

@@ -228,4 +228,6 @@ class GraphBuilder(NodeBuilder):
 
 
 def _copy_initializer(value: ir.Value) -> ir.Value:
-    return ir.Value(name=value.name, type=value.type, shape=value.shape, const_value=value.const_value)
+    copy = ir.Value(name=value.name, type=value.type, shape=value.shape, const_value=value.const_value)
+    copy.meta.update(value.meta)
+    return copy

@@ -15,8 +15,8 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from gircse.export.graph.builder import NodeBuilder
 
-TRANSPOSED_SUFFIX = ".T"
-"""Ends the name of an initializer that is stored as the transpose of the checkpoint's tensor."""
+_TRANSPOSE_OF = "transpose_of"
+"""Key under which an initializer knows the tensor of the checkpoint that it is the transpose of."""
 
 
 def simplify_decoder(graph: ir.Graph) -> dict[str, int]:
@@ -46,13 +46,21 @@ def fold_weight_transposes(graph: ir.Graph) -> int:
         weight = node.inputs[0]
         if weight is None or not weight.is_initializer() or weight.shape is None:
             continue
-        name = f"{weight.name}{TRANSPOSED_SUFFIX}"
+        name = f"{weight.name}.T"
         if name not in graph.initializers:
             shape = ir.Shape(tuple(reversed(tuple(weight.shape))))
-            graph.initializers.add(ir.val(name, type=weight.type, shape=shape))
+            transposed = ir.val(name, type=weight.type, shape=shape)
+            transposed.meta[_TRANSPOSE_OF] = weight.name
+            graph.initializers.add(transposed)
         node.outputs[0].replace_all_uses_with(graph.initializers[name])
         count += 1
     return count
+
+
+def transpose_of(weight: ir.Value) -> str | None:
+    """Return the checkpoint tensor that an initializer is the transpose of; None for one that is no transpose."""
+    tensor: str | None = weight.meta.get(_TRANSPOSE_OF)
+    return tensor
 
 
 def cancel_transposes(graph: ir.Graph) -> int:

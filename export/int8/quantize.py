@@ -26,7 +26,7 @@ from gircse.calibration.moments_file import MomentsFile
 from gircse.export.graph.architecture import DecoderShape
 from gircse.export.graph.builder import NodeBuilder
 from gircse.export.graph.compose import FloatVocabulary
-from gircse.export.graph.simplify import TRANSPOSED_SUFFIX
+from gircse.export.graph.simplify import transpose_of
 from gircse.export.int8.dequantized_vocabulary import DequantizedVocabulary
 from gircse.export.int8.qdq import QdqBuilder, QdqTarget
 from gircse.export.int8.vocabulary import IntegerVocabulary
@@ -207,7 +207,7 @@ class _Rewriter:
         self.counts[quantized_input.kind] += 1
 
     def _product(self, projection: str) -> ir.Node:
-        name = f"{projection}.weight{TRANSPOSED_SUFFIX}"
+        name = f"{projection}.weight"
         if name not in self._products:
             raise ExportError(
                 f"--precision {self.how.precision}",
@@ -294,8 +294,9 @@ def _hand_on(builder: NodeBuilder, product: ir.Value, nodes: Sequence[ir.Node]) 
 
 
 def _products_by_weight(graph: ir.Graph) -> dict[str, ir.Node]:
+    """Return the products by the tensor of the checkpoint that they multiply with."""
     return {
-        str(node.inputs[1].name): node
+        transpose_of(node.inputs[1]) or str(node.inputs[1].name): node
         for node in graph
         if node.op_type == "MatMul" and node.inputs[1] is not None and node.inputs[1].is_initializer()
     }

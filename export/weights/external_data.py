@@ -21,7 +21,6 @@ from gircse.checkpoint.lora import LoraPair
 from gircse.checkpoint.safetensors_index import SafetensorsIndex
 from gircse.export.graph.compose import EMBEDDING_TABLE, LM_HEAD
 from gircse.export.graph.mixed_precision import FP16_MAX
-from gircse.export.graph.simplify import TRANSPOSED_SUFFIX
 from gircse.export.int8.qdq import fp16_scales
 from gircse.export.int8.weights import WeightSource
 from gircse.export.weights.layout import Fp16Copy, PlacedWeight, WeightLayout
@@ -207,7 +206,7 @@ def _too_large(weight: PlacedWeight, magnitude: float, *, tensor: str) -> Export
         tensor,
         f"has a magnitude of {magnitude:.6g}",
         f"the FP16 maximum is {FP16_MAX:.0f}",
-        f"Export with --keep-float32 {weight.name.removesuffix(TRANSPOSED_SUFFIX)}, or with --precision bf16.",
+        f"Export with --keep-float32 {tensor}, or with --precision bf16.",
     )
 
 

@@ -16,7 +16,7 @@ import onnx_ir as ir
 from gircse.checkpoint.lora import LoraAdapter, LoraPair
 from gircse.checkpoint.safetensors_index import SafetensorsIndex
 from gircse.export.graph.compose import EMBEDDING_TABLE, LM_HEAD
-from gircse.export.graph.simplify import TRANSPOSED_SUFFIX
+from gircse.export.graph.simplify import transpose_of
 from gircse.export.int8.weights import WeightSource
 from gircse.runtime.errors import CheckpointError
 
@@ -132,8 +132,9 @@ class WeightLayout:
                 weight = PlacedWeight(name, shape, dtype, offset, source=source)
                 read.update(source.reads)
             else:
-                tensor = name.removesuffix(TRANSPOSED_SUFFIX)
-                weight = PlacedWeight(name, shape, dtype, offset, tensor, transposed=tensor != name)
+                transposed = transpose_of(value)
+                tensor = transposed or name
+                weight = PlacedWeight(name, shape, dtype, offset, tensor, transposed=transposed is not None)
                 read[tensor] = weight.checkpoint_shape
             weights.append(weight)
             offset = _aligned(offset + weight.bytes)

@@ -1,45 +1,18 @@
 """Bundles that run on an engine, with a simulated TensorRT."""
 
-import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from support.fake_tensorrt import tiny_run
-from support.machine import MAX_TOKENS, Machine, add_engine
-from support.small_models import SmallModels
+from support.machine import MAX_TOKENS, TEXTS, Machine, add_engine
 
 from gircse.runtime import BundleError, Embedder, ProviderError
 from gircse.runtime.errors import OptionError
 from gircse.runtime.provider import Provider
 from gircse.runtime.trt.library import MODULES
 from gircse.runtime.trt.session import TensorRtSession
-
-TEXTS = [
-    "a short one",
-    "two",
-    "a text with a few more words in it",
-    "",
-    "how do I reset my PIN",
-    "x",
-    "two",
-    "last one",
-]
-VARIANTS = ("fp32", "fp16", "bf16")
-
-
-@pytest.fixture
-def bundle(small_models: SmallModels, tmp_path: Path) -> Path:
-    copy = tmp_path / "bundle"
-    shutil.copytree(small_models.bundle("llama", precisions=VARIANTS), copy)
-    return copy
-
-
-@pytest.fixture
-def machine(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
-    """Made after the export, because torch looks at what is installed."""
-    return Machine(monkeypatch)
 
 
 @pytest.mark.parametrize("provider", MODULES)

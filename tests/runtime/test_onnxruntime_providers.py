@@ -1,41 +1,14 @@
 """What is asked of ONNX Runtime's providers, and what is kept on the GPU; on a stub."""
 
-import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
-from support.machine import Machine
-from support.small_models import SmallModels
+from support.machine import TEXTS, Machine
 from support.stub_onnxruntime import CPU, CUDA, TENSORRT, StubOnnxRuntime
 
 from gircse.runtime import Embedder, ProviderError
 from gircse.runtime.tensor_names import cache_names
-
-TEXTS = [
-    "a short one",
-    "two",
-    "a text with a few more words in it",
-    "",
-    "how do I reset my PIN",
-    "x",
-    "two",
-    "last one",
-]
-VARIANTS = ("fp32", "fp16", "bf16")
-
-
-@pytest.fixture
-def bundle(small_models: SmallModels, tmp_path: Path) -> Path:
-    copy = tmp_path / "bundle"
-    shutil.copytree(small_models.bundle("llama", precisions=VARIANTS), copy)
-    return copy
-
-
-@pytest.fixture
-def machine(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
-    """Made after the export, because torch looks at what is installed."""
-    return Machine(monkeypatch)
 
 
 @pytest.mark.parametrize(

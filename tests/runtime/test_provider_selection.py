@@ -2,14 +2,13 @@
 
 import json
 import logging
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from support.machine import Machine, add_engine
-from support.small_models import SmallModels, add_stepwise_variants
+from support.machine import VARIANTS, Machine, add_engine
+from support.small_models import add_stepwise_variants
 from support.stub_onnxruntime import CPU, CUDA, TENSORRT, StubOnnxRuntime
 
 from gircse.runtime import BundleError, Embedder, ProviderError
@@ -17,21 +16,6 @@ from gircse.runtime.errors import GircseError
 from gircse.runtime.manifest import Layout
 from gircse.runtime.provider import Provider
 from gircse.runtime.trt.library import MODULES
-
-VARIANTS = ("fp32", "fp16", "bf16")
-
-
-@pytest.fixture
-def bundle(small_models: SmallModels, tmp_path: Path) -> Path:
-    copy = tmp_path / "bundle"
-    shutil.copytree(small_models.bundle("llama", precisions=VARIANTS), copy)
-    return copy
-
-
-@pytest.fixture
-def machine(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
-    """Made after the export, because torch looks at what is installed."""
-    return Machine(monkeypatch)
 
 
 def edit_variants(bundle: Path, change: Callable[[dict[str, Any]], object]) -> None:

@@ -18,6 +18,17 @@ from support.fake_tensorrt import FakeTensorRt
 from support.stub_onnxruntime import CPU, StubOnnxRuntime
 
 MAX_BATCH, MAX_TOKENS = 3, 20
+VARIANTS = ("fp32", "fp16", "bf16")
+TEXTS = [
+    "a short one",
+    "two",
+    "a text with a few more words in it",
+    "",
+    "how do I reset my PIN",
+    "x",
+    "two",
+    "last one",
+]
 
 
 class Machine:
