@@ -42,4 +42,4 @@ def test_too_little_memory_is_said_beforehand(
 ) -> None:
     monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=1 << 30))
     assert parity_command.main([str(small_models.bundle("llama"))]) == 2
-    assert "PyTorch model in FP32 needs 1.3 GiB of memory; 1.0 GiB are available" in capsys.readouterr().err
+    assert "PyTorch model in FP32 needs 1.25 GiB of memory; 1.00 GiB are available" in capsys.readouterr().err
