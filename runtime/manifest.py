@@ -131,7 +131,7 @@ class Variant(Record, frozen=True):
     Attributes:
         graphs: its graphs by layout.
         weights: the file of their weights.
-        float32: what stays in FP32 in a FP16 or BF16 variant, in words.
+        float32: what stays in FP32 in an FP16 or BF16 variant, in words.
         rewrites: how often each rewrite to this precision applied, by layout and name.
         tensorrt: the graph that TensorRT engines are built from, where it is not the one that ONNX Runtime runs.
     """

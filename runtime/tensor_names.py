@@ -13,7 +13,7 @@
                     K = 0)
     attention_mask  (batch, total) int64, the prompt's mask, then a 1 for every soft token, the new one included
     past.i.key, past.i.value        (batch, past, kv_heads * head_dim), past = 0 with the prompt; float32, or the
-                                    type of a FP16 or BF16 graph
+                                    type of an FP16 or BF16 graph
     next_hidden     (batch, 1, hidden) float32: h_0 of the prompt, h_k of a step
     present.i.key, present.i.value  (batch, total, kv_heads * head_dim)
 

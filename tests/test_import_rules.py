@@ -45,13 +45,13 @@ def imported(path: Path) -> set[str]:
     return names
 
 
-@pytest.mark.parametrize("room", MAY_IMPORT)
-def test_rooms_import_one_way(room: str) -> None:
-    files = sorted((ROOT / room).rglob("*.py"))
+@pytest.mark.parametrize("package", MAY_IMPORT)
+def test_packages_import_one_way(package: str) -> None:
+    files = sorted((ROOT / package).rglob("*.py"))
     assert files
     for path in files:
-        rooms = {name.split(".")[1] for name in imported(path) if name.startswith("gircse.")}
-        assert rooms <= MAY_IMPORT[room], path
+        packages = {name.split(".")[1] for name in imported(path) if name.startswith("gircse.")}
+        assert packages <= MAY_IMPORT[package], path
 
 
 def test_runtime_imports_nothing_heavy() -> None:
@@ -74,18 +74,18 @@ print(embedder.encode(["no torch here"]).shape)
     assert done.stdout.strip() == "(1, 48)"
 
 
-@pytest.mark.parametrize("room", MAY_IMPORT)
-def test_nothing_shadows_a_library(room: str) -> None:
+@pytest.mark.parametrize("package", MAY_IMPORT)
+def test_nothing_shadows_a_library(package: str) -> None:
     """A command file run as a script puts its folder on the path; no name there may be that of a library."""
     libraries = {*sys.stdlib_module_names, *importlib.metadata.packages_distributions()}
-    folders = [path for path in (ROOT / room).rglob("*/") if path.name != "__pycache__"]
-    beside_commands = [path for path in (ROOT / room).glob("*.py") if any((ROOT / room).glob("*_command.py"))]
+    folders = [path for path in (ROOT / package).rglob("*/") if path.name != "__pycache__"]
+    beside_commands = [path for path in (ROOT / package).glob("*.py") if any((ROOT / package).glob("*_command.py"))]
     assert not {path.stem for path in (*folders, *beside_commands)} & libraries
 
 
 def test_only_command_files_print() -> None:
-    for room in MAY_IMPORT:
-        for path in sorted((ROOT / room).rglob("*.py")):
+    for package in MAY_IMPORT:
+        for path in sorted((ROOT / package).rglob("*.py")):
             calls = [node.func for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
             prints = any(isinstance(call, ast.Name) and call.id == "print" for call in calls)
             assert not prints or path.stem.endswith("command"), path
