@@ -19,7 +19,7 @@ from gircse.runtime.provider_selection import SessionHandle, SessionOptions, ope
 from gircse.runtime.self_test import SelfTestReport, all_vectors, compare_with_golden, read_golden_vectors
 from gircse.runtime.sentence_transformers_arguments import EncodeArguments, check_fixed_arguments, named_instruction
 from gircse.runtime.session import Session, StepOutputs
-from gircse.runtime.tokenization import Overflow, iterate_texts, open_tokenizer
+from gircse.runtime.tokenization import Overflow, PromptTokenizer, iterate_texts, open_tokenizer
 
 DEFAULT_BATCH_SIZE = 32
 DEFAULT_BATCH_TOKENS = 4096
@@ -77,7 +77,8 @@ class Embedder:
             verify=verify,
         )
         bundle = Bundle.open(path)
-        self._take(bundle, open_provider(bundle, where, options))
+        tokenizer = open_tokenizer(bundle)  # first: the session reuses the memory that reading it took
+        self._take(bundle, tokenizer, open_provider(bundle, where, options))
 
     @classmethod
     def from_session(cls, bundle: Bundle, session: Session, *, precision: str) -> Self:
@@ -89,13 +90,12 @@ class Embedder:
             precision: the variant of the bundle that it stands for.
         """
         embedder = cls.__new__(cls)
-        embedder._take(bundle, SessionHandle(session, Provider.CPU, precision))
+        embedder._take(bundle, open_tokenizer(bundle), SessionHandle(session, Provider.CPU, precision))
         return embedder
 
-    def _take(self, bundle: Bundle, opened: SessionHandle) -> None:
-        self._bundle, self._opened = bundle, opened
-        self.tokenizer = open_tokenizer(bundle)
-        self._runner = BatchRunner(bundle.manifest, self.tokenizer, opened.session)
+    def _take(self, bundle: Bundle, tokenizer: PromptTokenizer, opened: SessionHandle) -> None:
+        self._bundle, self.tokenizer, self._opened = bundle, tokenizer, opened
+        self._runner = BatchRunner(bundle.manifest, tokenizer, opened.session)
 
     def close(self) -> None:
         """Free the graphs or the engine. Closing twice does nothing; embedding afterwards is an ``OptionError``."""
