@@ -73,32 +73,41 @@ class SmoothedNorm:
 
 
 @dataclass(frozen=True)
-class IntegerProduct:
+class _Int8Weight:
+    """Integers with their scales.
+
+    Attributes:
+        name: what the names of the initializers begin with.
+    """
+
+    name: str
+
+    @property
+    def weight_name(self) -> str:
+        """Name of the integers."""
+        return f"{self.name}.int8"
+
+    @property
+    def scale_name(self) -> str:
+        """Name of their scales, float32."""
+        return f"{self.name}.scale"
+
+
+@dataclass(frozen=True)
+class IntegerProduct(_Int8Weight):
     """The weights of one integer product (in, out), the projections of one input side by side.
 
     Attributes:
-        name: of the product; the initializers are ``weight_name``, ``scale_name`` and ``outlier_name``.
         reads: projections (out, in), in order.
         smoothing: (in,) float32, s, which the columns are multiplied with; None for none.
         outlier_channels: columns that stay in float.
         moments: reads the blocks of H that the rounding sees; None rounds to nearest.
     """
 
-    name: str
     reads: Mapping[str, Shape]
     smoothing: Tensor | None = None
     outlier_channels: tuple[int, ...] = ()
     moments: ReadMoments | None = None
-
-    @property
-    def weight_name(self) -> str:
-        """Name of the integers (in, out)."""
-        return f"{self.name}.int8"
-
-    @property
-    def scale_name(self) -> str:
-        """Name of their scales (out,) float32."""
-        return f"{self.name}.scale"
 
     @property
     def outlier_name(self) -> str:
@@ -112,7 +121,7 @@ class IntegerProduct:
 
     @property
     def initializers(self) -> Mapping[str, InitializerSpec]:
-        """Integers, scales, and the rows of outlier channels where there are any."""
+        """Integers (in, out), scales (out,), and the rows (n, out) of outlier channels where there are any."""
         inputs = next(iter(self.reads.values()))[1]
         made = {
             self.weight_name: InitializerSpec(ir.DataType.INT8, (inputs, self.outputs)),
@@ -140,28 +149,16 @@ class IntegerProduct:
 
 
 @dataclass(frozen=True)
-class _OneWeight:
+class _OneWeight(_Int8Weight):
     """One tensor of the checkpoint as int8.
 
     Attributes:
-        name: what ``weight_name`` and ``scale_name`` begin with.
         tensor: its name in the checkpoint.
         shape: its shape there, (out, in) or (vocab, hidden).
     """
 
-    name: str
     tensor: str
     shape: Shape
-
-    @property
-    def weight_name(self) -> str:
-        """Name of the integers."""
-        return f"{self.name}.int8"
-
-    @property
-    def scale_name(self) -> str:
-        """Name of their scales, float32."""
-        return f"{self.name}.scale"
 
     @property
     def reads(self) -> Mapping[str, Shape]:
