@@ -174,17 +174,22 @@ def _inputs(g: GraphBuilder, input_ids: ir.Value, mask: ir.Value, *, start: ir.V
     # Positions count real tokens, so that padding does not shift the rotary phase.
     positions = g.op("Max", g.op("Sub", g.op("CumSum", mask, g.index(1)), g.index(1)), g.index(0))
     key_bias = g.key_bias(mask)
-    length = g.op("Squeeze", g.op("Shape", mask, start=1, end=2), g.indices([0]))
-    key = g.op("Range", g.index(0), length, g.index(1))
-    query = position = key
+    total = g.op("Shape", mask, start=1, end=2)
+    query = position = key = _count(g, total)
     if start is not None:
         positions = g.op("Slice", positions, start, g.indices([LAST]), g.indices([1]))
         query = g.op("Slice", key, start, g.indices([LAST]), g.indices([0]))
-        position = g.op("Sub", query, start)
+        # Counted anew, not query - start: sizes are computed on the host, which a GPU's tensor would have to wait for.
+        position = _count(g, g.op("Sub", total, start))
     future = g.op("Less", g.op("Unsqueeze", query, g.indices([1])), g.op("Unsqueeze", key, g.indices([0])))
     causal_bias = g.op("Mul", g.op("Cast", future, to=ir.DataType.FLOAT), g.number(MASKED))
     # Min, not Add: two masks at once would leave the range of FP16.
     return _Inputs(g.op("Min", key_bias, causal_bias), positions, key_bias, position)
+
+
+def _count(g: GraphBuilder, size: ir.Value) -> ir.Value:
+    """Return 0, 1, ... below a size that is given as (1,) int64."""
+    return g.op("Range", g.index(0), g.op("Squeeze", size, g.indices([0])), g.index(1))
 
 
 def _last_state(g: GraphBuilder, states: ir.Value, mask: ir.Value, position: ir.Value) -> ir.Value:
