@@ -195,35 +195,39 @@ def _profiles(options: BuildOptions, bundle: Bundle, provider: Provider) -> list
 
 
 def _capabilities(options: BuildOptions, module: Any, provider: Provider) -> list[str]:
-    """Return the compute capabilities to build for; TensorRT builds only for the GPU that it runs on."""
-    from gircse.runtime.trt.cuda import open_cuda
-
-    if provider is Provider.TENSORRT_RTX and options.capabilities:
-        known = {_dotted(name): name for name in module.ComputeCapability.__members__ if name.startswith("SM")}
-        for capability in options.capabilities:
+    """Return the compute capabilities to build for; only TensorRT for RTX builds for another GPU than that here."""
+    wanted = list(dict.fromkeys(options.capabilities))
+    if provider is Provider.TENSORRT_RTX:
+        known = [_dotted(name) for name in module.ComputeCapability.__members__ if name.startswith("SM")]
+        builds_for = f"this {provider} {module.__version__} builds for {', '.join(known)}"
+        for capability in wanted:
             if capability not in known:
-                raise OptionError(
-                    "--sm",
-                    f"has {capability!r}",
-                    f"this {provider} {module.__version__} builds for {', '.join(known)}",
-                    "Choose from these, or use --provider tensorrt on the GPU itself.",
-                )
-        return list(dict.fromkeys(options.capabilities))
-    try:
-        found = open_cuda().compute_capability()
-    except ProviderError as err:
-        if provider is Provider.TENSORRT_RTX:
-            hint = "To build for the GPU of another machine, name it: --sm 8.9"
-            raise ProviderError(err.where, err.got, err.expected, hint) from err
-        raise
-    if options.capabilities and list(options.capabilities) != [found]:
+                hint = "Choose from these, or use --provider tensorrt on the GPU itself."
+                raise OptionError("--sm", f"has {capability!r}", builds_for, hint)
+        if not wanted:
+            wanted = [_own_capability("To build for the GPU of another machine, name it: --sm 8.9")]
+            if wanted[0] not in known:
+                hint = "Use --provider tensorrt here, or name the GPU of another machine: --sm 8.9"
+                raise ProviderError("this machine's GPU", f"has compute capability {wanted[0]}", builds_for, hint)
+        return wanted
+    found = _own_capability(None)
+    if wanted not in ([], [found]):
         raise OptionError(
             "--sm",
-            f"has {', '.join(map(repr, options.capabilities))}",
+            f"has {', '.join(map(repr, wanted))}",
             f"{provider} builds only for the GPU of this machine, {found}",
             "Build on the machine that will run the engine, or use --provider tensorrt-rtx.",
         )
     return [found]
+
+
+def _own_capability(hint: str | None) -> str:
+    from gircse.runtime.trt.cuda import open_cuda
+
+    try:
+        return open_cuda().compute_capability()
+    except ProviderError as err:
+        raise ProviderError(err.where, err.got, err.expected, hint or err.hint) from err
 
 
 def _dotted(name: str) -> str:

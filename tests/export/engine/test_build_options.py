@@ -7,6 +7,7 @@ from typing import Any
 import onnx
 import pytest
 from support.engine_build import RTX, Build, Refuse
+from support.fake_cuda import FakeCuda
 from support.small_models import SmallModels, rehash
 
 from gircse.runtime.manifest import Layout
@@ -42,6 +43,15 @@ def test_capability_that_rtx_does_not_build_for(rtx: Any, bundle: Path, refuse: 
         f"--sm has {capability.split(',')[-1]!r}; this tensorrt-rtx {rtx.__version__} builds for "
     )
     assert " 8.9, " in message
+
+
+def test_gpu_that_rtx_does_not_build_for(
+    rtx: Any, bundle: Path, gpu: None, refuse: Refuse, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(FakeCuda, "compute_capability", lambda _: "9.0")
+    message = refuse(bundle, "--provider", "tensorrt-rtx")
+    assert message.startswith("this machine's GPU has compute capability 9.0; this tensorrt-rtx ")
+    assert message.endswith("Use --provider tensorrt here, or name the GPU of another machine: --sm 8.9")
 
 
 def test_sm_120_is_capability_12_0(rtx: Any, bundle: Path, refuse: Refuse) -> None:
