@@ -1,6 +1,8 @@
 """ONNX Runtime sessions for both layouts. Safe to call from several threads: a run keeps all its state local."""
 
-from collections.abc import Iterable, Sequence
+import contextlib
+import io
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,8 @@ EXECUTION_PROVIDERS = {
 _OPTIONS = {"CUDAExecutionProvider": {"use_tf32": "0"}}
 """By default the CUDA provider computes FP32 products in TF32, whose vectors are not those of FP32."""
 
+_LIBRARIES = {Provider.CUDA: "CUDA and cuDNN", Provider.ORT_TENSORRT: "CUDA, cuDNN and TensorRT"}
+
 _ONNX_TYPES = {"tensor(float)": 1, "tensor(float16)": 10, "tensor(bfloat16)": 16}
 """Numbers of the types that a KV cache can have; numpy knows no bfloat16."""
 
@@ -39,9 +43,11 @@ class UnrolledSession:
 
     def run(self, input_ids: Int64, attention_mask: Int64, *, steps: int) -> StepOutputs:
         """Embed one batch; (batch, tokens) int64 each."""
-        values = _still_open(self._graph).run(
-            self._outputs, {tensor_names.INPUT_IDS: input_ids, tensor_names.ATTENTION_MASK: attention_mask}
-        )
+        graph = _still_open(self._graph)
+        with _run_errors(input_ids):
+            values = graph.run(
+                self._outputs, {tensor_names.INPUT_IDS: input_ids, tensor_names.ATTENTION_MASK: attention_mask}
+            )
         outputs = dict(zip(self._outputs, values, strict=True))
         prompt = outputs[tensor_names.PROMPT_EMBEDDING]
         nothing = np.empty((len(prompt), 0, prompt.shape[1]), np.float32)
@@ -83,7 +89,8 @@ class StepwiseSession:
         for k in range(steps + 1):
             arrays[tensor_names.ATTENTION_MASK] = np.ascontiguousarray(mask[:, : tokens + k])
             names = [tensor_names.NEXT_HIDDEN, *(self._present if k < steps else [])]
-            hidden, *cache = run_once(graph, arrays, kept, names)
+            with _run_errors(input_ids):
+                hidden, *cache = run_once(graph, arrays, kept, names)
             states[:, k] = (hidden if isinstance(hidden, np.ndarray) else hidden.numpy())[:, 0]
             arrays = {tensor_names.INPUT_IDS: input_ids[:, :0]}
             kept = {tensor_names.HIDDEN: hidden, **dict(zip(self._past, cache, strict=False))}  # no cache at the end
@@ -115,6 +122,21 @@ class StepwiseSession:
             binding.bind_output(name, self._device)
         graph.run_with_iobinding(binding)
         return binding.get_outputs()
+
+
+@contextlib.contextmanager
+def _run_errors(input_ids: Int64) -> Iterator[None]:
+    """Turn what ONNX Runtime raises in a run, above all for want of memory, into an error of ours."""
+    try:
+        yield
+    except Exception as err:  # onnxruntime raises its own exceptions, which share only Exception
+        batch, tokens = input_ids.shape
+        raise ProviderError(
+            "ONNX Runtime",
+            f"failed in a batch of {batch} texts of {tokens} tokens: {_first_line(str(err))}",
+            None,
+            "If memory ran out, lower --batch-size or --batch-tokens.",
+        ) from err
 
 
 def _still_open(graph: Any) -> Any:
@@ -208,7 +230,7 @@ def load_graph(
         raise ProviderError(
             f"provider {provider}",
             f"did not start: ONNX Runtime could not start {wanted[0]} and fell back to {started}",
-            f"onnxruntime {ort.__version__} needs a GPU with its driver and CUDA libraries",
+            f"onnxruntime {ort.__version__} needs a GPU with its driver and {_LIBRARIES[provider]}",
             "Fix the installation, or choose another provider.",
         )
     return session
@@ -238,6 +260,10 @@ def import_onnxruntime(provider: Provider) -> Any:
             f"this onnxruntime has {', '.join(onnxruntime.get_available_providers())}",
             f"Replace it: pip uninstall onnxruntime && pip install 'gircse-deploy[{extra}]'",
         )
+    if provider is not Provider.CPU:
+        # CUDA and cuDNN from pip lie where the loader does not look. Its prints repeat what a session logs.
+        with contextlib.redirect_stdout(io.StringIO()):
+            onnxruntime.preload_dlls()
     return onnxruntime
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from support.small_models import SmallModels
 
-from gircse.runtime import OptionError
+from gircse.runtime import OptionError, ProviderError
 from gircse.runtime.bundle import Bundle
 from gircse.runtime.manifest import Layout
 from gircse.runtime.ort_session import StepwiseSession, load_graph, open_session
@@ -38,3 +38,11 @@ def test_a_closed_session_says_so(small_models: SmallModels, layout: Layout) -> 
     session.close()
     with pytest.raises(OptionError, match=r"^session is closed\. Open the bundle again\.$"):
         session.run(ids, ids, steps=1)
+
+
+@pytest.mark.parametrize("layout", Layout)
+def test_what_fails_in_a_run_is_an_error_of_ours(small_models: SmallModels, layout: Layout) -> None:
+    session = open_session(Bundle.open(small_models.bundle("qwen2")), "fp32", layout=layout, threads=1)
+    ids = np.full((2, 3), 10**6)  # outside the vocabulary
+    with pytest.raises(ProviderError, match=r"^ONNX Runtime failed in a batch of 2 texts of 3 tokens: .* out of data"):
+        session.run(ids, np.ones_like(ids), steps=1)

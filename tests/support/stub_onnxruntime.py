@@ -1,5 +1,6 @@
 """The module ``onnxruntime`` with any execution providers, all of which are the CPU."""
 
+import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,6 +16,7 @@ class StubOnnxRuntime(ModuleType):
     Attributes:
         sessions: every session that was opened.
         asked: the providers that each was asked for, with their options.
+        preloaded: how often CUDA's libraries were preloaded.
         falls_back: sessions go on with the CPU alone, as ONNX Runtime does where a GPU fails.
     """
 
@@ -25,11 +27,16 @@ class StubOnnxRuntime(ModuleType):
     def __init__(self, *available: str, falls_back: bool = False) -> None:
         super().__init__("onnxruntime")
         self.available, self.falls_back = list(available), falls_back
+        self.preloaded = 0
         self.sessions: list[StubSession] = []
         self.asked: list[list[tuple[str, dict[str, str]]]] = []
 
     def get_available_providers(self) -> list[str]:
         return self.available
+
+    def preload_dlls(self) -> None:
+        self.preloaded += 1
+        sys.stdout.write("Failed to load libcublas.so.13\n")
 
     def InferenceSession(
         self, path: str, options: Any, *, providers: list[tuple[str, dict[str, str]]]
