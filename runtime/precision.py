@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from gircse.runtime.errors import BundleError
+from gircse.runtime.provider import Provider
 
 
 class Precision(StrEnum):
@@ -52,6 +53,7 @@ class PrecisionSpec:
         calibrated: made from a calibration. Such a variant has the stepwise graph alone: an unrolled one would hold
             K + 1 packed copies of every weight.
         cpu: ONNX Runtime's CPU provider has kernels for it.
+        cuda: ONNX Runtime's GPU providers run its graphs.
         emulated: on the CPU, ``gircse-parity`` rounds every value to ``dtype`` itself, as a GPU would; ONNX Runtime
             computes in FP32 there and would hide what a GPU does.
         tensorrt: engines can be built from it.
@@ -66,6 +68,7 @@ class PrecisionSpec:
     dtype: str
     calibrated: bool
     cpu: bool
+    cuda: bool
     emulated: bool
     tensorrt: bool
     gpu_rank: int
@@ -83,13 +86,13 @@ _HALF_ISLANDS = (
     "L2 normalization",
 )
 _INT8_FLOAT = ("attention", "SwiGLU", "RMSNorm", "residual stream", "softmax over the vocabulary", "largest channels")
-_HALF_LIMITS = ParityLimits(0.9995, 0.999, 0.98, 0.002, 5e-3)
 
 SPECS: Mapping[Precision, PrecisionSpec] = {
     Precision.FP32: PrecisionSpec(
         dtype="float32",
         calibrated=False,
         cpu=True,
+        cuda=True,
         emulated=False,
         tensorrt=True,
         gpu_rank=2,
@@ -101,28 +104,32 @@ SPECS: Mapping[Precision, PrecisionSpec] = {
         dtype="float16",
         calibrated=False,
         cpu=True,
+        cuda=True,
         emulated=True,
         tensorrt=True,
         gpu_rank=0,
         float32=_HALF_ISLANDS,
         self_test_min_cosine=0.999,
-        limits=_HALF_LIMITS,
+        limits=ParityLimits(0.9995, 0.999, 0.98, 0.002, 5e-3),
     ),
     Precision.BF16: PrecisionSpec(
         dtype="bfloat16",
         calibrated=False,
         cpu=False,
+        cuda=True,
         emulated=True,
         tensorrt=True,
         gpu_rank=1,
         float32=(*_HALF_ISLANDS, "SwiGLU"),
         self_test_min_cosine=0.999,
-        limits=_HALF_LIMITS,
+        # Batch difference on an H200: 5.9e-3, and 7.5e-3 in PyTorch's own BF16.
+        limits=ParityLimits(0.9995, 0.999, 0.98, 0.002, 1e-2),
     ),
     Precision.INT8: PrecisionSpec(
         dtype="float32",
         calibrated=True,
         cpu=True,
+        cuda=False,  # the CUDA provider of 1.31 splits no empty tensor: the prompt pass fails
         emulated=False,
         tensorrt=True,
         gpu_rank=3,
@@ -136,6 +143,7 @@ SPECS: Mapping[Precision, PrecisionSpec] = {
         dtype="float32",
         calibrated=True,
         cpu=True,
+        cuda=False,  # not yet tried
         emulated=False,
         tensorrt=False,
         gpu_rank=4,
@@ -148,6 +156,16 @@ SPECS: Mapping[Precision, PrecisionSpec] = {
 CPU_ORDER = tuple(precision for precision, spec in SPECS.items() if spec.cpu)
 GPU_ORDER = tuple(sorted(SPECS, key=lambda precision: SPECS[precision].gpu_rank))
 """Which variant is taken when none is named. On the CPU in the order of the rows: FP16 is slower than FP32 there."""
+
+
+def runs_on(precision: str, provider: Provider) -> bool:
+    """Return whether a provider runs the graphs of a precision; of one that this version does not know, True."""
+    if precision not in SPECS or provider is Provider.AUTO:
+        return True
+    spec = SPECS[Precision(precision)]
+    if provider in (Provider.CUDA, Provider.ORT_TENSORRT):
+        return spec.cuda
+    return spec.cpu if provider is Provider.CPU else spec.tensorrt
 
 
 def precision_spec(precision: str) -> PrecisionSpec:

@@ -14,7 +14,7 @@ from gircse.runtime.bundle import Bundle
 from gircse.runtime.errors import BundleError, EngineMismatchError, ProviderError
 from gircse.runtime.manifest import Layout
 from gircse.runtime.ort_session import open_session
-from gircse.runtime.precision import CPU_ORDER, GPU_ORDER
+from gircse.runtime.precision import CPU_ORDER, GPU_ORDER, runs_on
 from gircse.runtime.provider import Provider
 from gircse.runtime.session import Session
 from gircse.runtime.trt.engine_manifest import select_engine
@@ -47,7 +47,7 @@ class SessionOptions:
     """What to load.
 
     Attributes:
-        precision: variant; None takes the first of ``CPU_ORDER`` or ``GPU_ORDER`` that the bundle has.
+        precision: variant; None takes the first that suits the provider.
         layout: graph; None takes the variant's default, or any engine.
         threads: threads of one run on the CPU; None takes the physical cores.
         verify: compare the SHA-256 of the files with the manifest.
@@ -94,8 +94,16 @@ def _log_skipped(skipped: Sequence[ProviderError], level: int) -> None:
 def _open(bundle: Bundle, provider: Provider, options: SessionOptions) -> SessionHandle:
     if provider in MODULES:
         return _open_engine(bundle, provider, options)
-    preferred = CPU_ORDER if provider is Provider.CPU else GPU_ORDER
-    precision = options.precision or bundle.default_precision(preferred)
+    on_cpu = provider is Provider.CPU
+    precision = options.precision or bundle.default_precision(CPU_ORDER if on_cpu else GPU_ORDER)
+    if not on_cpu and not runs_on(precision, provider):
+        able = [name for name in GPU_ORDER if runs_on(name, provider)]
+        raise ProviderError(
+            f"provider {provider}",
+            f"does not run {precision}",
+            f"its graph is made for the CPU; ONNX Runtime on a GPU runs {', '.join(able)}",
+            "Build an engine from it (gircse-build), or choose another precision or provider.",
+        )
     open_it = functools.partial(
         open_session, bundle, precision, layout=options.layout, provider=provider, threads=options.threads
     )

@@ -25,7 +25,7 @@ from gircse.runtime.bundle import Bundle
 from gircse.runtime.errors import CheckpointError, MeasurementError, OptionError
 from gircse.runtime.manifest import Layout
 from gircse.runtime.numerics import Float32, Int64, row_cosine
-from gircse.runtime.precision import precision_spec
+from gircse.runtime.precision import runs_on
 from gircse.runtime.provider import Provider
 from gircse.runtime.tokenization import load_tokenizer, open_tokenizer
 
@@ -204,8 +204,7 @@ def _bundle_specs(options: BenchOptions, bundles: Sequence[Bundle], threads: int
         able = [
             name
             for name, variant in bundle.manifest.variants.items()
-            if (precision_spec(name).cpu or options.provider is not Provider.CPU)
-            and options.layout in (None, *variant.graphs)
+            if runs_on(name, options.provider) and options.layout in (None, *variant.graphs)
         ]
         for precision in options.precisions or able or bundle.manifest.variants:
             bundle.graph(precision, bundle.layout(precision, options.layout))  # before anything runs for minutes

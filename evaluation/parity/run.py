@@ -39,7 +39,7 @@ from gircse.runtime.bundle import Bundle, file_sha256
 from gircse.runtime.errors import MeasurementError, OptionError
 from gircse.runtime.manifest import MANIFEST_NAME, Layout
 from gircse.runtime.numerics import Float32
-from gircse.runtime.precision import CPU_ORDER
+from gircse.runtime.precision import CPU_ORDER, runs_on
 from gircse.runtime.provider import Provider
 from gircse.runtime.tokenization import open_tokenizer
 
@@ -180,7 +180,9 @@ def _choose_precisions(options: ParityOptions, bundle: Bundle, reference: tuple[
             None,
             "Choose another --reference, or name it with --precision to compare it with itself.",
         )
-    able = [name for name in others if options.layout in (None, *variants[name].graphs)]
+    # What the CPU does not run is emulated there.
+    runnable = [name for name in others if options.provider is Provider.CPU or runs_on(name, options.provider)]
+    able = [name for name in runnable if options.layout in (None, *variants[name].graphs)]
     chosen = list(dict.fromkeys(options.precisions or able or others))
     for precision in chosen:
         bundle.graph(precision, bundle.layout(precision, options.layout))  # before the reference runs for minutes

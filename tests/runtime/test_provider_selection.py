@@ -101,6 +101,17 @@ def test_auto_takes_cuda(machine: Machine, bundle: Path, log: list[str]) -> None
     assert len(log) == 3
 
 
+def test_cuda_from_pip_is_loaded_without_a_word(
+    machine: Machine, bundle: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stub = machine.install("onnxruntime", StubOnnxRuntime(CUDA, CPU))
+    Embedder(bundle, provider="cpu")
+    assert stub.preloaded == 0
+    Embedder(bundle, provider="cuda")
+    assert stub.preloaded == 1
+    assert capsys.readouterr().out == ""
+
+
 def test_auto_skips_cuda_where_it_does_not_start(machine: Machine, bundle: Path, log: list[str]) -> None:
     machine.install("onnxruntime", StubOnnxRuntime(CUDA, CPU, falls_back=True))
     embedder = Embedder(bundle)
@@ -180,10 +191,22 @@ def test_int8_is_taken_where_there_is_nothing_else(
     keep_variants(bundle, *variants)
     assert Embedder(bundle).precision == expected  # auto, on a machine without a GPU
     stub = machine.install("onnxruntime", StubOnnxRuntime(CUDA, CPU))
-    for provider in ("cpu", "cuda", "auto"):
-        assert Embedder(bundle, provider=provider).precision == expected
-        layout = "stepwise" if expected.startswith("int8") else "model"  # int8 has no unrolled graph
-        assert stub.sessions[-1].path.name == f"{layout}.onnx"
+    for_cpu = expected.startswith("int8")
+    for provider in ("cpu", "auto") if for_cpu else ("cpu", "cuda", "auto"):
+        embedder = Embedder(bundle, provider=provider)
+        assert embedder.precision == expected
+        assert embedder.provider is Provider.CPU or not for_cpu
+        # int8 has no unrolled graph
+        assert stub.sessions[-1].path.name == ("stepwise.onnx" if for_cpu else "model.onnx")
+
+
+@pytest.mark.parametrize("provider", ["cuda", "onnxruntime-tensorrt"])
+@pytest.mark.parametrize("precision", ["int8", "int8-weights"])
+def test_int8_graphs_are_not_for_a_gpu(machine: Machine, bundle: Path, provider: str, precision: str) -> None:
+    add_stepwise_variants(bundle, precision)
+    machine.install("onnxruntime", StubOnnxRuntime(TENSORRT, CUDA, CPU))
+    with pytest.raises(ProviderError, match=f"provider {provider} does not run {precision}; .* runs fp16, bf16, fp32"):
+        Embedder(bundle, provider=provider, precision=precision)
 
 
 def test_the_only_variant_is_taken_whatever_its_name(machine: Machine, bundle: Path) -> None:
