@@ -4,7 +4,7 @@ import argparse
 import math
 from dataclasses import dataclass
 
-from gircse.runtime.errors import OptionError
+from gircse.runtime.errors import OptionError, member_of
 from gircse.runtime.manifest import MAX_STEPS, Pooling
 
 DEFAULT_STEPS = 8
@@ -38,7 +38,7 @@ class ModelSettings:
         Raises:
             OptionError: a value is out of its range.
         """
-        object.__setattr__(self, "pooling", Pooling(self.pooling))
+        object.__setattr__(self, "pooling", member_of(Pooling, "--pooling", self.pooling))
         check_range("--steps", self.steps, 0 <= self.steps <= MAX_STEPS, f"0 to {MAX_STEPS}")
         finite = math.isfinite(self.temperature) and self.temperature > 0
         check_range("--temperature", self.temperature, finite, "a finite number above 0; models are trained with 1")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from gircse.checkpoint.model_settings import ModelSettings
 from gircse.export.graph.builder import RefinementSettings
-from gircse.runtime.errors import OptionError
+from gircse.runtime.errors import OptionError, member_of
 from gircse.runtime.manifest import Layout
 from gircse.runtime.precision import Precision
 
@@ -39,11 +39,11 @@ class ExportOptions(ModelSettings):
 
         Raises:
             OptionError: a value is out of its range.
-            ValueError: an enum has no such value.
         """
         super().__post_init__()
-        object.__setattr__(self, "layout", Layout(self.layout))
-        object.__setattr__(self, "precisions", tuple(dict.fromkeys(map(Precision, self.precisions))))
+        object.__setattr__(self, "layout", member_of(Layout, "--layout", self.layout))
+        precisions = dict.fromkeys(member_of(Precision, "--precision", name) for name in self.precisions)
+        object.__setattr__(self, "precisions", tuple(precisions))
         _check_instruction(self.query_instruction)
 
     @property

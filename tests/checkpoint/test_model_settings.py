@@ -19,6 +19,7 @@ from gircse.runtime.manifest import Pooling
         ({"temperature": 0.0}, r"^--temperature is 0\.0; it can be a finite number above 0; "),
         ({"temperature": math.nan}, r"^--temperature is nan; "),
         ({"temperature": math.inf}, r"^--temperature is inf; "),
+        ({"pooling": "max"}, r"^--pooling is 'max'; it has to be one of mean, last\.$"),
         ({"max_tokens": 0}, r"^--max-tokens is 0; it can be at least 1\.$"),
     ],
 )

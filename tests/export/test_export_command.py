@@ -2,13 +2,16 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support.small_models import SmallModels
 
 from gircse.export import export_command
+from gircse.export.options import ExportOptions
 from gircse.runtime import Embedder
 from gircse.runtime.bundle import Bundle
+from gircse.runtime.errors import OptionError
 from gircse.runtime.precision import Precision
 
 
@@ -129,3 +132,15 @@ def test_a_calibration_that_is_not_one(tmp_path: Path, capsys: pytest.CaptureFix
     path.write_text(json.dumps({"schema_version": 2}))
     assert export_command.main(["--calibration", str(path)]) == 2
     assert f"gircse-export: error: --calibration {path}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"layout": "rolled"}, r"^--layout is 'rolled'; it has to be one of unrolled, stepwise\.$"),
+        ({"precisions": ("fp32", "int4")}, r"^--precision is 'int4'; it has to be one of fp32, "),
+    ],
+)
+def test_options_from_python_are_checked_too(tmp_path: Path, setting: dict[str, Any], message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        ExportOptions(output=tmp_path / "bundle", **setting)
