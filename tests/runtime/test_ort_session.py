@@ -1,8 +1,11 @@
 """ONNX Runtime sessions by themselves."""
 
 import numpy as np
+import onnxruntime
 import pytest
+from support.int8_bundles import int8_bundle
 from support.small_models import SmallModels
+from support.tolerances import SMALL_MODEL_MAX_DIFFERENCE
 
 from gircse.runtime import OptionError, ProviderError
 from gircse.runtime.bundle import Bundle
@@ -46,3 +49,18 @@ def test_what_fails_in_a_run_is_an_error_of_ours(small_models: SmallModels, layo
     ids = np.full((2, 3), 10**6)  # outside the vocabulary
     with pytest.raises(ProviderError, match=r"^ONNX Runtime failed in a batch of 2 texts of 3 tokens: .* out of data"):
         session.run(ids, np.ones_like(ids), steps=1)
+
+
+def test_weights_in_int8_are_multiplied_in_float(small_models: SmallModels) -> None:
+    """By default ONNX Runtime fuses such a product into one that rounds the activations to 8 bits too."""
+    bundle = Bundle.open(int8_bundle(small_models, "llama"))
+    path = bundle.graph("int8-weights", Layout.STEPWISE)
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    unfused = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    ids = np.arange(1, 13)[None]
+    found, expected = (
+        StepwiseSession(graph, bundle.manifest.graph).run(ids, np.ones_like(ids), steps=0).prompt_embedding
+        for graph in (load_graph(path, threads=1), unfused)
+    )
+    assert np.abs(found - expected).max() < SMALL_MODEL_MAX_DIFFERENCE
