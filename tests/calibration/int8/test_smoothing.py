@@ -9,6 +9,7 @@ from gircse.calibration.int8.smoothing import (
     largest_channels,
     product_error,
     search_smoothing,
+    smoothing_scales,
 )
 
 ROWS, INPUTS, OUTPUTS = 128, 256, 48
@@ -49,3 +50,9 @@ def test_smoothing_moves_outliers_into_the_weight() -> None:
     assert found.migration is not None
     unsmoothed = search(rows, weight, limbs=1, migrations=())
     assert found.error < unsmoothed.error / 4
+
+
+def test_scales_by_hand() -> None:
+    """With a = 3/4: x^(3/4) / w^(1/4) is 8 and 1/2, and 4 and 1/4 with a geometric mean of 1."""
+    scales = smoothing_scales(torch.tensor([16.0, 1.0]), torch.tensor([1.0, 16.0]), 0.75)
+    torch.testing.assert_close(scales, torch.tensor([4.0, 0.25]))
