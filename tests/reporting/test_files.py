@@ -17,6 +17,12 @@ def test_directory_that_cannot_be_written(inside: str, tmp_path: Path) -> None:
     assert (tmp_path / "taken").read_bytes() == b""
 
 
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a directory that even root cannot write to")
+def test_directory_that_exists_and_cannot_be_written() -> None:
+    with pytest.raises(OutputError, match=r"^--report /proc cannot be written: "):
+        open_report_directory(Path("/proc"))
+
+
 def test_directory_is_created_and_left_empty(tmp_path: Path) -> None:
     open_report_directory(tmp_path / "a" / "report")
     assert list((tmp_path / "a" / "report").iterdir()) == []

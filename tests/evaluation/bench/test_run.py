@@ -4,7 +4,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from support.small_models import SmallModels, add_stepwise_variants, edit_manifest
+from support.small_models import SmallModels, add_stepwise_variants, edit_manifest, scale_weights
 
 from gircse.evaluation.bench.run import BenchOptions, run_bench
 from gircse.runtime import BundleError, MeasurementError
@@ -39,3 +39,12 @@ def test_backends_need_different_names(small_models: SmallModels, tmp_path: Path
     same_name = Path(shutil.copytree(bundle, tmp_path / bundle.name))
     with pytest.raises(OptionError, match=f"the name {bundle.name}:fp32 belongs to two backends"):
         run_bench(BenchOptions([bundle, same_name]))
+
+
+def test_the_worst_agreement_of_a_backend_is_reported(small_models: SmallModels, tmp_path: Path) -> None:
+    bundle = small_models.bundle("llama")
+    other = Path(shutil.copytree(bundle, tmp_path / "other"))
+    scale_weights(other, 0.3, 0.6, 2.0)
+    report = run_bench(BenchOptions([bundle, other], batches=(1, 2), tokens=(4,), steps=(5,), repeats=3, threads=1))
+    same, different = (backend.min_cosine for backend in report.backends)
+    assert different < 0.99 < same
