@@ -98,11 +98,12 @@ def _open(bundle: Bundle, provider: Provider, options: SessionOptions) -> Sessio
     precision = options.precision or bundle.default_precision(CPU_ORDER if on_cpu else GPU_ORDER)
     if not on_cpu and not runs_on(precision, provider):
         able = [name for name in GPU_ORDER if runs_on(name, provider)]
+        engine = ", or build an engine from it: gircse-build" if runs_on(precision, Provider.TENSORRT) else ""
         raise ProviderError(
             f"provider {provider}",
             f"does not run {precision}",
             f"its graph is made for the CPU; ONNX Runtime on a GPU runs {', '.join(able)}",
-            "Build an engine from it (gircse-build), or choose another precision or provider.",
+            f"Choose another precision or provider{engine}.",
         )
     open_it = functools.partial(
         open_session, bundle, precision, layout=options.layout, provider=provider, threads=options.threads

@@ -205,8 +205,9 @@ def test_int8_is_taken_where_there_is_nothing_else(
 def test_int8_graphs_are_not_for_a_gpu(machine: Machine, bundle: Path, provider: str, precision: str) -> None:
     add_stepwise_variants(bundle, precision)
     machine.install("onnxruntime", StubOnnxRuntime(TENSORRT, CUDA, CPU))
-    with pytest.raises(ProviderError, match=f"provider {provider} does not run {precision}; .* runs fp16, bf16, fp32"):
+    with pytest.raises(ProviderError, match=f"{provider} does not run {precision}; .* runs fp16, bf16, fp32") as found:
         Embedder(bundle, provider=provider, precision=precision)
+    assert ("gircse-build" in str(found.value)) == (precision == "int8")  # no engine can be built from int8-weights
 
 
 def test_the_only_variant_is_taken_whatever_its_name(machine: Machine, bundle: Path) -> None:
