@@ -1,7 +1,7 @@
 """ONNX Runtime sessions for both layouts. Safe to call from several threads: a run keeps all its state local."""
 
 import contextlib
-import io
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,7 @@ class UnrolledSession:
     def run(self, input_ids: Int64, attention_mask: Int64, *, steps: int) -> StepOutputs:
         """Embed one batch; (batch, tokens) int64 each."""
         graph = _still_open(self._graph)
-        with _run_errors(input_ids):
+        with run_errors(input_ids):
             values = graph.run(
                 self._outputs, {tensor_names.INPUT_IDS: input_ids, tensor_names.ATTENTION_MASK: attention_mask}
             )
@@ -89,7 +89,7 @@ class StepwiseSession:
         for k in range(steps + 1):
             arrays[tensor_names.ATTENTION_MASK] = np.ascontiguousarray(mask[:, : tokens + k])
             names = [tensor_names.NEXT_HIDDEN, *(self._present if k < steps else [])]
-            with _run_errors(input_ids):
+            with run_errors(input_ids):
                 hidden, *cache = run_once(graph, arrays, kept, names)
             states[:, k] = (hidden if isinstance(hidden, np.ndarray) else hidden.numpy())[:, 0]
             arrays = {tensor_names.INPUT_IDS: input_ids[:, :0]}
@@ -125,8 +125,15 @@ class StepwiseSession:
 
 
 @contextlib.contextmanager
-def _run_errors(input_ids: Int64) -> Iterator[None]:
-    """Turn what ONNX Runtime raises in a run, above all for want of memory, into an error of ours."""
+def run_errors(input_ids: Int64) -> Iterator[None]:
+    """Turn what ONNX Runtime raises in a run, above all for want of memory, into an error of ours.
+
+    Args:
+        input_ids: (batch, tokens) int64 of the prompts, for the message.
+
+    Raises:
+        ProviderError: the run failed.
+    """
     try:
         yield
     except Exception as err:  # onnxruntime raises its own exceptions, which share only Exception
@@ -135,7 +142,7 @@ def _run_errors(input_ids: Int64) -> Iterator[None]:
             "ONNX Runtime",
             f"failed in a batch of {batch} texts of {tokens} tokens: {_first_line(str(err))}",
             None,
-            "If memory ran out, lower --batch-size or --batch-tokens.",
+            "If memory ran out, use smaller batches (batch_size, batch_tokens).",
         ) from err
 
 
@@ -261,8 +268,8 @@ def import_onnxruntime(provider: Provider) -> Any:
             f"Replace it: pip uninstall onnxruntime && pip install 'gircse-deploy[{extra}]'",
         )
     if provider is not Provider.CPU:
-        # CUDA and cuDNN from pip lie where the loader does not look. Its prints repeat what a session logs.
-        with contextlib.redirect_stdout(io.StringIO()):
+        # CUDA and cuDNN from pip lie where the loader does not look. What it misses it prints, which is not for stdout.
+        with contextlib.redirect_stdout(sys.stderr):
             onnxruntime.preload_dlls()
     return onnxruntime
 

@@ -64,9 +64,9 @@ def test_vectors_are_those_of_pytorch(
     embedder = open_embedder(small_models, provider, precision, layout)
     golden = read_golden_vectors(Bundle.open(small_bundle(small_models)))
     ((rows, outputs),) = embedder.run_batches(golden.token_ids, batch_size=len(golden.token_ids))
-    # Up to the second step: untrained models amplify roundings.
-    cosines = row_cosine(all_vectors(outputs), golden.vectors[list(rows)])[:, :3]
-    assert cosines.min() > GPU_MIN_COSINE[precision]
+    cosines = row_cosine(all_vectors(outputs), golden.vectors[list(rows)])
+    # FP16 and BF16 up to the second step: untrained models amplify roundings.
+    assert cosines[:, : None if precision == "fp32" else 3].min() > GPU_MIN_COSINE[precision]
 
 
 @pytest.mark.parametrize("layout", Layout)

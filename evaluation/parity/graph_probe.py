@@ -25,7 +25,7 @@ from gircse.runtime.embedder import DEFAULT_BATCH_SIZE, DEFAULT_BATCH_TOKENS
 from gircse.runtime.errors import BundleError
 from gircse.runtime.manifest import Layout
 from gircse.runtime.numerics import Float32
-from gircse.runtime.ort_session import load_graph
+from gircse.runtime.ort_session import load_graph, run_errors
 from gircse.runtime.precision import precision_spec
 from gircse.runtime.tokenization import padded_batches
 
@@ -95,7 +95,8 @@ class GraphProbe:
         for index, prefix in enumerate(self._prefixes):
             feed |= _force(prefix, forced, index)
             names += [prefix + tensor_names.STATE, *_soft_token_names(prefix)]
-        hidden, *values = self._graph.run(names, feed)
+        with run_errors(prompt[tensor_names.INPUT_IDS]):
+            hidden, *values = self._graph.run(names, feed)
         yield StepValues(hidden)
         for start in range(0, len(values), 3):
             yield _step_values(*values[start : start + 3])
@@ -108,14 +109,16 @@ class GraphProbe:
         if self._prefixes:
             feed[tensor_names.HIDDEN] = np.empty((len(ids), 0, self._facts.hidden_size), np.float32)
             feed |= _force(self._prefixes[0], None, 0)
-        hidden, *cache = self._graph.run([tensor_names.NEXT_HIDDEN, *present], feed)
+        with run_errors(ids):
+            hidden, *cache = self._graph.run([tensor_names.NEXT_HIDDEN, *present], feed)
         yield StepValues(hidden[:, 0])
         for index, prefix in enumerate(self._prefixes):
             mask = np.pad(mask, ((0, 0), (0, 1)), constant_values=1)
             feed = {tensor_names.INPUT_IDS: ids[:, :0], tensor_names.HIDDEN: hidden, tensor_names.ATTENTION_MASK: mask}
             feed |= dict(zip(past, cache, strict=True)) | _force(prefix, forced, index)
             names = [tensor_names.NEXT_HIDDEN, *_soft_token_names(prefix), *present]
-            hidden, soft_token, probabilities, *cache = self._graph.run(names, feed)
+            with run_errors(ids):
+                hidden, soft_token, probabilities, *cache = self._graph.run(names, feed)
             yield _step_values(hidden, soft_token, probabilities)
 
 

@@ -196,21 +196,12 @@ def _profiles(options: BuildOptions, bundle: Bundle, provider: Provider) -> list
 
 def _capabilities(options: BuildOptions, module: Any, provider: Provider) -> list[str]:
     """Return the compute capabilities to build for; only TensorRT for RTX builds for another GPU than that here."""
+    from gircse.runtime.trt.cuda import open_cuda
+
     wanted = list(dict.fromkeys(options.capabilities))
     if provider is Provider.TENSORRT_RTX:
-        known = [_dotted(name) for name in module.ComputeCapability.__members__ if name.startswith("SM")]
-        builds_for = f"this {provider} {module.__version__} builds for {', '.join(known)}"
-        for capability in wanted:
-            if capability not in known:
-                hint = "Choose from these, or use --provider tensorrt on the GPU itself."
-                raise OptionError("--sm", f"has {capability!r}", builds_for, hint)
-        if not wanted:
-            wanted = [_own_capability("To build for the GPU of another machine, name it: --sm 8.9")]
-            if wanted[0] not in known:
-                hint = "Use --provider tensorrt here, or name the GPU of another machine: --sm 8.9"
-                raise ProviderError("this machine's GPU", f"has compute capability {wanted[0]}", builds_for, hint)
-        return wanted
-    found = _own_capability(None)
+        return _rtx_capabilities(wanted, module)
+    found = open_cuda().compute_capability()
     if wanted not in ([], [found]):
         raise OptionError(
             "--sm",
@@ -221,13 +212,27 @@ def _capabilities(options: BuildOptions, module: Any, provider: Provider) -> lis
     return [found]
 
 
-def _own_capability(hint: str | None) -> str:
+def _rtx_capabilities(wanted: list[str], module: Any) -> list[str]:
+    """Check the compute capabilities that were named; where there are none, return that of the GPU."""
     from gircse.runtime.trt.cuda import open_cuda
 
+    known = [_dotted(name) for name in module.ComputeCapability.__members__ if name.startswith("SM")]
+    builds_for = f"this {Provider.TENSORRT_RTX} {module.__version__} builds for {', '.join(known)}"
+    for capability in wanted:
+        if capability not in known:
+            hint = "Choose from these, or use --provider tensorrt on the GPU itself."
+            raise OptionError("--sm", f"has {capability!r}", builds_for, hint)
+    if wanted:
+        return wanted
     try:
-        return open_cuda().compute_capability()
+        found = open_cuda().compute_capability()
     except ProviderError as err:
-        raise ProviderError(err.where, err.got, err.expected, hint or err.hint) from err
+        hint = "To build for the GPU of another machine, name it: --sm 8.9"
+        raise ProviderError(err.where, err.got, err.expected, hint) from err
+    if found not in known:
+        hint = "Use --provider tensorrt here, or name the GPU of another machine: --sm 8.9"
+        raise ProviderError("this machine's GPU", f"has compute capability {found}", builds_for, hint)
+    return [found]
 
 
 def _dotted(name: str) -> str:

@@ -11,7 +11,7 @@ from support.tolerances import CONTROL_MIN_DIFFERENCE, PROBE_MAX_DIFFERENCE, SMA
 from gircse.evaluation.parity.backends import BundleBackend
 from gircse.evaluation.parity.graph_probe import GraphProbe
 from gircse.evaluation.parity.step_trace import StepTrace
-from gircse.runtime import BundleError
+from gircse.runtime import BundleError, ProviderError
 from gircse.runtime.bundle import Bundle
 from gircse.runtime.manifest import Layout, Pooling
 from gircse.runtime.numerics import l2_normalize, pool_states
@@ -60,3 +60,11 @@ def test_probe_refuses_graphs_without_names(bundle_copy: Path) -> None:
     path.write_bytes(path.read_bytes().replace(b"step1/soft_token", b"step1/soft_tokem"))
     with pytest.raises(BundleError, match=r"has no value step1/soft_token; .* Export the bundle again"):
         GraphProbe(Bundle.open(bundle_copy), "fp32", threads=1)
+
+
+@pytest.mark.parametrize("layout", Layout)
+def test_what_fails_in_a_run_is_an_error_of_ours(small_models: SmallModels, layout: Layout) -> None:
+    probe = GraphProbe(Bundle.open(small_models.bundle("llama", layout=layout)), "fp32", threads=2)
+    ((_, steps),) = probe.refine([[1, 10**6]])  # the second is outside the vocabulary
+    with pytest.raises(ProviderError, match=r"^ONNX Runtime failed in a batch of 1 texts of 2 tokens: "):
+        list(steps)
