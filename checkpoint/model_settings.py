@@ -22,6 +22,7 @@ class ModelSettings:
         pooling: ``mean`` or ``last``.
         temperature: divisor of the logits.
         max_tokens: longest prompt.
+        allow_partial_adapter: accept an adapter with tensors for some of the layers that its config targets.
     """
 
     steps: int = DEFAULT_STEPS
@@ -31,6 +32,7 @@ class ModelSettings:
     pooling: Pooling = Pooling.MEAN
     temperature: float = 1.0
     max_tokens: int = 512
+    allow_partial_adapter: bool = False
 
     def __post_init__(self) -> None:
         """Take a plain string for the pooling, and refuse values that no model has.
@@ -64,6 +66,12 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--adapter", default=argparse.SUPPRESS, help="directory or Hugging Face id of a PEFT LoRA, or 'none'"
+    )
+    group.add_argument(
+        "--allow-partial-adapter",
+        action="store_true",
+        default=argparse.SUPPRESS,
+        help="accept an adapter that lacks some of the layers that its config targets",
     )
     group.add_argument("--revision", default=argparse.SUPPRESS, help="branch, tag or commit of a Hugging Face model")
     group.add_argument(

@@ -11,17 +11,24 @@ Unlike the official code it passes explicit position ids, so padding does not sh
 K vocabulary projections, not K + 1.
 """
 
+import copy
 import operator
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gircse.checkpoint.adapter import ADAPTER_CONFIG, Adapter
+from gircse.checkpoint.model_weights import ModelWeights
 from gircse.checkpoint.silence import quiet_transformers
 from gircse.checkpoint.source import Checkpoint
+from gircse.checkpoint.tensor_naming import LM_HEAD
+from gircse.runtime.errors import CheckpointError
 from gircse.runtime.precision import SPECS, Precision
 
 SoftTokenFunction = Callable[[Tensor, Tensor], Tensor]
@@ -43,27 +50,86 @@ class RefinementState:
     soft_token: Tensor | None = None
 
 
-def load_reference(checkpoint: Checkpoint, *, device: str = "cpu", precision: Precision = Precision.FP32) -> Any:
+def load_reference(
+    checkpoint: Checkpoint, *, device: str = "cpu", precision: Precision = Precision.FP32, steps: int = 1
+) -> Any:
     """Load the causal LM in FP32, merge its adapter with PEFT, then move it to its device and precision.
+
+    Hugging Face and PEFT read the files themselves; where tensors have other names than theirs, they are given the
+    renames that an export uses.
 
     Args:
         checkpoint: model and adapter.
         device: a torch device, such as ``cpu`` or ``cuda``.
         precision: type of weights and arithmetic: FP32, FP16 or BF16.
+        steps: K; without steps the checkpoint may lack an lm_head.
 
     Returns:
         A ``transformers`` causal LM in eval mode.
+
+    Raises:
+        CheckpointError: the model or the adapter cannot be loaded.
     """
-    from peft import PeftModel
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(checkpoint.directory)
+    weights = ModelWeights.open(checkpoint, config, steps=steps, allow_partial_adapter=True)
+    with tempfile.TemporaryDirectory(prefix="gircse-") as scratch, quiet_transformers():
+        try:
+            model = _load_base(checkpoint, weights, Path(scratch))
+            if weights.adapter is not None:
+                model = _merge_adapter(model, weights.adapter, Path(scratch))
+        except CheckpointError:
+            raise
+        except Exception as err:  # transformers and PEFT raise whatever their parts raise
+            raise CheckpointError(
+                str(checkpoint.directory),
+                f"cannot be loaded by PyTorch: {type(err).__name__}: {(str(err) or 'no message').splitlines()[0]}",
+                None,
+                "Check the checkpoint and the adapter.",
+            ) from err
+    return model.to(device=device, dtype=getattr(torch, SPECS[precision].dtype)).eval()
+
+
+def _load_base(checkpoint: Checkpoint, weights: ModelWeights, scratch: Path) -> Any:
     from transformers import AutoModelForCausalLM
 
-    with quiet_transformers():
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            checkpoint.directory, dtype=torch.float32, attn_implementation="sdpa", use_safetensors=True
+    directory = checkpoint.directory
+    if (directory / ADAPTER_CONFIG).is_file():  # Hugging Face would load the adapter too
+        directory = scratch / "model"
+        directory.mkdir()
+        for path in checkpoint.directory.iterdir():
+            if not path.name.startswith("adapter_"):
+                (directory / path.name).symlink_to(path.resolve())
+    loaded_model: Any = AutoModelForCausalLM.from_pretrained(
+        directory,
+        dtype=torch.float32,
+        attn_implementation="sdpa",
+        use_safetensors=True,
+        key_mapping=dict(weights.names.renames) or None,
+        output_loading_info=True,
+    )
+    model, loaded = loaded_model
+    missing = set(loaded["missing_keys"]) - (set() if LM_HEAD in weights.base.entries else {LM_HEAD})
+    if unset := missing or set(loaded["mismatched_keys"]):
+        raise CheckpointError(
+            str(checkpoint.directory),
+            f"leaves weights without a value in Hugging Face's model, such as {min(unset)}",
+            None,
+            "Check that config.json and weights belong together.",
         )
-        if checkpoint.adapter_directory is not None:
-            model = PeftModel.from_pretrained(model, checkpoint.adapter_directory).merge_and_unload()
-    return model.to(device=device, dtype=getattr(torch, SPECS[precision].dtype)).eval()
+    return model
+
+
+def _merge_adapter(model: Any, adapter: Adapter, scratch: Path) -> Any:
+    """Let PEFT load and merge an adapter, from its own folder or from a copy with PEFT's names."""
+    from peft import PeftModel
+
+    directory = adapter.directory
+    if adapter.is_renamed:
+        directory = scratch / "adapter"
+        adapter.save_renamed(directory)
+    return PeftModel.from_pretrained(model, directory, config=copy.copy(adapter.config)).merge_and_unload()
 
 
 def step_states(model: Any, input_ids: Tensor, attention_mask: Tensor, *, steps: int, temperature: float) -> Tensor:

@@ -1,8 +1,9 @@
 """The tensors of a set of safetensors files, read a few rows at a time."""
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -31,7 +32,8 @@ class SafetensorsIndex:
         """Read the headers.
 
         Raises:
-            CheckpointError: a file is damaged or truncated, or holds a tensor of another type than F32, F16 or BF16.
+            CheckpointError: a file is damaged or truncated, holds a tensor of another type than F32, F16 or BF16, or
+                holds one that another file holds too.
         """
         self.entries: dict[str, StoredTensor] = {}
         for path in files:
@@ -45,7 +47,17 @@ class SafetensorsIndex:
                             f"weights can be {', '.join(_FLOAT_TYPES)}",
                             "Use a checkpoint that is not quantized.",
                         )
+                    if name in self.entries:
+                        raise CheckpointError(
+                            str(path), f"holds {name}", f"{self.entries[name].file.name} does too", "Remove one."
+                        )
                     self.entries[name] = StoredTensor(path, name, tuple(view.get_shape()))
+
+    def renamed(self, stored: Mapping[str, str]) -> Self:
+        """Return an index of some of the tensors under other names; ``stored`` is new name to old."""
+        index = copy.copy(self)
+        index.entries = {name: self.entries[old] for name, old in stored.items()}
+        return index
 
     def read_rows(self, name: str, rows: slice = slice(None)) -> Tensor:
         """Read rows of a tensor as FP32. The file is closed again, so its pages do not stay mapped."""

@@ -23,8 +23,11 @@ _MODEL_FILES = (
     "tokenizer_config.json",
     "model*.safetensors",
     "*.safetensors.index.json",
+    "adapter_config.json",
 )
 _ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+_WEIGHTS = "model.safetensors"
+_INDEX = "model.safetensors.index.json"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -38,6 +41,7 @@ class Checkpoint:
         adapter_directory: directory of the PEFT LoRA, or None.
         model: where the model came from.
         adapter: where the adapter came from, or None.
+        notes: what a user should know of the choice of files, a line each.
     """
 
     directory: Path
@@ -45,6 +49,7 @@ class Checkpoint:
     adapter_directory: Path | None
     model: ModelSource
     adapter: AdapterSource | None
+    notes: tuple[str, ...] = ()
 
 
 def resolve_checkpoint(model: str, *, adapter: str | None = None, revision: str | None = None) -> Checkpoint:
@@ -69,16 +74,28 @@ def resolve_checkpoint(model: str, *, adapter: str | None = None, revision: str 
             "Leave --revision out.",
         )
     if adapter is None:
+        _refuse_unasked_adapter(directory, model)
         adapter = DEMO_NAME if model == DEMO_NAME else NO_ADAPTER
     adapter_directory, adapter_source = _resolve_adapter(adapter)
     config = directory / "config.json"
-    read_json(config)  # missing or damaged: say so before it is hashed
+    raw = read_json(config)  # missing or damaged: say so before it is hashed
+    if raw.get("transformers_weights"):
+        raise CheckpointError(
+            str(config),
+            f"names a file of weights of its own, transformers_weights {raw['transformers_weights']!r}",
+            f"weights are read from {_WEIGHTS} or {_INDEX}",
+            "Save the model again with save_pretrained.",
+        )
+    shards, notes = _find_shards(directory)
+    if adapter_directory is not None and adapter_source is not None and adapter_source.name != DEMO_NAME:
+        notes += _other_base(adapter_directory, name)
     return Checkpoint(
         directory=directory,
-        shards=_find_shards(directory),
+        shards=shards,
         adapter_directory=adapter_directory,
         model=ModelSource(name, commit, file_sha256(config)),
         adapter=adapter_source,
+        notes=tuple(notes),
     )
 
 
@@ -99,6 +116,22 @@ def read_json(path: Path) -> dict[str, Any]:
             str(path), f"holds a JSON {type(value).__name__}", "it should hold a JSON object", "Replace the file."
         )
     return value
+
+
+def check_in_reach(flag: str, source: ModelSource | AdapterSource) -> None:
+    """Refuse to look for what was a local directory under its name alone, unless it is here.
+
+    Args:
+        flag: says where it is.
+        source: as a bundle or a calibration recorded it.
+
+    Raises:
+        OptionError: it has to be named.
+    """
+    if source.revision is None and source.name != DEMO_NAME and not Path(source.name).is_dir():
+        raise OptionError(
+            flag, f"is needed: what was used is a local directory, {source.name}", None, "Name where it is."
+        )
 
 
 def pad_token_id(directory: Path, tokens: dict[str, int]) -> int:
@@ -153,7 +186,7 @@ def _resolve_directory(
 ) -> tuple[Path, str, str | None]:
     local = Path(name).expanduser()
     if local.is_dir():
-        return local, str(local.resolve()), None
+        return local, local.resolve().name, None  # not the path, which says more of the machine than of the model
     if not _HUB_ID.fullmatch(name):
         raise CheckpointError(f"{flag} {name}", "is neither a directory nor a Hugging Face id", None, "Check the path.")
     snapshot = _download(name, revision, patterns)
@@ -176,21 +209,67 @@ def _download(repository: str, revision: str | None, patterns: Sequence[str]) ->
         ) from err
 
 
-def _find_shards(directory: Path) -> tuple[Path, ...]:
-    index = directory / "model.safetensors.index.json"
-    if index.is_file():
-        names = sorted(set(read_json(index).get("weight_map", {}).values()))
+def _refuse_unasked_adapter(directory: Path, model: str) -> None:
+    """Refuse to guess what becomes of an adapter in the model's own folder; Hugging Face would load it."""
+    if not (directory / "adapter_config.json").is_file():
+        return
+    if not (directory / "config.json").is_file():
+        raise CheckpointError(
+            f"--model {model}", "is an adapter", None, f"Name its base with --model, and add --adapter {model}."
+        )
+    raise CheckpointError(
+        f"--model {model}",
+        "has an adapter in its folder",
+        None,
+        f"Add --adapter {model} to merge it, or --adapter none to leave it out.",
+    )
+
+
+def _other_base(adapter: Path, model: str) -> list[str]:
+    """Return a note if the adapter's config names another base model."""
+    base = read_json(adapter / "adapter_config.json").get("base_model_name_or_path")
+    if not isinstance(base, str) or not base or Path(base).name.casefold() == Path(model).name.casefold():
+        return []
+    return [f"the adapter was trained on {base}; it is merged into {model}"]
+
+
+def _find_shards(directory: Path) -> tuple[tuple[Path, ...], list[str]]:
+    """Choose the files of weights as Hugging Face does: the single file, else those of the index.
+
+    Returns:
+        The files, and a note on those that are ignored.
+    """
+    index = directory / _INDEX
+    present = sorted(path.name for path in directory.glob("*.safetensors"))
+    if (directory / _WEIGHTS).is_file():
+        names = [_WEIGHTS]
+    elif index.is_file():
+        names = _indexed(index)
     else:
-        names = sorted(path.name for path in directory.glob("*.safetensors"))
-    if not names:
         _refuse_pickles(directory, "transformers.AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(DIR)")
-        raise CheckpointError(str(directory), "holds no *.safetensors", None, "Check --model.")
+        found = f"has {', '.join(present)}, but neither" if present else "has neither"
+        raise CheckpointError(str(directory), f"{found} {_WEIGHTS} nor {_INDEX}", None, "Check --model.")
     for name in names:
         if Path(name).name != name or not (directory / name).is_file():
             raise CheckpointError(
                 str(directory / name), "is missing", f"{index.name} lists it", "Download the checkpoint again."
             )
-    return tuple(directory / name for name in names)
+    used = {*names, "adapter_model.safetensors"}
+    ignored = [name for name in present if name not in used]
+    if names == [_WEIGHTS] and index.is_file():
+        ignored.append(_INDEX)
+    notes = [f"ignored, as by Hugging Face: {', '.join(ignored)}"] if ignored else []
+    return tuple(directory / name for name in names), notes
+
+
+def _indexed(index: Path) -> list[str]:
+    """Return the files that an index lists."""
+    weights = read_json(index).get("weight_map")
+    if not isinstance(weights, dict) or not weights or not all(isinstance(name, str) for name in weights.values()):
+        raise CheckpointError(
+            str(index), "lists no files", "its weight_map should give one for every tensor", "Download it again."
+        )
+    return sorted(set(weights.values()))
 
 
 def _refuse_pickles(directory: Path, how: str) -> None:

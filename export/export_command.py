@@ -107,10 +107,22 @@ def _export(args: argparse.Namespace) -> int:
 def _model_settings(args: argparse.Namespace) -> ModelSettings:
     """Return the flags that were given; for the others what the calibration was made with, else the defaults."""
     from gircse.calibration.calibration_file import Calibration
+    from gircse.checkpoint.source import check_in_reach
 
-    calibrated: dict[str, Any] = dict(Calibration.read(args.calibration).settings) if args.calibration else {}
-    names = [field.name for field in dataclasses.fields(ModelSettings)]
-    return ModelSettings(**calibrated | {name: getattr(args, name) for name in names if hasattr(args, name)})
+    given = {
+        field.name: getattr(args, field.name)
+        for field in dataclasses.fields(ModelSettings)
+        if hasattr(args, field.name)
+    }
+    if args.calibration is None:
+        return ModelSettings(**given)
+    calibration = Calibration.read(args.calibration)
+    made = calibration.fingerprint
+    for name, source in (("model", made.model), ("adapter", made.adapter)):
+        if name not in given and source is not None:
+            check_in_reach(f"--{name}", source)
+    calibrated: dict[str, Any] = dict(calibration.settings)
+    return ModelSettings(**calibrated | given)
 
 
 def _default_output(settings: ModelSettings) -> Path:

@@ -8,8 +8,8 @@ from pathlib import Path
 import psutil
 
 from gircse.calibration.fingerprint import fingerprint_of
+from gircse.checkpoint.model_weights import ModelWeights
 from gircse.checkpoint.reference import load_reference
-from gircse.checkpoint.safetensors_index import SafetensorsIndex
 from gircse.export.golden import CASES as GOLDEN_CASES
 from gircse.export.golden import write_golden
 from gircse.export.graph.mixed_precision import onnx_dtype
@@ -20,9 +20,9 @@ from gircse.export.model_source import SourceModel, open_source
 from gircse.export.options import ExportOptions
 from gircse.export.overflow_probe import largest_magnitudes
 from gircse.export.overflow_report import overflow_risks, write_magnitudes
+from gircse.export.proof import check_runtime, prove_bundle
 from gircse.export.staging import check_destination, staged_directory
 from gircse.export.variants import DecoderGraph, VariantDraft, draft_variant, write_variant
-from gircse.export.weights.external_data import estimate_bytes
 from gircse.reporting.progress import Advance, StageProgress
 from gircse.reporting.sizes import gib
 from gircse.runtime.bundle import file_sha256
@@ -69,11 +69,14 @@ def export_bundle(options: ExportOptions, *, progress: StageProgress | None = No
     """
     progress = progress or StageProgress()
     output = options.output.absolute()
+    check_runtime()
     check_destination(output, force=options.force)
     calibration = _open_calibration(options)
     probe_texts = read_texts(options.probe_texts) if options.probe_texts else [text for _, text in GOLDEN_CASES]
     with progress.stage(f"find the model {options.model}"):
         source = open_source(options)
+    for note in source.notes:
+        progress.note(f"  {note}")
     if calibration is not None:
         calibration.calibration.check(fingerprint_of(source.checkpoint, options), calibration.path)
     golden_missing_reason = _check_resources(source.weights, options.precisions, output, progress)
@@ -85,6 +88,14 @@ def export_bundle(options: ExportOptions, *, progress: StageProgress | None = No
                 _use_reference(directory, options, source, probe_texts, progress)
             with progress.stage("hash the files"):
                 _write_manifest(directory, variants, options, source, files, golden_missing_reason)
+            if golden_missing_reason is None:
+                prove_bundle(
+                    directory,
+                    options.settings,
+                    weight_bytes=source.weights.total_bytes,
+                    load_model=lambda: load_reference(source.checkpoint, steps=options.steps),
+                    progress=progress,
+                )
     except OSError as err:
         raise OutputError(
             f"--output {output}",
@@ -118,8 +129,7 @@ def _draft_variants(
     with progress.stage(f"trace the {source.shape.architecture} decoder ({source.shape.num_layers} layers)"):
         graph = trace_decoder(source.config, source.shape, positions=options.max_tokens + options.steps)
         simplify_decoder(graph)
-    adapter = source.checkpoint.adapter_directory
-    decoder = DecoderGraph(graph, source.shape, options.settings, source.facts, source.weights, adapter)
+    decoder = DecoderGraph(graph, source.shape, options.settings, source.facts, source.weights)
     with progress.stage(
         f"compose {options.steps} refinement steps ({options.layout}, {', '.join(options.precisions)})"
     ):
@@ -130,7 +140,7 @@ def _draft_variants(
 
 
 def _check_resources(
-    base: SafetensorsIndex, precisions: Sequence[Precision], output: Path, progress: StageProgress
+    weights: ModelWeights, precisions: Sequence[Precision], output: Path, progress: StageProgress
 ) -> str | None:
     """Compare what the export needs with what is free, and say so, before anything expensive starts.
 
@@ -141,7 +151,7 @@ def _check_resources(
         OutputError: the disk is too small.
         ExportError: memory does not suffice.
     """
-    total, largest = estimate_bytes(base)
+    total, largest = weights.total_bytes, weights.largest_read_bytes
     parent = next(path for path in output.parents if path.exists())
     written = sum(total * _bytes_per_weight(precision) // 4 for precision in precisions)
     disk_needed, disk_free = written + SMALL_FILES_BYTES, shutil.disk_usage(parent).free
@@ -212,7 +222,7 @@ def _use_reference(
 ) -> None:
     """Compute what the bundle has from PyTorch: golden vectors, and the magnitudes that FP16 must hold."""
     with progress.stage("load the PyTorch reference"):
-        model = load_reference(source.checkpoint)
+        model = load_reference(source.checkpoint, steps=options.steps)
     with progress.stage("compute golden vectors"):
         write_golden(
             directory,

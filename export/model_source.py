@@ -1,12 +1,13 @@
 """The model to export: its checkpoint, with what its small files and the headers of its shards say."""
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
 
-from gircse.checkpoint.safetensors_index import SafetensorsIndex
+from gircse.checkpoint.model_weights import ModelWeights
 from gircse.checkpoint.source import Checkpoint, pad_token_id, read_json, resolve_checkpoint
 from gircse.export.graph.architecture import DecoderShape, check_limits, decoder_shape
 from gircse.export.options import ExportOptions
@@ -21,7 +22,7 @@ class SourceModel:
 
     Attributes:
         checkpoint: where its files are.
-        weights: its tensors.
+        weights: its weights, the adapter merged.
         config: its ``transformers`` config.
         shape: sizes of the decoder.
         facts: what its graphs compute.
@@ -30,12 +31,17 @@ class SourceModel:
     """
 
     checkpoint: Checkpoint
-    weights: SafetensorsIndex
+    weights: ModelWeights
     config: Any
     shape: DecoderShape
     facts: GraphFacts
     tokenizer: Tokenizer
     pad_token_id: int
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a user should know of the checkpoint, a line each."""
+        return (*self.checkpoint.notes, *self.weights.notes)
 
 
 def open_source(options: ExportOptions) -> SourceModel:
@@ -77,7 +83,10 @@ def open_source(options: ExportOptions) -> SourceModel:
             f"config.json allows at most {shape.vocab_size}",
             "The tokenizer belongs to another model.",
         )
-    weights, facts = SafetensorsIndex(checkpoint.shards), _graph_facts(options, shape)
+    weights = ModelWeights.open(
+        checkpoint, config, steps=options.steps, allow_partial_adapter=options.allow_partial_adapter
+    )
+    shape, facts = dataclasses.replace(shape, tied=weights.tied), _graph_facts(options, shape)
     return SourceModel(checkpoint, weights, config, shape, facts, tokenizer, pad)
 
 

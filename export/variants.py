@@ -7,10 +7,10 @@ from typing import NamedTuple
 
 import onnx_ir as ir
 
-from gircse.checkpoint.safetensors_index import SafetensorsIndex
+from gircse.checkpoint.model_weights import ModelWeights
 from gircse.export.graph.architecture import DecoderShape
 from gircse.export.graph.builder import RefinementSettings
-from gircse.export.graph.compose import LM_HEAD, compose_graph, weight_initializers
+from gircse.export.graph.compose import compose_graph, weight_initializers
 from gircse.export.graph.mixed_precision import set_precision
 from gircse.export.int8.qdq import QdqTarget
 from gircse.export.int8.quantize import OpenedCalibration, Quantization, Quantized, excluded_inputs, quantize
@@ -35,21 +35,14 @@ class DecoderGraph:
         shape: its sizes.
         settings: what is computed besides the decoder.
         facts: what the graphs compute, for the manifest and the graphs' own metadata.
-        base: tensors of the checkpoint.
-        adapter_directory: folder of the LoRA, or None.
+        weights: weights of the model.
     """
 
     graph: ir.Graph
     shape: DecoderShape
     settings: RefinementSettings
     facts: GraphFacts
-    base: SafetensorsIndex
-    adapter_directory: Path | None
-
-    @property
-    def unneeded(self) -> set[str]:
-        """Tensors that the graphs do not read: the second copy of a tied lm_head, and any lm_head without steps."""
-        return {LM_HEAD} if self.shape.tied or not self.settings.steps else set()
+    weights: ModelWeights
 
 
 @dataclass(frozen=True)
@@ -108,9 +101,7 @@ def draft_variant(
     for layout in sorted(decoder.facts.layouts):
         graphs[layout] = compose_graph(decoder.graph, decoder.shape, decoder.settings, layout=layout)
         rewrites[layout] = set_precision(graphs[layout], precision, keep_float32=keep_float32)
-    weights = WeightLayout.match(
-        weight_initializers(graphs.values()), decoder.base, decoder.adapter_directory, unneeded=decoder.unneeded
-    )
+    weights = WeightLayout.match(weight_initializers(graphs.values()), decoder.weights)
     return VariantDraft(precision, graphs, rewrites, weights, (*SPECS[precision].float32, *keep_float32))
 
 
@@ -119,13 +110,7 @@ def _draft_int8(decoder: DecoderGraph, quantization: Quantization) -> VariantDra
     precision = quantization.precision
     layout = Layout.STEPWISE if decoder.settings.steps else decoder.facts.layout
     model, quantized = _compose_int8(decoder, quantization, layout, QdqTarget.ONNX_RUNTIME)
-    weights = WeightLayout.match(
-        weight_initializers([model]),
-        decoder.base,
-        decoder.adapter_directory,
-        unneeded=decoder.unneeded,
-        sources=quantized.weight_sources,
-    )
+    weights = WeightLayout.match(weight_initializers([model]), decoder.weights, sources=quantized.weight_sources)
     float32 = (*SPECS[precision].float32, *quantization.excluded)
     draft = VariantDraft(precision, {layout: model}, {layout: quantized.counts}, weights, float32)
     if not SPECS[precision].tensorrt:

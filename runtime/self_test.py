@@ -18,10 +18,12 @@ class GoldenVectors:
     """The golden texts of a bundle.
 
     Attributes:
+        texts: the texts, without their instructions.
         token_ids: of each text.
         vectors: (n, K + 1, hidden) float32, h_0 normalized and z_1..z_K of the reference.
     """
 
+    texts: list[str]
     token_ids: list[list[int]]
     vectors: Float32
 
@@ -34,12 +36,16 @@ class SelfTestReport:
         texts: number of golden texts.
         min_cosine: smallest cosine.
         max_difference: largest difference of an element.
+        worst_text: number of the text with the smallest cosine, from 0.
+        worst_step: the step where it is; 0 is the prompt.
         limit: smallest cosine that passes at this precision.
     """
 
     texts: int
     min_cosine: float
     max_difference: float
+    worst_text: int
+    worst_step: int
     limit: float
 
     @property
@@ -64,15 +70,19 @@ def read_golden_vectors(bundle: Bundle) -> GoldenVectors:
     cases = json.loads(bundle.file("golden.json").read_text(encoding="utf-8"))["cases"]
     expected = load_file(bundle.file("golden.safetensors"))
     vectors = all_vectors(StepOutputs(expected["prompt_embedding"], expected["step_embeddings"]))
-    return GoldenVectors([case["token_ids"] for case in cases], vectors)
+    return GoldenVectors([case["text"] for case in cases], [case["token_ids"] for case in cases], vectors)
 
 
 def compare_with_golden(ours: Float32, golden: Float32, *, precision: str) -> SelfTestReport:
     """Compare (n, K + 1, hidden) float32 vectors, row by row."""
+    cosines = row_cosine(ours, golden)
+    text, step = np.unravel_index(cosines.argmin(), cosines.shape)  # argmin finds NaN first
     return SelfTestReport(
         texts=len(golden),
-        min_cosine=float(row_cosine(ours, golden).min()),
+        min_cosine=float(cosines[text, step]),
         max_difference=float(np.abs(ours - golden).max()),
+        worst_text=int(text),
+        worst_step=int(step),
         limit=precision_spec(precision).self_test_min_cosine,
     )
 

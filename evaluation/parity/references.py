@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from gircse.checkpoint.silence import quiet_transformers
-from gircse.checkpoint.source import Checkpoint, resolve_checkpoint
+from gircse.checkpoint.source import Checkpoint, check_in_reach, resolve_checkpoint
 from gircse.evaluation.tasks.prompts import Prompt
 from gircse.runtime.bundle import Bundle
 from gircse.runtime.errors import CheckpointError, MeasurementError
@@ -23,7 +23,12 @@ def source_checkpoint(manifest: Manifest, *, model: str | None = None, adapter: 
 
     Raises:
         CheckpointError: it cannot be found, or its config or adapter is not the one that was exported.
+        OptionError: it was a local directory, and nothing says where that is.
     """
+    if model is None:
+        check_in_reach("--model", manifest.model)
+    if adapter is None and manifest.adapter is not None:
+        check_in_reach("--adapter", manifest.adapter)
     revision = manifest.model.revision if model is None else None
     recorded = manifest.adapter.name if manifest.adapter else "none"
     checkpoint = resolve_checkpoint(model or manifest.model.name, adapter=adapter or recorded, revision=revision)

@@ -23,13 +23,11 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import onnx_ir as ir
 
+from gircse.checkpoint.tensor_naming import EMBEDDING_TABLE, LM_HEAD
 from gircse.export.graph.architecture import DecoderShape
 from gircse.export.graph.builder import MASKED, GraphBuilder, RefinementSettings
 from gircse.runtime import tensor_names
 from gircse.runtime.manifest import Layout, Pooling
-
-EMBEDDING_TABLE = "model.embed_tokens.weight"
-LM_HEAD = "lm_head.weight"
 
 LAST = (1 << 31) - 1
 """End of a slice that takes everything to the end."""

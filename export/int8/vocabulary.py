@@ -17,8 +17,8 @@ import onnx_ir as ir
 
 from gircse.calibration.calibration_file import SoftTokenCalibration
 from gircse.calibration.int8.scheme import HIGH_ENTROPY_MASS, INT8_MAX, VOCABULARY_INPUT
+from gircse.checkpoint.tensor_naming import EMBEDDING_TABLE, LM_HEAD
 from gircse.export.graph.builder import GraphBuilder
-from gircse.export.graph.compose import EMBEDDING_TABLE, LM_HEAD
 from gircse.export.int8.qdq import QdqBuilder
 from gircse.export.int8.weights import (
     BlockwiseProduct,

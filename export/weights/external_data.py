@@ -1,9 +1,8 @@
-"""Stream the weights of a checkpoint into one external data file, tensor by tensor, with the LoRA merged on the way.
+"""Stream the weights of a model into one external data file, weight by weight, with the adapter merged on the way.
 
-The merge (``lora.py`` has the formula) is computed in FP32 and cast once, to the type that the graph gives the weight.
-At no time is more than one tensor in memory, and a tensor that is stored as it is in the checkpoint (the vocabulary,
-the largest) passes through in blocks of rows. What an INT8 variant stores instead comes from its weight sources
-(``int8/weights.py``), one at a time.
+A weight is merged in FP32 and cast once, to the type that the graph gives it. At no time is more than one in memory,
+and one that is stored as it is in the checkpoint (the vocabulary, the largest) passes through in blocks of rows. What
+an INT8 variant stores instead comes from its weight sources (``int8/weights.py``), one at a time.
 """
 
 import hashlib
@@ -17,18 +16,13 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from gircse.checkpoint.lora import LoraPair
-from gircse.checkpoint.safetensors_index import SafetensorsIndex
-from gircse.export.graph.compose import EMBEDDING_TABLE, LM_HEAD
+from gircse.checkpoint.model_weights import BLOCK_ELEMENTS
 from gircse.export.graph.mixed_precision import FP16_MAX
 from gircse.export.int8.qdq import fp16_scales
 from gircse.export.int8.weights import WeightSource
 from gircse.export.weights.layout import Fp16Copy, PlacedWeight, WeightLayout
-from gircse.runtime.errors import CheckpointError, ExportError
+from gircse.runtime.errors import ExportError
 from gircse.runtime.manifest import FileEntry
-
-BLOCK_ELEMENTS = 1 << 24
-"""Most elements of a tensor that are in memory at once, unless it has to be transposed."""
 
 _TORCH_TYPES = {
     ir.DataType.FLOAT: torch.float32,
@@ -36,13 +30,6 @@ _TORCH_TYPES = {
     ir.DataType.BFLOAT16: torch.bfloat16,
     ir.DataType.INT8: torch.int8,
 }
-
-
-def estimate_bytes(base: SafetensorsIndex) -> tuple[int, int]:
-    """Return the FP32 bytes of all tensors together, and of the largest piece that is in memory at once."""
-    elements = {name: math.prod(stored.shape) for name, stored in base.entries.items()}
-    pieces = [min(n, BLOCK_ELEMENTS) if name in (EMBEDDING_TABLE, LM_HEAD) else n for name, n in elements.items()]
-    return 4 * sum(elements.values()), 4 * max(pieces, default=0)
 
 
 class WrittenWeights(NamedTuple):
@@ -77,7 +64,7 @@ def write_weights(layout: WeightLayout, path: Path, *, on_bytes: Callable[[int],
             file.pad_to(weight.offset)
             if weight.source is not None and weight.source is not source:  # its initializers follow one another
                 source = weight.source
-                made = source.tensors(lambda tensor: merged_blocks(layout, tensor))
+                made = source.tensors(layout.model.blocks)
             for block in copied_blocks(layout, weight) if weight.source is None else [made[weight.name]]:
                 file.write(block.reshape(-1).view(torch.uint8).numpy().data)  # no copy
         stream.flush()
@@ -119,49 +106,11 @@ def copied_blocks(layout: WeightLayout, weight: PlacedWeight) -> Iterator[Tensor
     shape = weight.checkpoint_shape
     # Transposing needs the whole tensor; any other weight can pass through in blocks of rows.
     rows = shape[0] if weight.transposed else min(shape[0], _rows_of_block(shape))
-    for block in merged_blocks(layout, weight.tensor, rows_at_once=rows):
+    for block in layout.model.blocks(weight.tensor, rows_at_once=rows):
         narrow = block.to(_TORCH_TYPES[weight.dtype])
         if not torch.isfinite(narrow).all():
             raise _too_large(weight, float(block.abs().max()), tensor=weight.tensor)
         yield narrow.T.contiguous() if weight.transposed else narrow
-
-
-def merged_blocks(layout: WeightLayout, tensor: str, *, rows_at_once: int | None = None) -> Iterator[Tensor]:
-    """Yield a tensor of the checkpoint with the LoRA merged, FP32, some rows at a time.
-
-    Args:
-        layout: the matched weights.
-        tensor: its name.
-        rows_at_once: None takes as many as ``BLOCK_ELEMENTS`` allows.
-
-    Raises:
-        CheckpointError: a value is NaN or infinite, or the adapter does not change the tensor.
-    """
-    stored = layout.base.entries[layout.stored_name(tensor)]
-    lora, changed = layout.lora(tensor), False
-    factors = _factors(layout, lora)
-    rows = rows_at_once or _rows_of_block(stored.shape)
-    for start in range(0, stored.shape[0], rows):
-        block = layout.base.read_rows(stored.name, slice(start, start + rows))
-        if factors is not None:
-            merged = block + factors[1][start : start + rows] @ factors[0]
-            changed = changed or not torch.equal(merged, block)
-            block = merged
-        if not torch.isfinite(block).all():
-            raise CheckpointError(
-                str(stored.file),
-                f"has NaN or infinity in {stored.name}",
-                None,
-                "The checkpoint or the adapter is damaged: download it again.",
-            )
-        yield block
-    if lora is not None and not changed:
-        raise CheckpointError(
-            str(lora.file),
-            f"has a {lora.b} that leaves {tensor} as it is",
-            "a trained adapter changes every weight that it names",
-            "The adapter is untrained or damaged: check --adapter.",
-        )
 
 
 class _HashedFile:
@@ -215,14 +164,6 @@ def _external(weight: PlacedWeight, location: str) -> ir.ExternalTensor:
     return ir.ExternalTensor(
         location, weight.offset, weight.bytes, weight.dtype, name=weight.name, shape=shape, base_dir=""
     )
-
-
-def _factors(layout: WeightLayout, lora: LoraPair | None) -> tuple[Tensor, Tensor] | None:
-    """Return A and scaling * B in FP32."""
-    if lora is None or layout.adapter is None:
-        return None
-    index = layout.adapter.index
-    return index.read_rows(lora.a), index.read_rows(lora.b) * lora.scaling
 
 
 def _rows_of_block(shape: tuple[int, ...]) -> int:

@@ -155,7 +155,8 @@ def test_pad_token(small_checkpoint: Path) -> None:
 
 
 def test_a_missing_shard_is_named(small_checkpoint: Path) -> None:
-    weight_map = {"a": "model.safetensors", "b": "model-00002.safetensors"}
+    weight_map = {"a": "model-00001.safetensors", "b": "model-00002.safetensors"}
+    (small_checkpoint / "model.safetensors").rename(small_checkpoint / "model-00001.safetensors")
     (small_checkpoint / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     message = r"model-00002\.safetensors is missing; model\.safetensors\.index\.json lists it\. Download"
     with pytest.raises(CheckpointError, match=message):
@@ -163,11 +164,16 @@ def test_a_missing_shard_is_named(small_checkpoint: Path) -> None:
     (small_checkpoint / "model.safetensors.index.json").write_text("[]")
     with pytest.raises(CheckpointError, match=r"index\.json holds a JSON list; it should hold a JSON object\."):
         resolve_checkpoint(str(small_checkpoint))
+    (small_checkpoint / "model.safetensors.index.json").write_text('{"weight_map": ["model-00001.safetensors"]}')
+    with pytest.raises(CheckpointError, match=r"index\.json lists no files; its weight_map should give one for every"):
+        resolve_checkpoint(str(small_checkpoint))
 
 
 def test_directories_without_weights(small_models: SmallModels, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(CheckpointError, match=r"holds no \*\.safetensors\. Check --model\.$"):
+    with pytest.raises(
+        CheckpointError, match=r"has neither model\.safetensors nor model\.safetensors\.index\.json\. Check"
+    ):
         resolve_checkpoint(str(tmp_path))
     with pytest.raises(CheckpointError, match=r"adapter_model\.safetensors is missing; --adapter takes a PEFT LoRA\."):
         resolve_checkpoint(str(small_models.checkpoint("llama")), adapter=str(tmp_path))

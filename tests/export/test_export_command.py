@@ -99,17 +99,22 @@ def test_model_settings_come_from_the_calibration(small_models: SmallModels, tmp
     calibration = small_models.calibration("llama", steps=5)
     output = tmp_path / "out"
     arguments = ["--calibration", str(calibration), "--precision", "int8", "--output", str(output)]
-    assert export_command.main([*arguments, "--max-tokens", "40"]) == 0
+    model = ["--model", str(small_models.checkpoint("llama"))]
+    assert export_command.main([*arguments, *model, "--max-tokens", "40"]) == 0
     manifest = Bundle.open(output).manifest
-    assert manifest.model.name == str(small_models.checkpoint("llama"))
+    assert manifest.model.name == "llama"
     assert (manifest.graph.steps, manifest.graph.max_tokens) == (5, 40)
 
 
 def test_the_bundle_is_named_after_the_calibrated_model(
     small_models: SmallModels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.chdir(tmp_path)
+    """A local model goes by the name of its folder, which is looked for where the command runs."""
     calibration = small_models.calibration("llama", steps=5)
+    monkeypatch.chdir(tmp_path)
+    assert export_command.main(["--calibration", str(calibration), "--layout", "stepwise"]) == 2
+    assert "--model is needed: what was used is a local directory, llama. Name where it is." in capsys.readouterr().err
+    (tmp_path / "llama").symlink_to(small_models.checkpoint("llama"))
     assert export_command.main(["--calibration", str(calibration), "--layout", "stepwise"]) == 0
     assert Path(capsys.readouterr().out.strip()).name == "gircse-llama-5"
 
@@ -120,6 +125,7 @@ def test_flags_that_contradict_the_calibration(
 ) -> None:
     calibration = small_models.calibration("llama", steps=5)
     arguments = ["--calibration", str(calibration), "--precision", "int8", "--output", str(tmp_path / "out")]
+    arguments += ["--model", str(small_models.checkpoint("llama"))]
     assert export_command.main([*arguments, flag, value]) == 2
     error = capsys.readouterr().err
     assert f"--calibration {calibration}" in error

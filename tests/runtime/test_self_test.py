@@ -23,6 +23,15 @@ def test_golden_vectors_have_a_row_for_the_prompt_and_every_step(small_models: S
     assert not compare_with_golden(shifted, golden.vectors, precision="fp32").passed
 
 
+def test_the_worst_vector_is_named(small_models: SmallModels) -> None:
+    golden = read_golden_vectors(Bundle.open(small_models.bundle("qwen2"))).vectors
+    for value in (0.5, float("nan")):
+        ours = golden.copy()
+        ours[7, 3, :8] = value
+        report = compare_with_golden(ours, golden, precision="fp32")
+        assert (report.worst_text, report.worst_step, report.passed) == (7, 3, False)
+
+
 def test_self_test_fails_on_wrong_weights(small_bundle: Path) -> None:
     """The self-test must notice a bundle whose vectors are not the reference's."""
     path = small_bundle / "fp32" / "weights.bin"
@@ -35,7 +44,7 @@ def test_self_test_fails_on_wrong_weights(small_bundle: Path) -> None:
 
 
 def test_self_test_does_not_pass_nan() -> None:
-    assert not SelfTestReport(1, float("nan"), 0.0, limit=0.9).passed
+    assert not SelfTestReport(1, float("nan"), 0.0, 0, 0, limit=0.9).passed
 
 
 def test_self_test_without_golden_vectors(small_bundle: Path) -> None:

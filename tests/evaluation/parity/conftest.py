@@ -33,9 +33,9 @@ def token_ids(bundle: Path) -> list[list[int]]:
 
 
 @pytest.fixture(scope="session")
-def reference(bundle: Path, token_ids: list[list[int]]) -> tuple[np.ndarray, StepTrace]:
+def reference(bundle: Path, small_models: SmallModels, token_ids: list[list[int]]) -> tuple[np.ndarray, StepTrace]:
     """z_0..z_K and the trace of PyTorch."""
     opened = Bundle.open(bundle)
-    checkpoint = source_checkpoint(opened.manifest)
+    checkpoint = source_checkpoint(opened.manifest, model=str(small_models.checkpoint("llama")))
     backend = TorchBackend(opened, checkpoint, device="cpu", dtype="fp32", threads=2)
     return backend.embed_and_trace(token_ids, lambda _: None)

@@ -8,6 +8,7 @@ from support.small_models import SmallModels
 from gircse.evaluation.parity.references import check_same_task, parse_bundle_reference, source_checkpoint
 from gircse.runtime import CheckpointError, MeasurementError
 from gircse.runtime.bundle import Bundle
+from gircse.runtime.errors import OptionError
 
 
 def test_bundle_references(tmp_path: Path) -> None:
@@ -19,12 +20,15 @@ def test_bundle_references(tmp_path: Path) -> None:
 
 def test_another_checkpoint_is_refused(small_models: SmallModels, bundle: Path) -> None:
     manifest = Bundle.open(bundle).manifest
-    assert source_checkpoint(manifest).model == manifest.model
+    here = str(small_models.checkpoint("llama"))
+    assert source_checkpoint(manifest, model=here).model == manifest.model
+    with pytest.raises(OptionError, match=r"^--model is needed: what was used is a local directory, llama\."):
+        source_checkpoint(manifest)
     other = str(small_models.checkpoint("qwen2"))
     with pytest.raises(CheckpointError, match=r"the SHA-256 of the config\.json is [0-9a-f]{64}; .* --model"):
         source_checkpoint(manifest, model=other)
     with pytest.raises(CheckpointError, match=r"the SHA-256 of the adapter is [0-9a-f]{64}; .* it was none"):
-        source_checkpoint(manifest, adapter="demo")
+        source_checkpoint(manifest, model=here, adapter="demo")
 
 
 def test_a_reference_computes_the_same_task(small_models: SmallModels, bundle: Path) -> None:
