@@ -23,13 +23,22 @@ def test_golden_vectors_have_a_row_for_the_prompt_and_every_step(small_models: S
     assert not compare_with_golden(shifted, golden.vectors, precision="fp32").passed
 
 
-def test_the_worst_vector_is_named(small_models: SmallModels) -> None:
+@pytest.mark.parametrize("value", [0.5, float("nan")])
+def test_the_first_step_that_fails_is_named(small_models: SmallModels, value: float) -> None:
     golden = read_golden_vectors(Bundle.open(small_models.bundle("qwen2"))).vectors
-    for value in (0.5, float("nan")):
-        ours = golden.copy()
-        ours[7, 3, :8] = value
-        report = compare_with_golden(ours, golden, precision="fp32")
-        assert (report.worst_text, report.worst_step, report.passed) == (7, 3, False)
+    ours = golden.copy()
+    ours[7, 3, :4] = value
+    ours[2, 4, :20] = 0.5
+    report = compare_with_golden(ours, golden, precision="fp32")
+    assert (report.worst_step, report.worst_text, report.passed) == (3, 7, False)
+
+
+def test_the_smallest_cosine_is_named_where_all_pass(small_models: SmallModels) -> None:
+    golden = read_golden_vectors(Bundle.open(small_models.bundle("qwen2"))).vectors
+    ours = golden.copy()
+    ours[5, 2, 0] += 1e-3
+    report = compare_with_golden(ours, golden, precision="fp32")
+    assert (report.worst_step, report.worst_text, report.passed) == (2, 5, True)
 
 
 def test_self_test_fails_on_wrong_weights(small_bundle: Path) -> None:
