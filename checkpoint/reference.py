@@ -7,6 +7,10 @@ K soft tokens with a KV cache on Hugging Face's own model (arXiv 2509.24291; rep
     h_k = state of the model fed s_k as the next input embedding
     z_k = normalized mean of h_1..h_k, or normalized h_k
 
+E is the bare table, also where the model scales the rows that it looks up for the prompt (Gemma): the official code
+multiplies with ``get_input_embeddings().weight`` and feeds the sum as ``inputs_embeds``, past the scale. Logits are
+those of the causal LM, soft cap included.
+
 Unlike the official code it passes explicit position ids, so padding does not shift the rotary phase, and it runs
 K vocabulary projections, not K + 1.
 """
@@ -66,6 +70,13 @@ def load_reference(checkpoint: Checkpoint, *, device: str = "cpu", precision: Pr
     return model.to(device=device, dtype=getattr(torch, SPECS[precision].dtype)).eval()
 
 
+def logits(model: Any, hidden: Tensor) -> Tensor:
+    """Project states (batch, hidden) to the vocabulary as the causal LM does, Gemma's soft cap included."""
+    projected: Tensor = model.lm_head(hidden)
+    cap = getattr(model.config, "final_logit_softcapping", None)
+    return projected if cap is None else cap * torch.tanh(projected / cap)
+
+
 def step_states(model: Any, input_ids: Tensor, attention_mask: Tensor, *, steps: int, temperature: float) -> Tensor:
     """Return the states of every step of one batch.
 
@@ -121,7 +132,7 @@ def refine(
         yield RefinementState(hidden, probabilities, soft_token)
         if step < steps:
             with torch.inference_mode():
-                probabilities = F.softmax(model.lm_head(hidden) / temperature, dim=-1)
+                probabilities = F.softmax(logits(model, hidden) / temperature, dim=-1)
                 soft_token = embed_soft_token(probabilities, table)
             inputs = {"inputs_embeds": soft_token[:, None]}
             positions = positions[:, -1:] + 1

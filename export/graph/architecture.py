@@ -5,7 +5,7 @@ from typing import Any
 
 from gircse.runtime.errors import ExportError, OptionError
 
-SUPPORTED = ("llama", "mistral", "qwen2", "qwen3")
+SUPPORTED = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text", "phi3")
 
 STATIC_ROTARY_TYPES = ("default", "linear", "llama3", "yarn")
 """Scalings whose angles do not depend on the length of the prompt; ``dynamic`` and ``longrope`` do."""
@@ -23,6 +23,9 @@ class DecoderShape:
         head_dim: width of a head.
         vocab_size: rows of the embedding table.
         tied: whether lm_head is the embedding table.
+        embedding_scale: what the rows of the table are multiplied by where they stand for tokens of the prompt. Soft
+            tokens are sums of the bare rows, as in the official code, which multiplies with the table itself.
+        logit_softcap: c of c * tanh(logits / c), or None.
     """
 
     architecture: str
@@ -32,6 +35,8 @@ class DecoderShape:
     head_dim: int
     vocab_size: int
     tied: bool
+    embedding_scale: float = 1.0
+    logit_softcap: float | None = None
 
     @property
     def kv_size(self) -> int:
@@ -67,6 +72,8 @@ def decoder_shape(config: Any) -> DecoderShape:
         head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
         vocab_size=config.vocab_size,
         tied=bool(config.tie_word_embeddings),
+        embedding_scale=config.hidden_size**0.5 if config.model_type == "gemma3_text" else 1.0,
+        logit_softcap=getattr(config, "final_logit_softcapping", None),
     )
 
 
@@ -103,18 +110,15 @@ def _uses_sliding_window(config: Any) -> bool:
 
 
 def _check_rotary(config: Any, positions: int, max_tokens: int) -> None:
-    rotary = config.rope_parameters
-    kind = rotary.get("rope_type", "default")
-    if rotary.get("partial_rotary_factor", 1.0) != 1.0:
-        raise ExportError(
-            "config.json", f"has a partial_rotary_factor of {rotary['partial_rotary_factor']}", "only 1.0 is supported"
-        )
-    original = rotary.get("original_max_position_embeddings") or config.max_position_embeddings
-    if kind not in STATIC_ROTARY_TYPES and positions > original:
-        raise OptionError(
-            f"--max-tokens {max_tokens}",
-            f"with {positions - max_tokens} steps makes {positions} positions",
-            f"the model's rotary scaling {kind!r} changes with the length beyond {original}, which only "
-            f"{', '.join(STATIC_ROTARY_TYPES)} do not",
-            f"Lower --max-tokens to {original - positions + max_tokens} or less.",
-        )
+    per_layer_type = [config.rope_parameters[key] for key in config.nested_rope_parameter_keys(config.rope_parameters)]
+    for rotary in per_layer_type or [config.rope_parameters]:
+        kind = rotary["rope_type"]
+        original = rotary.get("original_max_position_embeddings") or config.max_position_embeddings
+        if kind not in STATIC_ROTARY_TYPES and positions > original:
+            raise OptionError(
+                f"--max-tokens {max_tokens}",
+                f"with {positions - max_tokens} steps makes {positions} positions",
+                f"the model's rotary scaling {kind!r} changes with the length beyond {original}, which only "
+                f"{', '.join(STATIC_ROTARY_TYPES)} do not",
+                f"Lower --max-tokens to {original - positions + max_tokens} or less.",
+            )

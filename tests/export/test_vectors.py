@@ -128,6 +128,18 @@ def test_control_shuffled_weights(small_models: SmallModels, tmp_path: Path) -> 
     assert np.abs(ours - steps).max() > CONTROL_MIN_DIFFERENCE
 
 
+def test_control_gemma_without_its_own(small_models: SmallModels) -> None:
+    """Scale of the embeddings, soft cap of the logits: a graph without one of them is far off."""
+    changes = {"gemma3": lambda model: model.model.embed_tokens.embed_scale.fill_(1.0)}
+    changes["gemma3-softcap-linear"] = lambda model: setattr(model.config, "final_logit_softcapping", None)
+    for name, change in changes.items():
+        model = small_models.load(name)
+        change(model)
+        _, steps = expected(model)
+        _, ours = run(small_models.bundle(name))
+        assert np.abs(ours - steps).max() > CONTROL_MIN_DIFFERENCE
+
+
 def test_every_weight_is_stored_once(small_models: SmallModels) -> None:
     """One initializer for each tensor of the checkpoint, with its value, however many steps read it."""
     bundle = small_models.bundle("qwen2")

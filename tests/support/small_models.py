@@ -10,7 +10,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    MistralConfig,
+    Phi3Config,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 from gircse.calibration.calibrate import CalibrationOptions, calibrate
 from gircse.export.exporter import export_bundle
@@ -43,6 +51,15 @@ LLAMA3_ROPE = {
 }
 YARN_ROPE = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 32}
 LINEAR_ROPE = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}
+LONG_ROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "partial_rotary_factor": 0.75,
+    "short_factor": [1.0, 1.25, 1.5],
+    "long_factor": [1.0, 4.0, 16.0],
+}
+
+GEMMA_LAYERS = ["sliding_attention", "full_attention"]
 
 _WORDS = "how do I reset the card after a storm in my garden while the small bird sings about old ships".split()
 CALIBRATION_TEXTS = [
@@ -64,6 +81,23 @@ CONFIGS: dict[str, Callable[[], Any]] = {
     ),
     "qwen3": lambda: Qwen3Config(**SIZES, tie_word_embeddings=True, head_dim=16),
     "qwen3-biased": lambda: Qwen3Config(**SIZES, tie_word_embeddings=False, head_dim=8, attention_bias=True),
+    "gemma3": lambda: Gemma3TextConfig(
+        **SIZES, head_dim=12, query_pre_attn_scalar=20, sliding_window=64, layer_types=GEMMA_LAYERS
+    ),
+    "gemma3-softcap-linear": lambda: Gemma3TextConfig(
+        **SIZES,
+        tie_word_embeddings=False,
+        head_dim=8,
+        query_pre_attn_scalar=8,
+        sliding_window=64,
+        layer_types=GEMMA_LAYERS,
+        final_logit_softcapping=2.0,  # so low that it changes every probability
+        rope_scaling={"rope_type": "linear", "factor": 4.0},
+    ),
+    "phi3": lambda: Phi3Config(**SIZES, tie_word_embeddings=False, sliding_window=64),
+    "phi4-mini": lambda: Phi3Config(
+        **SIZES, tie_word_embeddings=True, rope_parameters=LONG_ROPE, original_max_position_embeddings=64
+    ),
 }
 
 

@@ -44,7 +44,20 @@ def load_graph(bundle: Path, precision: str, layout: Layout) -> onnx.GraphProto:
 
 @pytest.mark.parametrize("layout", Layout)
 @pytest.mark.parametrize("precision", LOW)
-@pytest.mark.parametrize("name", ["llama-biased-llama3", "mistral-window", "qwen2", "qwen2-yarn-bf16", "qwen3-biased"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "llama-biased-llama3",
+        "mistral-window",
+        "qwen2",
+        "qwen2-yarn-bf16",
+        "qwen3-biased",
+        "gemma3",
+        "gemma3-softcap-linear",
+        "phi3",
+        "phi4-mini",
+    ],
+)
 def test_vectors_survive(small_models: SmallModels, name: str, precision: str, layout: Layout) -> None:
     found = embed(small_models.bundle(name, precisions=ALL), precision, layout)
     # Up to the second step: these random models are chaotic. One text of qwen2-yarn-bf16 has a cosine of 0.988 after
@@ -63,7 +76,7 @@ def element_types(graph: onnx.GraphProto) -> dict[str, int]:
 
 @pytest.mark.parametrize("layout", Layout)
 @pytest.mark.parametrize("precision", LOW)
-@pytest.mark.parametrize("name", ["llama-biased-llama3", "qwen3"])
+@pytest.mark.parametrize("name", ["llama-biased-llama3", "qwen3", "gemma3-softcap-linear", "phi4-mini"])
 def test_the_islands_are_where_the_rules_say(
     small_models: SmallModels, name: str, precision: str, layout: Layout
 ) -> None:
@@ -76,13 +89,14 @@ def test_the_islands_are_where_the_rules_say(
         if node.op_type == "Cast" or not floats:
             continue
         assert len(set(floats)) == 1, node  # strongly typed: nothing mixes
-        biased = node.op_type == "Add" and bool(weights.intersection(node.input))
+        biased = node.op_type == "Add" and len(weights.intersection(node.input)) == 1
+        scaled = node.op_type == "Mul" and bool(weights.intersection(node.input))
         low = {"MatMul", "Gemm", "Attention", "RotaryEmbedding"} | ({"Sigmoid"} if precision == "fp16" else set())
-        float32 = {"RMSNormalization", "Softmax", "ReduceL2", "Div", "CumSum", "Min"}
+        float32 = {"RMSNormalization", "Softmax", "ReduceL2", "Div", "CumSum", "Min", "Gelu", "Tanh"}
         float32 |= {"Sigmoid"} if precision == "bf16" else set()
         if node.op_type in low or biased:
             assert floats[0] == LOW[precision], node
-        elif node.op_type in float32 or (node.op_type == "Add" and not biased):
+        elif node.op_type in float32 or (node.op_type == "Add" and not biased) or scaled:
             assert floats[0] == TensorProto.FLOAT, node
         seen[node.op_type] += 1
     assert min(seen[kind] for kind in ("MatMul", "Gemm", "Attention", "RMSNormalization", "Softmax", "Add")) > 0
