@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gircse.checkpoint.model_config import read_model_config
 from gircse.checkpoint.silence import quiet_transformers
 from gircse.checkpoint.source import Checkpoint
 from gircse.runtime.precision import SPECS, Precision
@@ -57,13 +58,17 @@ def load_reference(checkpoint: Checkpoint, *, device: str = "cpu", precision: Pr
 
     Returns:
         A ``transformers`` causal LM in eval mode.
+
+    Raises:
+        CheckpointError: config.json is missing or damaged, or describes what cannot be computed.
     """
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
+    config = read_model_config(checkpoint.directory)
     with quiet_transformers():
         model: Any = AutoModelForCausalLM.from_pretrained(
-            checkpoint.directory, dtype=torch.float32, attn_implementation="sdpa", use_safetensors=True
+            checkpoint.directory, config=config, dtype=torch.float32, attn_implementation="sdpa", use_safetensors=True
         )
         if checkpoint.adapter_directory is not None:
             model = PeftModel.from_pretrained(model, checkpoint.adapter_directory).merge_and_unload()

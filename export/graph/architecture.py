@@ -1,11 +1,9 @@
-"""What can be exported: the supported architectures and the limits that a config sets."""
+"""What the graphs need to know of a config: sizes, and the limits that it sets."""
 
 from dataclasses import dataclass
 from typing import Any
 
-from gircse.runtime.errors import ExportError, OptionError
-
-SUPPORTED = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text", "phi3")
+from gircse.runtime.errors import OptionError
 
 STATIC_ROTARY_TYPES = ("default", "linear", "llama3", "yarn")
 """Scalings whose angles do not depend on the length of the prompt; ``dynamic`` and ``longrope`` do."""
@@ -45,25 +43,7 @@ class DecoderShape:
 
 
 def decoder_shape(config: Any) -> DecoderShape:
-    """Read the sizes from a ``transformers`` config.
-
-    Raises:
-        ExportError: the architecture is not supported, or the weights are quantized.
-    """
-    if config.model_type not in SUPPORTED:
-        raise ExportError(
-            "config.json",
-            f"has the architecture {config.model_type!r}",
-            f"supported are {', '.join(SUPPORTED)}",
-            "Export a model of one of these.",
-        )
-    if getattr(config, "quantization_config", None):
-        raise ExportError(
-            "config.json",
-            "says that the weights are quantized (quantization_config)",
-            "an export reads FP32, FP16 or BF16",
-            "Use the checkpoint from before quantization.",
-        )
+    """Return the sizes of a config of ``read_model_config``."""
     return DecoderShape(
         architecture=config.model_type,
         hidden_size=config.hidden_size,
@@ -83,7 +63,6 @@ def check_limits(config: Any, *, steps: int, max_tokens: int) -> None:
     Raises:
         OptionError: too many positions, a sliding window that would cut the prompt, or a rotary scaling whose angles
             would change with the length of the prompt.
-        ExportError: a rotary embedding that is not supported.
     """
     positions = max_tokens + steps
     if positions > config.max_position_embeddings:

@@ -28,9 +28,10 @@ from onnxscript import opset23 as op
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from gircse.checkpoint.model_config import reason_of
 from gircse.export.graph.architecture import DecoderShape
 from gircse.runtime import tensor_names
-from gircse.runtime.errors import ExportError
+from gircse.runtime.errors import ExportError, GircseError
 
 OPSET = 23
 
@@ -40,6 +41,8 @@ POSITION_IDS = "position_ids"
 
 ROTARY_PREFIX = "rotary."
 """Starts the names of the rotary tables: ``rotary.cos``, or ``rotary.full_attention.cos`` where layers differ."""
+
+RotaryTables = Mapping[str, tuple[Tensor, Tensor]]
 
 _ATTENTION_NAME = "gircse_onnx"
 # Example sizes: all different from each other and from 0 and 1, so that no dimension is mistaken for another.
@@ -59,8 +62,34 @@ def trace_decoder(config: Any, shape: DecoderShape, *, positions: int) -> ir.Gra
         (positions, rotary_dim / 2) float32 each.
 
     Raises:
-        ExportError: the model computes something that the graphs do not.
+        ExportError: the model computes something that the graphs do not, or cannot be traced.
     """
+    try:
+        program, tables = _traced(config, shape, positions)
+    except GircseError:
+        raise
+    except Exception as err:  # what torch and transformers raise at a model of impossible sizes
+        raise ExportError(
+            "config.json",
+            f"describes a model that cannot be traced: {reason_of(err)}",
+            None,
+            "Check that its numbers are those of the checkpoint.",
+        ) from err
+    graph = program.model.graph
+    _rename_io(graph, shape.num_layers)
+    for value in graph.initializers.values():
+        value.const_value = None
+    for kind, pair in tables.items():
+        for part, table in zip(("cos", "sin"), pair, strict=True):
+            path = f"{kind}.{part}" if kind else part
+            value = graph.initializers[f"model.rotary_emb.{path}"]
+            value.name = ROTARY_PREFIX + path
+            value.const_value = ir.tensor(table.numpy(), name=value.name)
+    return graph
+
+
+def _traced(config: Any, shape: DecoderShape, positions: int) -> tuple[torch.onnx.ONNXProgram, RotaryTables]:
+    """Return the traced program, and the rotary tables that its initializers stand for."""
     from transformers import AttentionInterface, AutoModelForCausalLM
 
     AttentionInterface.register(_ATTENTION_NAME, onnx_attention)
@@ -88,24 +117,17 @@ def trace_decoder(config: Any, shape: DecoderShape, *, positions: int) -> ir.Gra
             opset_version=OPSET,
             optimize=False,
             verbose=False,
-            custom_translation_table={torch.ops.aten.slice.Tensor: _onnx_slice, torch.ops.aten.split.Tensor: _onnx_split},
+            custom_translation_table={
+                torch.ops.aten.slice.Tensor: _onnx_slice,
+                torch.ops.aten.split.Tensor: _onnx_split,
+            },
         )
     if program is None:
         raise RuntimeError("torch.onnx.export returned no program")
-    graph = program.model.graph
-    _rename_io(graph, shape.num_layers)
-    for value in graph.initializers.values():
-        value.const_value = None
-    for kind, pair in tables.items():
-        for part, table in zip(("cos", "sin"), pair, strict=True):
-            path = f"{kind}.{part}" if kind else part
-            value = graph.initializers[f"model.rotary_emb.{path}"]
-            value.name = ROTARY_PREFIX + path
-            value.const_value = ir.tensor(table.numpy(), name=value.name)
-    return graph
+    return program, tables
 
 
-def rotary_tables(decoder: Any, positions: int) -> dict[str, tuple[Tensor, Tensor]]:
+def rotary_tables(decoder: Any, positions: int) -> RotaryTables:
     """Compute the cosines and sines of all positions with the model's own rotary module.
 
     Args:
@@ -115,6 +137,9 @@ def rotary_tables(decoder: Any, positions: int) -> dict[str, tuple[Tensor, Tenso
     Returns:
         Two tensors (positions, rotary_dim / 2) float32, the scaling factor of the config included, by the type of the
         layers that they belong to; ``""`` where all layers have the same.
+
+    Raises:
+        ExportError: an angle is not finite.
     """
     rotary = type(decoder.rotary_emb)(config=decoder.config)  # its few buffers, this time with real values
     tables = {}
@@ -122,6 +147,10 @@ def rotary_tables(decoder: Any, positions: int) -> dict[str, tuple[Tensor, Tenso
         cos, sin = rotary(torch.zeros(1), torch.arange(positions)[None], *([kind] if kind else []))
         half = cos.shape[-1] // 2  # Hugging Face repeats each half
         tables[kind] = cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous()
+        if not (cos.isfinite().all() and sin.isfinite().all()):
+            raise ExportError(
+                "config.json", "has a rotary scaling with angles that are not finite", None, "Correct rope_theta."
+            )
     return tables
 
 
@@ -182,7 +211,7 @@ class _ConcatCache:
         return self.present[at], self.present[at + 1]
 
 
-def _rotary_lookup(tables: Mapping[str, tuple[Tensor, Tensor]]) -> nn.Module:
+def _rotary_lookup(tables: RotaryTables) -> nn.Module:
     """Return what stands in for the rotary module while it is traced; its tables hold zeros."""
     lookups = {kind: _RotaryLookup(torch.zeros_like(cos), torch.zeros_like(sin)) for kind, (cos, sin) in tables.items()}
     return lookups[""] if "" in lookups else _RotaryLookupOfLayerType(lookups)
@@ -217,6 +246,17 @@ def _fold_heads(x: Tensor) -> Tensor:
 
 
 def onnx_rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Stand for ``apply_rotary_pos_emb``.
+
+    Args:
+        q: (batch, heads, S, head_dim).
+        k: (batch, kv_heads, S, head_dim).
+        cos: (batch, S, rotary_dim / 2) of ``rotary_tables``, and so ``sin``.
+        sin: see ``cos``.
+
+    Returns:
+        Both rotated, heads folded into the last axis.
+    """
     return _rotate(q, cos, sin), _rotate(k, cos, sin)
 
 
@@ -252,6 +292,24 @@ def onnx_attention(
     is_causal: bool = True,
     **others: object,
 ) -> tuple[Tensor, None]:
+    """Stand for an attention function of ``transformers``.
+
+    Args:
+        module: the attention module.
+        q: (batch, S, heads * head_dim).
+        k: (batch, P + S, kv_size).
+        v: (batch, P + S, kv_size).
+        attention_mask: (batch, 1, S, P + S), additive.
+        scaling: factor of the scores.
+        is_causal: must be true, as must the module's own.
+        others: must be empty, unless it is known that they change nothing.
+
+    Returns:
+        (batch, S, heads * head_dim), and None for the weights.
+
+    Raises:
+        ExportError: an argument asks for what the graphs do not compute.
+    """
     refused = {
         name: value
         for name, value in others.items()
@@ -317,8 +375,8 @@ NORMS: Mapping[str, Callable[[Any, Tensor], Tensor]] = {
 
 def _onnx_slice(x: Any, dim: int, start: int, end: int) -> Any:
     """Cut the outputs of a fused projection apart; torch.onnx computes the constant bounds in nine nodes."""
-    starts, ends, axes = (op.Constant(value_ints=[value]) for value in (start, min(end, x.shape[dim]), dim))
-    return op.Slice(x, starts, ends, axes)
+    bounds: list[Any] = [op.Constant(value_ints=[value]) for value in (start, min(end, x.shape[dim]), dim)]
+    return op.Slice(x, *bounds)
 
 
 def _onnx_split(x: Any, size: int, dim: int) -> Any:

@@ -1,5 +1,7 @@
 """FP16 and BF16 variants: what is low and what stays FP32, and that the vectors survive."""
 
+import json
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -7,10 +9,12 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
+import torch
 from onnx import TensorProto
 from support.small_models import SmallModels
 from support.tolerances import LOW_PRECISION_MIN_COSINE
 from support.vectors import PROMPTS, expected
+from transformers import AutoModelForCausalLM
 
 from gircse.evaluation.parity.backends import BundleBackend
 from gircse.export.exporter import export_bundle
@@ -133,6 +137,21 @@ def test_weights_are_stored_low_but_norms(small_models: SmallModels) -> None:
     assert types["model.norm.weight"] == TensorProto.FLOAT
     assert types["model.embed_tokens.weight"] == TensorProto.FLOAT16
     assert types["rotary.cos"] == TensorProto.FLOAT16
+
+
+def test_another_activation_than_swiglu(small_models: SmallModels, tmp_path: Path) -> None:
+    """Without a Sigmoid there is none to rewrite; the product of a GELU stays in FP32."""
+    checkpoint, output = tmp_path / "checkpoint", tmp_path / "bundle"
+    shutil.copytree(small_models.checkpoint("llama"), checkpoint)
+    config = json.loads((checkpoint / "config.json").read_text())
+    (checkpoint / "config.json").write_text(json.dumps(config | {"hidden_act": "gelu"}))
+    export_bundle(
+        ExportOptions(output=output, steps=STEPS, model=str(checkpoint), max_tokens=48, precisions=(Precision.FP16,))
+    )
+    prompt, steps = expected(AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval())
+    wanted = np.concatenate([prompt[:, None], steps], axis=1)
+    cosines = row_cosine(embed(output, "fp16", Layout.STEPWISE), wanted)
+    assert cosines.min() > LOW_PRECISION_MIN_COSINE["fp16"]
 
 
 def test_a_rewrite_that_finds_nothing_is_an_error() -> None:

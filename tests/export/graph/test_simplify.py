@@ -73,6 +73,9 @@ def test_gemma_norms_take_no_transposes(small_models: SmallModels) -> None:
         "Mul": LAYERS,
         "Gather": 4,  # cosines and sines of local and of global layers
     }
+    tables = [node.inputs[0].name for node in graph if node.op_type == "Gather"]
+    kinds = ("sliding_attention", "full_attention")  # in one order, whatever the hashes of strings are
+    assert tables == [f"rotary.{kind}.{part}" for kind in kinds for part in ("cos", "sin")]
 
 
 def test_fused_projections_are_cut_in_one_node_each(small_models: SmallModels) -> None:
