@@ -24,7 +24,7 @@ import onnxruntime
 import torch
 
 from gircse.checkpoint.reference import load_reference, step_states
-from gircse.checkpoint.source import resolve_checkpoint
+from gircse.evaluation.parity.references import source_checkpoint
 from gircse.runtime import Embedder
 from gircse.runtime.numerics import l2_normalize, prefix_means
 from gircse.runtime.text_files import read_texts
@@ -63,8 +63,7 @@ class Reference:
         """Load the model that the bundle's manifest names."""
         manifest = embedder.manifest
         self.steps, self.temperature = manifest.graph.steps, manifest.graph.temperature
-        adapter = manifest.adapter.name if manifest.adapter else "none"
-        self.model = load_reference(resolve_checkpoint(manifest.model.name, adapter=adapter))
+        self.model = load_reference(source_checkpoint(manifest))
 
     def __call__(self, token_ids: Sequence[list[int]]) -> np.ndarray:
         """Embed one batch."""

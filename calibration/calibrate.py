@@ -36,6 +36,7 @@ from gircse.calibration.int8.scheme import (
     TOP_K,
     InputKind,
     QuantizedInput,
+    check_architecture,
     decoder_inputs,
 )
 from gircse.calibration.int8.smoothing import MIGRATIONS, Migrations, Smoothing, range_without, search_smoothing
@@ -44,6 +45,7 @@ from gircse.calibration.moments_file import moments_content, moments_path
 from gircse.calibration.observe import Observer, run_batch, watched
 from gircse.calibration.resume import ResumeState
 from gircse.calibration.sensitivity import SensitivityStudy, measure_sensitivity
+from gircse.checkpoint.model_config import read_model_config
 from gircse.checkpoint.model_settings import ModelSettings, check_range
 from gircse.checkpoint.reference import load_reference
 from gircse.checkpoint.source import resolve_checkpoint
@@ -136,7 +138,7 @@ def calibrate(options: CalibrationOptions, *, progress: StageProgress | None = N
 
     Raises:
         TextFileError: the texts cannot be read.
-        CalibrationError: there are too few texts.
+        CalibrationError: there are too few texts, or INT8 does not exist for the model.
         CheckpointError: the model or adapter cannot be found, read or used.
         OutputError: the file cannot be written.
     """
@@ -193,10 +195,13 @@ def _prepare(options: CalibrationOptions, progress: StageProgress) -> _Run:
     texts = draw_texts(options.texts, samples=options.samples, seed=options.seed)
     with progress.stage(f"find the model {options.model}"):
         checkpoint = resolve_checkpoint(options.model, adapter=options.adapter, revision=options.revision)
+        check_architecture(read_model_config(checkpoint.directory).model_type)
         fingerprint = fingerprint_of(checkpoint, options)
         corpus = tokenize_texts(texts, checkpoint, max_tokens=options.max_tokens)
+    for note in checkpoint.notes:
+        progress.note(f"  {note}")
     with progress.stage("load the PyTorch reference"):
-        model = load_reference(checkpoint)
+        model = load_reference(checkpoint, steps=options.steps, allow_partial_adapter=options.allow_partial_adapter)
     inputs = decoder_inputs(model.config.num_hidden_layers)
     if not options.steps:
         inputs = tuple(found for found in inputs if found.kind is not InputKind.VOCABULARY)

@@ -6,8 +6,9 @@ import torch
 
 from gircse.calibration.calibration_file import ModelFingerprint
 from gircse.checkpoint.model_settings import ModelSettings
-from gircse.checkpoint.safetensors_index import open_safetensors
+from gircse.checkpoint.safetensors_index import SafetensorsIndex, open_safetensors
 from gircse.checkpoint.source import Checkpoint
+from gircse.checkpoint.tensor_naming import FINAL_NORM, match_names
 from gircse.runtime.errors import CheckpointError
 
 
@@ -28,14 +29,16 @@ def fingerprint_of(checkpoint: Checkpoint, settings: ModelSettings) -> ModelFing
 
 
 def _norm_sha256(checkpoint: Checkpoint) -> str:
-    for shard in checkpoint.shards:
-        with open_safetensors(shard) as file:
-            if "model.norm.weight" in file.keys():
-                weight = file.get_tensor("model.norm.weight").contiguous()
-                return hashlib.sha256(weight.view(torch.uint8).numpy().tobytes()).hexdigest()
-    raise CheckpointError(
-        str(checkpoint.directory),
-        "has no tensor model.norm.weight",
-        "every decoder-only model has one",
-        "Check --model.",
-    )
+    stored = SafetensorsIndex(checkpoint.shards)
+    names = match_names(stored.entries.keys(), {FINAL_NORM}, where=str(checkpoint.directory))
+    if FINAL_NORM not in names.stored:
+        raise CheckpointError(
+            str(checkpoint.directory),
+            f"has no tensor {FINAL_NORM}",
+            "every decoder-only model has one",
+            "Check --model.",
+        )
+    entry = stored.entries[names.stored[FINAL_NORM]]
+    with open_safetensors(entry.file) as file:
+        weight = file.get_tensor(entry.name).contiguous()
+    return hashlib.sha256(weight.view(torch.uint8).numpy().tobytes()).hexdigest()

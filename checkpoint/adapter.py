@@ -46,7 +46,7 @@ HARMLESS_VALUES: Mapping[str, tuple[Any, ...]] = {
 }
 """Fields that change nothing as long as they have one of these values. Every other field has to be empty."""
 
-MERGE_YOURSELF = "Merge it with PEFT and export the merged model: docs/troubleshooting.md shows how."
+MERGE_YOURSELF = "Merge it with PEFT and export the merged model: docs/checkpoints.md shows how."
 
 _LORA = re.compile(r"lora_(A|B|embedding_A|embedding_B|magnitude_vector)\b")
 _TOKEN_ROWS = "token_adapter.trainable_tokens_delta"
@@ -240,7 +240,7 @@ class Adapter:
                 f"--adapter {self.directory}",
                 f"adapts {min(shared)}, which shares its weights with {min(ends - {min(shared)})}",
                 "merging would change both",
-                "Untie them, merge with PEFT, and export the merged model: docs/troubleshooting.md shows how.",
+                "Untie them, merge with PEFT, and export the merged model: docs/checkpoints.md shows how.",
             )
 
 

@@ -7,6 +7,10 @@ K soft tokens with a KV cache on Hugging Face's own model (arXiv 2509.24291; rep
     h_k = state of the model fed s_k as the next input embedding
     z_k = normalized mean of h_1..h_k, or normalized h_k
 
+E is the bare table, also where the model scales the rows that it looks up for the prompt (Gemma): the official code
+multiplies with ``get_input_embeddings().weight`` and feeds the sum as ``inputs_embeds``, past the scale. Logits are
+those of the causal LM, soft cap included.
+
 Unlike the official code it passes explicit position ids, so padding does not shift the rotary phase, and it runs
 K vocabulary projections, not K + 1.
 """
@@ -24,6 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gircse.checkpoint.adapter import ADAPTER_CONFIG, Adapter
+from gircse.checkpoint.model_config import read_model_config, reason_of
 from gircse.checkpoint.model_weights import ModelWeights
 from gircse.checkpoint.silence import quiet_transformers
 from gircse.checkpoint.source import Checkpoint
@@ -51,7 +56,12 @@ class RefinementState:
 
 
 def load_reference(
-    checkpoint: Checkpoint, *, device: str = "cpu", precision: Precision = Precision.FP32, steps: int = 1
+    checkpoint: Checkpoint,
+    *,
+    device: str = "cpu",
+    precision: Precision = Precision.FP32,
+    steps: int = 1,
+    allow_partial_adapter: bool = True,
 ) -> Any:
     """Load the causal LM in FP32, merge its adapter with PEFT, then move it to its device and precision.
 
@@ -63,20 +73,19 @@ def load_reference(
         device: a torch device, such as ``cpu`` or ``cuda``.
         precision: type of weights and arithmetic: FP32, FP16 or BF16.
         steps: K; without steps the checkpoint may lack an lm_head.
+        allow_partial_adapter: see ``Adapter.open``.
 
     Returns:
         A ``transformers`` causal LM in eval mode.
 
     Raises:
-        CheckpointError: the model or the adapter cannot be loaded.
+        CheckpointError: config, model or adapter cannot be read, loaded or merged.
     """
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(checkpoint.directory)
-    weights = ModelWeights.open(checkpoint, config, steps=steps, allow_partial_adapter=True)
+    config = read_model_config(checkpoint.directory)
+    weights = ModelWeights.open(checkpoint, config, steps=steps, allow_partial_adapter=allow_partial_adapter)
     with tempfile.TemporaryDirectory(prefix="gircse-") as scratch, quiet_transformers():
         try:
-            model = _load_base(checkpoint, weights, Path(scratch))
+            model = _load_base(checkpoint, config, weights, Path(scratch))
             if weights.adapter is not None:
                 model = _merge_adapter(model, weights.adapter, Path(scratch))
         except CheckpointError:
@@ -84,14 +93,14 @@ def load_reference(
         except Exception as err:  # transformers and PEFT raise whatever their parts raise
             raise CheckpointError(
                 str(checkpoint.directory),
-                f"cannot be loaded by PyTorch: {type(err).__name__}: {(str(err) or 'no message').splitlines()[0]}",
+                f"cannot be loaded by PyTorch: {type(err).__name__}: {reason_of(err)}",
                 None,
                 "Check the checkpoint and the adapter.",
             ) from err
     return model.to(device=device, dtype=getattr(torch, SPECS[precision].dtype)).eval()
 
 
-def _load_base(checkpoint: Checkpoint, weights: ModelWeights, scratch: Path) -> Any:
+def _load_base(checkpoint: Checkpoint, config: Any, weights: ModelWeights, scratch: Path) -> Any:
     from transformers import AutoModelForCausalLM
 
     directory = checkpoint.directory
@@ -103,6 +112,7 @@ def _load_base(checkpoint: Checkpoint, weights: ModelWeights, scratch: Path) -> 
                 (directory / path.name).symlink_to(path.resolve())
     loaded_model: Any = AutoModelForCausalLM.from_pretrained(
         directory,
+        config=config,
         dtype=torch.float32,
         attn_implementation="sdpa",
         use_safetensors=True,
@@ -130,6 +140,13 @@ def _merge_adapter(model: Any, adapter: Adapter, scratch: Path) -> Any:
         directory = scratch / "adapter"
         adapter.save_renamed(directory)
     return PeftModel.from_pretrained(model, directory, config=copy.copy(adapter.config)).merge_and_unload()
+
+
+def logits(model: Any, hidden: Tensor) -> Tensor:
+    """Project states (batch, hidden) to the vocabulary as the causal LM does, Gemma's soft cap included."""
+    projected: Tensor = model.lm_head(hidden)
+    cap = getattr(model.config, "final_logit_softcapping", None)
+    return projected if cap is None else cap * torch.tanh(projected / cap)
 
 
 def step_states(model: Any, input_ids: Tensor, attention_mask: Tensor, *, steps: int, temperature: float) -> Tensor:
@@ -187,7 +204,7 @@ def refine(
         yield RefinementState(hidden, probabilities, soft_token)
         if step < steps:
             with torch.inference_mode():
-                probabilities = F.softmax(model.lm_head(hidden) / temperature, dim=-1)
+                probabilities = F.softmax(logits(model, hidden) / temperature, dim=-1)
                 soft_token = embed_soft_token(probabilities, table)
             inputs = {"inputs_embeds": soft_token[:, None]}
             positions = positions[:, -1:] + 1

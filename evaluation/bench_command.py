@@ -51,6 +51,8 @@ def build_parser() -> argparse.ArgumentParser:
         metavar=",".join(Baseline),
         help="baselines to measure in turn with the bundles",
     )
+    parser.add_argument("--model", metavar="M", help="where the checkpoint is now (default: as in the manifest)")
+    parser.add_argument("--adapter", metavar="A", help="where the adapter is now (default: as in the manifest)")
     parser.add_argument(
         "--gguf", type=Path, metavar="FILE", help="model of llama.cpp (default: the first bundle's model, in Q8_0)"
     )

@@ -7,12 +7,15 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
+from gircse.calibration.int8.scheme import check_architecture
+from gircse.checkpoint.model_config import read_model_config
 from gircse.checkpoint.model_weights import ModelWeights
-from gircse.checkpoint.source import Checkpoint, pad_token_id, read_json, resolve_checkpoint
+from gircse.checkpoint.source import Checkpoint, pad_token_id, resolve_checkpoint
 from gircse.export.graph.architecture import DecoderShape, check_limits, decoder_shape
 from gircse.export.options import ExportOptions
 from gircse.runtime.errors import CheckpointError
 from gircse.runtime.manifest import GraphFacts
+from gircse.runtime.precision import SPECS
 from gircse.runtime.tokenization import load_tokenizer
 
 
@@ -49,29 +52,13 @@ def open_source(options: ExportOptions) -> SourceModel:
 
     Raises:
         CheckpointError: model, adapter or tokenizer cannot be used.
+        CalibrationError: an INT8 variant is wanted, which does not exist for the model.
         OptionError: the model cannot hold the options.
-        ExportError: the model cannot be exported.
     """
-    from transformers import AutoConfig
-
     checkpoint = resolve_checkpoint(options.model, adapter=options.adapter, revision=options.revision)
-    raw = read_json(checkpoint.directory / "config.json")
-    if raw.get("model_type") is None or raw.get("auto_map"):
-        raise CheckpointError(
-            str(checkpoint.directory / "config.json"),
-            "needs code of its own (auto_map)" if raw.get("auto_map") else "names no model_type",
-            "code of a checkpoint is never executed",
-            "Use a checkpoint of a supported architecture.",
-        )
-    try:
-        config = AutoConfig.from_pretrained(checkpoint.directory, trust_remote_code=False)
-    except Exception as err:  # transformers raises what its validators raise
-        raise CheckpointError(
-            str(checkpoint.directory / "config.json"),
-            f"cannot be read by transformers: {str(err).splitlines()[0]}",
-            None,
-            "Check the checkpoint.",
-        ) from err
+    config = read_model_config(checkpoint.directory)
+    if any(SPECS[precision].calibrated for precision in options.precisions):
+        check_architecture(config.model_type)
     shape = decoder_shape(config)
     check_limits(config, steps=options.steps, max_tokens=options.max_tokens)
     tokenizer = _open_tokenizer(checkpoint.directory)

@@ -15,6 +15,9 @@ HEADROOM = 2.0
 """Texts other than those of the probe have larger values; the rotary embedding alone takes sqrt(2)."""
 
 
+_ATTENTION = {(f"{name}_proj", "output") for name in ("q", "k", "v", "qkv")} | {("o_proj", "input")}
+
+
 @dataclass(frozen=True)
 class OverflowRisk:
     """A value that ``HEADROOM`` times over would exceed the FP16 maximum.
@@ -77,18 +80,19 @@ def _is_low(module: str, kind: str, keep_float32: Sequence[str], *, tied: bool) 
         return not kept(module)
     if projection == "o_proj":  # comes out of Attention, which is always low
         return True
-    if projection == "down_proj":  # the product of two others
-        return not (kept(f"{block}.gate_proj") and kept(f"{block}.up_proj"))
+    if projection == "down_proj":  # the product of two others, which a low projection would round once more
+        factors = kept(f"{block}.gate_up_proj") or (kept(f"{block}.gate_proj") and kept(f"{block}.up_proj"))
+        return not (factors and kept(module))
     return not kept(module)
 
 
 def _fix(module: str, kind: str, *, tied: bool) -> str:
     block, _, projection = module.rpartition(".")
-    if (projection, kind) in {("q_proj", "output"), ("k_proj", "output"), ("v_proj", "output"), ("o_proj", "input")}:
+    if (projection, kind) in _ATTENTION:
         return "--precision bf16: attention always runs in the type of the variant"
     if module == "lm_head":
         float32 = "embed_tokens" if tied else module
-    elif projection in ("gate_proj", "up_proj") or (projection, kind) == ("down_proj", "input"):
+    elif projection in ("gate_proj", "up_proj", "gate_up_proj") or (projection, kind) == ("down_proj", "input"):
         float32 = block
     else:
         float32 = module

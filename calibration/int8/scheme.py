@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
+from gircse.runtime.errors import CalibrationError
+
 INT8_MAX = 127.0
 """Largest level of symmetric INT8; -128 is not used."""
 
@@ -87,6 +89,10 @@ JOINED = frozenset({InputKind.ATTENTION_INPUT})
 """Kinds whose projections are concatenated into one integer product: those of queries, keys and values are so narrow
 that fewer products save more than splitting the result costs. Gate and up are wide."""
 
+ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
+"""Architectures whose layers consist of these projections, with norms that smoothing can fold into; Phi fuses its
+projections, and Gemma normalizes their results and scales its embeddings."""
+
 VOCABULARY_INPUT = QuantizedInput("lm_head", InputKind.VOCABULARY, ("lm_head",))
 
 
@@ -102,3 +108,18 @@ def layer_inputs(layer: int) -> tuple[QuantizedInput, ...]:
 def decoder_inputs(num_layers: int) -> tuple[QuantizedInput, ...]:
     """Return every quantized input of a decoder, that of the vocabulary projection last."""
     return (*(found for layer in range(num_layers) for found in layer_inputs(layer)), VOCABULARY_INPUT)
+
+
+def check_architecture(architecture: str) -> None:
+    """Refuse an architecture that INT8 variants do not exist for.
+
+    Raises:
+        CalibrationError: it is one.
+    """
+    if architecture not in ARCHITECTURES:
+        raise CalibrationError(
+            "INT8",
+            f"does not exist for the architecture {architecture!r}",
+            f"it does for {', '.join(ARCHITECTURES)}",
+            "Export it with --precision fp16 or bf16.",
+        )

@@ -12,6 +12,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import ClassVar
 
+from gircse.checkpoint.source import Checkpoint
 from gircse.evaluation.bench.llama_cpp import BASELINE_ENVIRONMENT, CRASH_HINT
 from gircse.runtime.bundle import Bundle
 from gircse.runtime.manifest import Layout
@@ -118,7 +119,8 @@ class TorchSpec(_Spec):
     """The refinement loop in PyTorch.
 
     Attributes:
-        bundle: gives the checkpoint, pooling and temperature.
+        bundle: gives pooling and temperature.
+        checkpoint: the model that it was made of, see ``source_checkpoint``.
         precision: ``fp32``, ``fp16`` or ``bf16``.
         threads: threads of one run.
         device: a torch device.
@@ -127,6 +129,7 @@ class TorchSpec(_Spec):
     libraries: ClassVar[tuple[str, ...]] = ("torch", "peft", "transformers.models.auto.modeling_auto")
 
     bundle: Bundle
+    checkpoint: Checkpoint
     precision: str
     threads: int
     device: str = "cpu"
@@ -141,11 +144,10 @@ class TorchSpec(_Spec):
         import torch
 
         from gircse.checkpoint.reference import load_reference, step_states
-        from gircse.evaluation.parity.references import source_checkpoint
 
         torch.set_num_threads(self.threads)
         manifest = self.bundle.manifest
-        model = load_reference(source_checkpoint(manifest), device=self.device, precision=Precision(self.precision))
+        model = load_reference(self.checkpoint, device=self.device, precision=Precision(self.precision))
 
         def run(input_ids: Int64, steps: int) -> Float32:
             ids = torch.from_numpy(input_ids).to(self.device)
@@ -161,12 +163,9 @@ class TorchSpec(_Spec):
 
     def model_bytes(self) -> int:
         """Return the size of the checkpoint and of the adapter."""
-        from gircse.evaluation.parity.references import source_checkpoint
-
-        checkpoint = source_checkpoint(self.bundle.manifest)
-        paths = [*checkpoint.shards]
-        if checkpoint.adapter_directory is not None:
-            paths.append(checkpoint.adapter_directory / "adapter_model.safetensors")
+        paths = [*self.checkpoint.shards]
+        if self.checkpoint.adapter_directory is not None:
+            paths.append(self.checkpoint.adapter_directory / "adapter_model.safetensors")
         return sum(path.stat().st_size for path in paths)
 
 
@@ -175,7 +174,8 @@ class LlamaCppSpec(_Spec):
     """The refinement loop over llama.cpp, on the CPU.
 
     Attributes:
-        bundle: gives the checkpoint, pooling and temperature.
+        bundle: gives pooling and temperature.
+        checkpoint: the model that it was made of, see ``source_checkpoint``.
         gguf: the model's GGUF file.
         weights: what the file holds, for reports.
         threads: threads of one run.
@@ -189,6 +189,7 @@ class LlamaCppSpec(_Spec):
     crash_hint: ClassVar[str | None] = CRASH_HINT
 
     bundle: Bundle
+    checkpoint: Checkpoint
     gguf: Path
     weights: str
     threads: int
@@ -205,12 +206,11 @@ class LlamaCppSpec(_Spec):
         """Load the model, with room for the largest run."""
         from gircse.evaluation.bench.gguf import embedding_table
         from gircse.evaluation.bench.llama_cpp import LlamaCppBaseline
-        from gircse.evaluation.parity.references import source_checkpoint
 
         manifest = self.bundle.manifest
         baseline = LlamaCppBaseline(
             self.gguf,
-            embedding_table=embedding_table(source_checkpoint(manifest)),
+            embedding_table=embedding_table(self.checkpoint),
             batch=self.batch,
             tokens=self.tokens,
             steps=self.steps,

@@ -23,7 +23,6 @@ from gircse.runtime.numerics import Float32
 
 ARCHITECTURE = "llama"
 _ROTARY = ("self_attn.q_proj", "self_attn.k_proj")
-_EMBEDDING_TABLE = "model.embed_tokens.weight"
 
 
 def gguf_of(checkpoint: Checkpoint) -> Path:
@@ -48,23 +47,31 @@ def gguf_of(checkpoint: Checkpoint) -> Path:
 
 
 def embedding_table(checkpoint: Checkpoint) -> Float32:
-    """Read E, (vocabulary, hidden) float32, which no LoRA changes. Imports torch only for BF16, unknown to numpy.
+    """Read E, (vocabulary, hidden) float32. Imports torch only for BF16, unknown to numpy.
 
     Raises:
-        CheckpointError: the checkpoint has none.
+        CheckpointError: the checkpoint has none, or the adapter changes it.
     """
+    if checkpoint.adapter_directory is not None:
+        with safe_open(checkpoint.adapter_directory / "adapter_model.safetensors", framework="np") as file:
+            if any("embed_tokens" in name or "lm_head" in name for name in file.keys()):
+                raise CheckpointError(
+                    str(checkpoint.adapter_directory),
+                    "changes the vocabulary",
+                    None,
+                    "Leave llama-cpp out of --against.",
+                )
     for shard in checkpoint.shards:
         with safe_open(shard, framework="np") as file:
-            if _EMBEDDING_TABLE not in file.keys():
+            name = next((name for name in file.keys() if name.endswith("embed_tokens.weight")), None)
+            if name is None:
                 continue
-            if file.get_slice(_EMBEDDING_TABLE).get_dtype() != "BF16":
-                return np.asarray(file.get_tensor(_EMBEDDING_TABLE), dtype=np.float32)
+            if file.get_slice(name).get_dtype() != "BF16":
+                return np.asarray(file.get_tensor(name), dtype=np.float32)
         with safe_open(shard, framework="pt") as file:
-            table: Float32 = file.get_tensor(_EMBEDDING_TABLE).float().numpy()
+            table: Float32 = file.get_tensor(name).float().numpy()
             return table
-    raise CheckpointError(
-        str(checkpoint.directory), f"has no {_EMBEDDING_TABLE}", None, "Use a model of a supported type."
-    )
+    raise CheckpointError(str(checkpoint.directory), "has no embedding table", None, "Use a model of a supported type.")
 
 
 def write_q8_0_gguf(checkpoint: Checkpoint, destination: Path) -> None:

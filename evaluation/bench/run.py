@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 
+from gircse.checkpoint.source import Checkpoint
 from gircse.evaluation.bench.backends import BackendSpec, Baseline, BundleSpec, LlamaCppSpec, TorchSpec
 from gircse.evaluation.bench.report_schema import SCHEMA_VERSION, BackendCost, BenchReport, Latency, Quality, Spread
 from gircse.evaluation.bench.roofline import memory_bandwidth
@@ -62,6 +63,8 @@ class BenchOptions:
         tokens: tokens of each text; None takes 16, 64 and 256 as far as the first bundle goes.
         steps: refinement steps; None takes 1, 2, 4, 8 and K as far as the first bundle goes.
         against: baselines to measure in turn with the bundles.
+        model: where the first bundle's checkpoint is now; None is as in its manifest.
+        adapter: where its adapter is now.
         gguf: model file of llama.cpp; None writes one in Q8_0.
         repeats: maximum runs of each backend at each setting.
         setting_s: seconds after which a setting gets no further repeats beyond three.
@@ -79,6 +82,8 @@ class BenchOptions:
     tokens: Sequence[int] | None = None
     steps: Sequence[int] | None = None
     against: Sequence[Baseline] = ()
+    model: str | None = None
+    adapter: str | None = None
     gguf: Path | None = None
     repeats: int = 10
     setting_s: float = 20.0
@@ -215,21 +220,27 @@ def _bundle_specs(options: BenchOptions, bundles: Sequence[Bundle], threads: int
 def _baseline_specs(
     options: BenchOptions, bundle: Bundle, settings: Sequence[_Setting], threads: int
 ) -> list[BackendSpec]:
+    if not options.against:
+        return []
+    checkpoint = source_checkpoint(bundle.manifest, model=options.model, adapter=options.adapter)
     specs: list[BackendSpec] = []
     for baseline in options.against:
         if baseline is Baseline.TORCH:
-            specs.append(TorchSpec(bundle, options.dtype, threads, options.device))
+            specs.append(TorchSpec(bundle, checkpoint, options.dtype, threads, options.device))
         else:
-            specs.append(_llama_cpp_spec(options, bundle, settings, threads))
+            specs.append(_llama_cpp_spec(options, bundle, checkpoint, settings, threads))
     return specs
 
 
-def _llama_cpp_spec(options: BenchOptions, bundle: Bundle, settings: Sequence[_Setting], threads: int) -> LlamaCppSpec:
+def _llama_cpp_spec(
+    options: BenchOptions, bundle: Bundle, checkpoint: Checkpoint, settings: Sequence[_Setting], threads: int
+) -> LlamaCppSpec:
     from gircse.evaluation.bench.gguf import gguf_of
 
     return LlamaCppSpec(
         bundle=bundle,
-        gguf=options.gguf or gguf_of(source_checkpoint(bundle.manifest)),
+        checkpoint=checkpoint,
+        gguf=options.gguf or gguf_of(checkpoint),
         weights=options.gguf.stem if options.gguf else "Q8_0",
         threads=threads,
         batch=max(setting.batch for setting in settings),

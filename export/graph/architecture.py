@@ -1,11 +1,9 @@
-"""What can be exported: the supported architectures and the limits that a config sets."""
+"""What the graphs need to know of a config: sizes, and the limits that it sets."""
 
 from dataclasses import dataclass
 from typing import Any
 
-from gircse.runtime.errors import ExportError, OptionError
-
-SUPPORTED = ("llama", "mistral", "qwen2", "qwen3")
+from gircse.runtime.errors import OptionError
 
 STATIC_ROTARY_TYPES = ("default", "linear", "llama3", "yarn")
 """Scalings whose angles do not depend on the length of the prompt; ``dynamic`` and ``longrope`` do."""
@@ -23,6 +21,9 @@ class DecoderShape:
         head_dim: width of a head.
         vocab_size: rows of the embedding table.
         tied: whether lm_head is the embedding table.
+        embedding_scale: what the rows of the table are multiplied by where they stand for tokens of the prompt. Soft
+            tokens are sums of the bare rows, as in the official code, which multiplies with the table itself.
+        logit_softcap: c of c * tanh(logits / c), or None.
     """
 
     architecture: str
@@ -32,6 +33,8 @@ class DecoderShape:
     head_dim: int
     vocab_size: int
     tied: bool
+    embedding_scale: float = 1.0
+    logit_softcap: float | None = None
 
     @property
     def kv_size(self) -> int:
@@ -40,25 +43,7 @@ class DecoderShape:
 
 
 def decoder_shape(config: Any) -> DecoderShape:
-    """Read the sizes from a ``transformers`` config.
-
-    Raises:
-        ExportError: the architecture is not supported, or the weights are quantized.
-    """
-    if config.model_type not in SUPPORTED:
-        raise ExportError(
-            "config.json",
-            f"has the architecture {config.model_type!r}",
-            f"supported are {', '.join(SUPPORTED)}",
-            "Export a model of one of these.",
-        )
-    if getattr(config, "quantization_config", None):
-        raise ExportError(
-            "config.json",
-            "says that the weights are quantized (quantization_config)",
-            "an export reads FP32, FP16 or BF16",
-            "Use the checkpoint from before quantization.",
-        )
+    """Return the sizes of a config of ``read_model_config``."""
     return DecoderShape(
         architecture=config.model_type,
         hidden_size=config.hidden_size,
@@ -67,6 +52,8 @@ def decoder_shape(config: Any) -> DecoderShape:
         head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
         vocab_size=config.vocab_size,
         tied=bool(config.tie_word_embeddings),
+        embedding_scale=config.hidden_size**0.5 if config.model_type == "gemma3_text" else 1.0,
+        logit_softcap=getattr(config, "final_logit_softcapping", None),
     )
 
 
@@ -76,7 +63,6 @@ def check_limits(config: Any, *, steps: int, max_tokens: int) -> None:
     Raises:
         OptionError: too many positions, a sliding window that would cut the prompt, or a rotary scaling whose angles
             would change with the length of the prompt.
-        ExportError: a rotary embedding that is not supported.
     """
     positions = max_tokens + steps
     if positions > config.max_position_embeddings:
@@ -103,18 +89,15 @@ def _uses_sliding_window(config: Any) -> bool:
 
 
 def _check_rotary(config: Any, positions: int, max_tokens: int) -> None:
-    rotary = config.rope_parameters
-    kind = rotary.get("rope_type", "default")
-    if rotary.get("partial_rotary_factor", 1.0) != 1.0:
-        raise ExportError(
-            "config.json", f"has a partial_rotary_factor of {rotary['partial_rotary_factor']}", "only 1.0 is supported"
-        )
-    original = rotary.get("original_max_position_embeddings") or config.max_position_embeddings
-    if kind not in STATIC_ROTARY_TYPES and positions > original:
-        raise OptionError(
-            f"--max-tokens {max_tokens}",
-            f"with {positions - max_tokens} steps makes {positions} positions",
-            f"the model's rotary scaling {kind!r} changes with the length beyond {original}, which only "
-            f"{', '.join(STATIC_ROTARY_TYPES)} do not",
-            f"Lower --max-tokens to {original - positions + max_tokens} or less.",
-        )
+    per_layer_type = [config.rope_parameters[key] for key in config.nested_rope_parameter_keys(config.rope_parameters)]
+    for rotary in per_layer_type or [config.rope_parameters]:
+        kind = rotary["rope_type"]
+        original = rotary.get("original_max_position_embeddings") or config.max_position_embeddings
+        if kind not in STATIC_ROTARY_TYPES and positions > original:
+            raise OptionError(
+                f"--max-tokens {max_tokens}",
+                f"with {positions - max_tokens} steps makes {positions} positions",
+                f"the model's rotary scaling {kind!r} changes with the length beyond {original}, which only "
+                f"{', '.join(STATIC_ROTARY_TYPES)} do not",
+                f"Lower --max-tokens to {original - positions + max_tokens} or less.",
+            )

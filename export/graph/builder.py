@@ -126,6 +126,7 @@ class GraphBuilder(NodeBuilder):
         self.decoder, self.shape, self.settings = decoder, shape, settings
         self._inputs: list[ir.Value] = []
         self._outputs: list[ir.Value] = []
+        self._of_weights_alone: dict[ir.Value, ir.Value] = {}
 
     def input(self, name: str, dtype: ir.DataType, shape: Sequence[int | str]) -> ir.Value:
         """Declare an input of the graph."""
@@ -158,6 +159,13 @@ class GraphBuilder(NodeBuilder):
         batch = self.op("Shape", tokens, start=0, end=1)
         shape = self.op("Concat", batch, self.indices([1, 1, 1]), axis=0)
         return self.op("Expand", self.number(0.0), shape)
+
+    def softcap(self, logits: ir.Value) -> ir.Value:
+        """Bound the logits smoothly, if the model does."""
+        if self.shape.logit_softcap is None:
+            return logits
+        cap = self.number(self.shape.logit_softcap)
+        return self.op("Mul", self.op("Tanh", self.op("Div", logits, cap)), cap)
 
     def temper(self, logits: ir.Value) -> ir.Value:
         """Divide by the temperature, unless it is 1."""
@@ -195,24 +203,30 @@ class GraphBuilder(NodeBuilder):
             values.update(zip((inputs[name] for name in names), past, strict=True))
         for name, value in self.decoder.initializers.items():
             values[value] = self.initializers.setdefault(name, _copy_initializer(value))
+        values.update(self._of_weights_alone)
         for node in self.decoder:
             self._copy(node, prefix, values)
         states, *cache = (values[output] for output in self.decoder.outputs)
         return states, cache
 
     def _copy(self, node: ir.Node, prefix: str, values: dict[ir.Value, ir.Value]) -> None:
+        if node.outputs[0] in values:
+            return
         known = [value for value in node.inputs if value is not None and value in values]
         if node.op_type == "Concat" and len(known) == 1:  # the other input is the cache that the prompt does not have
             values[node.outputs[0]] = values[known[0]]
             return
         inputs = [values[value] if value is not None else None for value in node.inputs]
-        output = self.op(node.op_type, *inputs)
+        outputs = self.op_multi(node.op_type, *inputs, outputs=len(node.outputs))
         copy = self._nodes[-1]
         copy.name = f"{prefix}{node.name}"
         copy.attributes.update(node.attributes)
-        output.name = f"{prefix}{node.outputs[0].name}"
-        output.type = node.outputs[0].type
-        values[node.outputs[0]] = output
+        for original, output in zip(node.outputs, outputs, strict=True):
+            output.name = f"{prefix}{original.name}"
+            output.type = original.type
+            values[original] = output
+            if all(value in self._of_weights_alone or value.is_initializer() for value in node.inputs if value):
+                self._of_weights_alone[original] = output  # the same in every copy of the decoder
 
     def model(self) -> ir.Model:
         """Return what has been built."""

@@ -48,7 +48,8 @@ class FloatVocabulary:
 
     def embed(self, g: GraphBuilder, input_ids: ir.Value) -> ir.Value:
         """Look the rows up in the table."""
-        return g.op("Gather", g.weight(EMBEDDING_TABLE), input_ids)
+        rows, scale = g.op("Gather", g.weight(EMBEDDING_TABLE), input_ids), g.shape.embedding_scale
+        return rows if scale == 1.0 else g.op("Mul", rows, g.number(scale))
 
     def soft_token(self, g: GraphBuilder, prefix: str, hidden: ir.Value) -> ir.Value:
         """Sum all rows of E, weighted by the probabilities.
@@ -61,7 +62,7 @@ class FloatVocabulary:
         head = table if g.shape.tied else g.weight(LM_HEAD)
         row = g.op("Unsqueeze", hidden, g.indices([1]))
         column = g.op("Squeeze", g.op("Transpose", row, perm=[2, 1, 0]), g.indices([1]))
-        logits = g.temper(g.op("MatMul", head, column))
+        logits = g.temper(g.softcap(g.op("MatMul", head, column)))
         probabilities = g.op("Softmax", logits, axis=0)  # (vocab, rows)
         probabilities.name = prefix + tensor_names.PROBABILITIES
         return g.op("Transpose", g.op("Gemm", table, probabilities, transA=1), perm=[1, 0])

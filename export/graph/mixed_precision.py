@@ -8,7 +8,8 @@ one to the other::
            DequantizeLinear of an integer product's operands
     FP32   everything else: the residual stream (every other Add), RMSNormalization, the softmax over the vocabulary,
            the mean and the norm of the pooling, the attention bias; in BF16 also SwiGLU's products, whose three
-           roundings cost more than any other rule: smallest cosine of the demo 0.99950 with them, 0.99979 without
+           roundings cost more than any other rule: smallest cosine of the demo 0.99950 with them, 0.99979 without.
+           Gemma's GeGLU, whose tanh takes the cube of a value; its scaled embeddings and capped logits
 
 Attention's own softmax has no type of its own here: TensorRT takes no ``softmax_precision``, ONNX Runtime's CUDA
 provider no fused kernel with it, and the fused kernels of both keep that softmax in FP32. The soft token
@@ -36,7 +37,7 @@ FP16_MAX = 65504.0
 
 _FLOATS = {ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16}
 _LOW = {"MatMul", "Gemm", "Attention", "RotaryEmbedding"}
-_MOVING = {"Concat", "Gather", "Reshape", "Split", "Squeeze", "Transpose", "Unsqueeze"}
+_MOVING = {"Concat", "Gather", "Reshape", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze"}
 _SWIGLU = {"Mul", "Sigmoid"}
 _OPERAND_OF = {"MatMul", "Gemm", "Gather", "Transpose"}
 _NO_FLOAT_RESULT = {"Less", "QuantizeLinear", "Shape"}
@@ -70,7 +71,8 @@ def set_precision(model: ir.Model, precision: Precision, *, keep_float32: Sequen
     counts["insert_cast"] = _insert_casts(graph, low_nodes, low)
     required = [*_REQUIRED]
     if fp16:
-        required += ["Sigmoid", *(["scale_mixture"] if counts["Gemm"] else [])]
+        required += ["Sigmoid"] if any(node.op_type == "Sigmoid" for node in graph) else []
+        required += ["scale_mixture"] if counts["Gemm"] else []
     if missing := [name for name in required if not counts[name]]:
         raise ExportError(
             f"--precision {precision}",
@@ -123,8 +125,8 @@ def find_low_nodes(graph: ir.Graph, kept: set[ir.Value], *, following: set[str])
             is_low = True
         elif node.op_type == "Add":
             is_low = follows and bool(weights)
-        else:
-            is_low = follows and node.op_type in following
+        else:  # but not a product with a constant, such as the scale of Gemma's embeddings
+            is_low = follows and node.op_type in following and not (node.op_type == "Mul" and weights)
         if is_low:
             nodes.add(node)
             low.update(node.outputs)

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 
 import numpy as np
 import onnx_ir as ir
-from onnx_ir.passes.common import RemoveUnusedNodesPass
+from onnx_ir.passes.common import IdentityEliminationPass, RemoveUnusedNodesPass
 
 from gircse.export.graph.builder import NodeBuilder
 
@@ -26,7 +26,10 @@ def simplify_decoder(graph: ir.Graph) -> dict[str, int]:
         How often each one applied, by function name.
     """
     rewrites = (
+        share_constants,
+        drop_identities,
         fold_weight_transposes,
+        move_transposes_past_norms,
         cancel_transposes,
         collapse_reshapes,
         drop_identity_reshapes,
@@ -37,6 +40,25 @@ def simplify_decoder(graph: ir.Graph) -> dict[str, int]:
         counts[rewrite.__name__] = rewrite(graph)
         RemoveUnusedNodesPass()(ir.Model(graph, ir_version=10))
     return counts
+
+
+def share_constants(graph: ir.Graph) -> int:
+    """Replace every ``Constant`` by an initializer, one for each value."""
+    count = 0
+    for node in _nodes(graph, "Constant"):
+        (attribute,) = node.attributes.values()
+        value = attribute.as_tensor().numpy() if attribute.name == "value" else np.array(attribute.as_ints(), np.int64)
+        name = "_".join(("constant", value.dtype.name, *map(str, value.shape), *map(repr, value.reshape(-1).tolist())))
+        node.outputs[0].replace_all_uses_with(NodeBuilder.before(graph, node).constant(name, value))
+        count += 1
+    return count
+
+
+def drop_identities(graph: ir.Graph) -> int:
+    """Remove ``Identity``, which copies and dropouts leave behind."""
+    count = len(list(_nodes(graph, "Identity")))
+    IdentityEliminationPass()(ir.Model(graph, ir_version=10))
+    return count
 
 
 def fold_weight_transposes(graph: ir.Graph) -> int:
@@ -61,6 +83,28 @@ def transpose_of(weight: ir.Value) -> str | None:
     """Return the checkpoint tensor that an initializer is the transpose of; None for one that is no transpose."""
     tensor: str | None = weight.meta.get(_TRANSPOSE_OF)
     return tensor
+
+
+def move_transposes_past_norms(graph: ir.Graph) -> int:
+    """Normalize before a ``Transpose`` that leaves the normalized axis where it is, not after it."""
+    count = 0
+    for node in _nodes(graph, "RMSNormalization"):
+        transpose = _producer(node, "Transpose")
+        if transpose is None or node.attributes["axis"].as_int() != -1:
+            continue
+        perm = tuple(transpose.attributes["perm"].as_ints())
+        source, normalized = transpose.inputs[0], node.outputs[0]
+        if perm[-1] != len(perm) - 1 or source is None:
+            continue
+        node.replace_input_with(0, source)
+        users = list(normalized.uses())
+        transposed = NodeBuilder.after(graph, node).op("Transpose", normalized, perm=perm)
+        transposed.type, transposed.shape = normalized.type, normalized.shape
+        normalized.shape = source.shape
+        for user, index in users:
+            user.replace_input_with(index, transposed)
+        count += 1
+    return count
 
 
 def cancel_transposes(graph: ir.Graph) -> int:

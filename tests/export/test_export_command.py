@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from support.small_models import SmallModels
 
+from gircse.calibration import calibrate_command
 from gircse.export import export_command
 from gircse.export.options import ExportOptions
 from gircse.runtime import Embedder
@@ -53,6 +54,24 @@ def test_export_errors(
     assert export_command.main([*arguments, "--model", model, "--output", str(tmp_path / "out")]) == 2
     assert f"gircse-export: error: {message}" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["gemma3", "phi3"])
+def test_int8_is_refused_where_it_does_not_exist(
+    small_models: SmallModels, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    """By both commands, before anything is loaded; the advice is followed in test_mixed_precision.py."""
+    calibration, texts = small_models.calibration("llama", steps=2), tmp_path / "texts.txt"
+    model, output = str(small_models.checkpoint(name)), str(tmp_path / "out")
+    texts.write_text("\n".join(f"a text of number {index}" for index in range(64)))
+    capsys.readouterr()
+    flags = ["--model", model, "--steps", "2", "--max-tokens", "32", "--output", output]
+    assert export_command.main([*flags, "--precision", "int8", "--calibration", str(calibration)]) == 2
+    assert calibrate_command.main([*flags, "--texts", str(texts)]) == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
+    wanted = "INT8 does not exist for the architecture"
+    assert [line.partition(" error: ")[2].startswith(wanted) for line in errors] == [True, True], errors
+    assert [path.name for path in tmp_path.iterdir()] == ["texts.txt"]
 
 
 @pytest.mark.parametrize(

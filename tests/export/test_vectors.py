@@ -1,5 +1,6 @@
 """Every architecture, layout and padding against plain torch, at every step; and controls that must fail."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -20,6 +21,8 @@ from support.vectors import PROMPTS, STEPS, expected, padded, run
 
 from gircse.checkpoint.reference import load_reference, step_states
 from gircse.checkpoint.source import resolve_checkpoint
+from gircse.export.exporter import export_bundle
+from gircse.export.options import ExportOptions
 from gircse.runtime import Embedder
 from gircse.runtime.bundle import Bundle
 from gircse.runtime.numerics import l2_normalize
@@ -53,6 +56,23 @@ def test_no_steps_is_the_encoder(small_models: SmallModels, name: str, layout: s
     ours, nothing = run(small_models.bundle(name, steps=0, layout=layout), steps=0)
     assert np.abs(ours - prompt).max() < SMALL_MODEL_MAX_DIFFERENCE
     assert nothing.shape == (len(PROMPTS), 0, 48)
+
+
+def test_fields_of_how_hugging_face_runs_change_nothing(small_models: SmallModels, tmp_path: Path) -> None:
+    """Not the vectors of the bundle, and not the PyTorch reference that they are compared with."""
+    checkpoint = tmp_path / "checkpoint"
+    shutil.copytree(small_models.checkpoint("gemma3"), checkpoint)
+    config = json.loads((checkpoint / "config.json").read_text())
+    config |= {"attn_implementation": "flash_attention_2", "_attn_implementation": "flash_attention_2"}
+    config |= {"return_dict": False, "use_cache": False, "output_attentions": True, "output_hidden_states": True}
+    (checkpoint / "config.json").write_text(json.dumps(config))
+    export_bundle(ExportOptions(output=tmp_path / "bundle", model=str(checkpoint), steps=STEPS, max_tokens=48))
+    report = Embedder(tmp_path / "bundle").self_test()
+    assert report.passed
+    prompt, steps = expected(small_models.load("gemma3"))
+    ours_prompt, ours_steps = run(tmp_path / "bundle")
+    assert np.abs(ours_prompt - prompt).max() < SMALL_MODEL_MAX_DIFFERENCE
+    assert np.abs(ours_steps - steps).max() < SMALL_MODEL_MAX_DIFFERENCE
 
 
 def test_embedding_output_is_the_last_step(small_models: SmallModels) -> None:
@@ -126,6 +146,18 @@ def test_control_shuffled_weights(small_models: SmallModels, tmp_path: Path) -> 
     ours = onnxruntime.InferenceSession(path).run(["step_embeddings"], {"input_ids": ids, "attention_mask": mask})[0]
     _, steps = expected(small_models.load("qwen2"))
     assert np.abs(ours - steps).max() > CONTROL_MIN_DIFFERENCE
+
+
+def test_control_gemma_without_its_own(small_models: SmallModels) -> None:
+    """Scale of the embeddings, soft cap of the logits: a graph without one of them is far off."""
+    changes = {"gemma3": lambda model: model.model.embed_tokens.embed_scale.fill_(1.0)}
+    changes["gemma3-softcap-linear"] = lambda model: setattr(model.config, "final_logit_softcapping", None)
+    for name, change in changes.items():
+        model = small_models.load(name)
+        change(model)
+        _, steps = expected(model)
+        _, ours = run(small_models.bundle(name))
+        assert np.abs(ours - steps).max() > CONTROL_MIN_DIFFERENCE
 
 
 def test_every_weight_is_stored_once(small_models: SmallModels) -> None:

@@ -16,7 +16,7 @@ from gircse.export.exporter import export_bundle
 from gircse.export.options import ExportOptions
 from gircse.runtime.bundle import Bundle
 from gircse.runtime.ort_session import open_session
-from support.small_models import SmallModels
+from support.small_models import SmallModels, untrained_int8
 from support.vectors import PROMPTS, STEPS, padded
 
 INT8 = ("int8", "int8-weights")
@@ -51,9 +51,10 @@ def export(
     small_models: SmallModels, output: Path, calibration: Path | None, *, model: str = "llama", **options: Any
 ) -> Path:
     settings = {"steps": STEPS, "precisions": ("int8",), "max_tokens": 48, **options}
-    return export_bundle(
-        ExportOptions(output=output, model=str(small_models.checkpoint(model)), calibration=calibration, **settings)
-    )
+    with untrained_int8():
+        return export_bundle(
+            ExportOptions(output=output, model=str(small_models.checkpoint(model)), calibration=calibration, **settings)
+        )
 
 
 def rounded_weights(model: Any, inputs: tuple[QuantizedInput, ...], path: Path) -> dict[str, RoundedWeight]:

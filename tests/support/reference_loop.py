@@ -7,13 +7,13 @@ from torch import Tensor
 @torch.no_grad()
 def plain_states(model, token_ids: list[int], steps: int, temperature: float = 1.0) -> Tensor:  # noqa: ANN001
     """Return h_0..h_K of one text, (K + 1, hidden)."""
-    table = model.get_input_embeddings().weight
-    embeds = table[torch.tensor([token_ids])]
+    embedding = model.get_input_embeddings()  # a module: Gemma's multiplies the rows
+    embeds = embedding(torch.tensor([token_ids]))
     states = []
     for _ in range(steps + 1):
-        hidden = model.model(inputs_embeds=embeds, use_cache=False).last_hidden_state[:, -1]
-        states.append(hidden)
-        soft_token = torch.softmax(model.lm_head(hidden) / temperature, dim=-1) @ table
+        output = model(inputs_embeds=embeds, use_cache=False, output_hidden_states=True)
+        states.append(output.hidden_states[-1][:, -1])  # after the final norm
+        soft_token = torch.softmax(output.logits[:, -1] / temperature, dim=-1) @ embedding.weight
         embeds = torch.cat([embeds, soft_token[:, None]], dim=1)
     return torch.cat(states)
 

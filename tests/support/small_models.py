@@ -1,20 +1,32 @@
 """Seeded two-layer models of every architecture, their calibrations and bundles, and ways to damage them."""
 
+import contextlib
+import dataclasses
 import hashlib
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    MistralConfig,
+    Phi3Config,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 from gircse.calibration.calibrate import CalibrationOptions, calibrate
 from gircse.export.exporter import export_bundle
 from gircse.export.options import ExportOptions
+from gircse.runtime.precision import SPECS, Precision
 
 DATA = Path(__file__).parents[1] / "data"
 
@@ -43,6 +55,15 @@ LLAMA3_ROPE = {
 }
 YARN_ROPE = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 32}
 LINEAR_ROPE = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}
+LONG_ROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "partial_rotary_factor": 0.75,
+    "short_factor": [1.0, 1.25, 1.5],
+    "long_factor": [1.0, 4.0, 16.0],
+}
+
+GEMMA_LAYERS = ["sliding_attention", "full_attention"]
 
 _WORDS = "how do I reset the card after a storm in my garden while the small bird sings about old ships".split()
 CALIBRATION_TEXTS = [
@@ -64,6 +85,26 @@ CONFIGS: dict[str, Callable[[], Any]] = {
     ),
     "qwen3": lambda: Qwen3Config(**SIZES, tie_word_embeddings=True, head_dim=16),
     "qwen3-biased": lambda: Qwen3Config(**SIZES, tie_word_embeddings=False, head_dim=8, attention_bias=True),
+    "gemma3": lambda: Gemma3TextConfig(
+        **SIZES, head_dim=12, query_pre_attn_scalar=20, sliding_window=64, layer_types=GEMMA_LAYERS
+    ),
+    "gemma3-softcap-linear": lambda: Gemma3TextConfig(
+        **SIZES,
+        tie_word_embeddings=False,
+        head_dim=8,
+        query_pre_attn_scalar=8,
+        sliding_window=64,
+        layer_types=GEMMA_LAYERS,
+        final_logit_softcapping=2.0,  # so low that it changes every probability
+        rope_scaling={"rope_type": "linear", "factor": 4.0},
+    ),
+    "phi3": lambda: Phi3Config(**SIZES, tie_word_embeddings=False, sliding_window=64),
+    "phi4-mini": lambda: Phi3Config(
+        **{**SIZES, "initializer_range": 0.1},  # with tied weights a little more is chaos: BF16 weights alone cost 1 %
+        tie_word_embeddings=True,
+        rope_parameters=LONG_ROPE,
+        original_max_position_embeddings=64,
+    ),
 }
 
 
@@ -97,9 +138,12 @@ class SmallModels:
         if key not in self.bundles:
             output = self.root / f"bundle-{len(self.bundles)}"
             options.setdefault("max_tokens", 48)
-            export_bundle(
-                ExportOptions(output=output, steps=steps, model=str(self.checkpoint(name)), layout=layout, **options)
-            )
+            with untrained_int8():
+                export_bundle(
+                    ExportOptions(
+                        output=output, steps=steps, model=str(self.checkpoint(name)), layout=layout, **options
+                    )
+                )
             self.bundles[key] = output
         return self.bundles[key]
 
@@ -113,6 +157,15 @@ class SmallModels:
             calibrate(CalibrationOptions(steps=steps, output=output, model=str(self.checkpoint(name)), **options))
             self.calibrations[key] = output
         return self.calibrations[key]
+
+
+@contextlib.contextmanager
+def untrained_int8() -> Iterator[None]:
+    """Let INT8 be published that is further from FP32 than users get it: random weights amplify every rounding."""
+    with pytest.MonkeyPatch.context() as patch:
+        for precision in (Precision.INT8, Precision.INT8_WEIGHTS):
+            patch.setitem(SPECS, precision, dataclasses.replace(SPECS[precision], self_test_min_cosine=0.1))  # type: ignore[arg-type]
+        yield
 
 
 @torch.no_grad()

@@ -24,7 +24,7 @@ from gircse.runtime.manifest import Layout
 from gircse.runtime.provider import Provider
 from gircse.runtime.trt.engine_manifest import Stage, read_engines
 
-ARCHITECTURES = ("llama", "qwen2", "qwen3", "mistral-window")
+ARCHITECTURES = ("llama", "qwen2", "qwen3", "mistral-window", "gemma3-softcap-linear", "phi4-mini")
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -48,6 +48,8 @@ def test_every_graph_is_parsed(rtx: Any, small_models: SmallModels, name: str) -
         ("qwen2", "fp32", "stepwise"),
         ("qwen3", "fp16", "stepwise"),
         ("mistral-window", "bf16", "stepwise"),
+        ("gemma3-softcap-linear", "fp16", "stepwise"),
+        ("phi4-mini", "fp16", "stepwise"),
     ],
 )
 def test_engines_of_small_models(

@@ -20,6 +20,13 @@ def test_graph_grows_linearly_with_steps(small_models: SmallModels) -> None:
     assert sizes[2] - sizes[1] == sizes[1] - sizes[0] > 0
 
 
+def test_what_depends_on_weights_alone_is_computed_once(small_models: SmallModels) -> None:
+    """Gemma's norms add 1 to their weights: 13 sums of two layers, however many copies of the decoder there are."""
+    graph = onnx.load(small_models.bundle("gemma3") / "fp32/model.onnx", load_external_data=False).graph
+    constants = {initializer.name for initializer in graph.initializer}
+    assert sum(node.op_type == "Add" and constants.issuperset(node.input) for node in graph.node) == 13
+
+
 HOST_INPUTS = {"Expand": {1}, "Range": {0, 1, 2}, "Reshape": {1}, "Slice": {1, 2, 3, 4}}
 """The inputs that a GPU's kernel reads from the host."""
 

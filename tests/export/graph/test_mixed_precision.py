@@ -1,5 +1,7 @@
 """FP16 and BF16 variants: what is low and what stays FP32, and that the vectors survive."""
 
+import json
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -7,10 +9,12 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
+import torch
 from onnx import TensorProto
 from support.small_models import SmallModels
 from support.tolerances import LOW_PRECISION_MIN_COSINE
 from support.vectors import PROMPTS, expected
+from transformers import AutoModelForCausalLM
 
 from gircse.evaluation.parity.backends import BundleBackend
 from gircse.export.exporter import export_bundle
@@ -44,7 +48,20 @@ def load_graph(bundle: Path, precision: str, layout: Layout) -> onnx.GraphProto:
 
 @pytest.mark.parametrize("layout", Layout)
 @pytest.mark.parametrize("precision", LOW)
-@pytest.mark.parametrize("name", ["llama-biased-llama3", "mistral-window", "qwen2", "qwen2-yarn-bf16", "qwen3-biased"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "llama-biased-llama3",
+        "mistral-window",
+        "qwen2",
+        "qwen2-yarn-bf16",
+        "qwen3-biased",
+        "gemma3",
+        "gemma3-softcap-linear",
+        "phi3",
+        "phi4-mini",
+    ],
+)
 def test_vectors_survive(small_models: SmallModels, name: str, precision: str, layout: Layout) -> None:
     found = embed(small_models.bundle(name, precisions=ALL), precision, layout)
     # Up to the second step: these random models are chaotic. One text of qwen2-yarn-bf16 has a cosine of 0.988 after
@@ -63,7 +80,7 @@ def element_types(graph: onnx.GraphProto) -> dict[str, int]:
 
 @pytest.mark.parametrize("layout", Layout)
 @pytest.mark.parametrize("precision", LOW)
-@pytest.mark.parametrize("name", ["llama-biased-llama3", "qwen3"])
+@pytest.mark.parametrize("name", ["llama-biased-llama3", "qwen3", "gemma3-softcap-linear", "phi4-mini"])
 def test_the_islands_are_where_the_rules_say(
     small_models: SmallModels, name: str, precision: str, layout: Layout
 ) -> None:
@@ -76,13 +93,14 @@ def test_the_islands_are_where_the_rules_say(
         if node.op_type == "Cast" or not floats:
             continue
         assert len(set(floats)) == 1, node  # strongly typed: nothing mixes
-        biased = node.op_type == "Add" and bool(weights.intersection(node.input))
+        biased = node.op_type == "Add" and len(weights.intersection(node.input)) == 1
+        scaled = node.op_type == "Mul" and bool(weights.intersection(node.input))
         low = {"MatMul", "Gemm", "Attention", "RotaryEmbedding"} | ({"Sigmoid"} if precision == "fp16" else set())
-        float32 = {"RMSNormalization", "Softmax", "ReduceL2", "Div", "CumSum", "Min"}
+        float32 = {"RMSNormalization", "Softmax", "ReduceL2", "Div", "CumSum", "Min", "Gelu", "Tanh"}
         float32 |= {"Sigmoid"} if precision == "bf16" else set()
         if node.op_type in low or biased:
             assert floats[0] == LOW[precision], node
-        elif node.op_type in float32 or (node.op_type == "Add" and not biased):
+        elif node.op_type in float32 or (node.op_type == "Add" and not biased) or scaled:
             assert floats[0] == TensorProto.FLOAT, node
         seen[node.op_type] += 1
     assert min(seen[kind] for kind in ("MatMul", "Gemm", "Attention", "RMSNormalization", "Softmax", "Add")) > 0
@@ -119,6 +137,21 @@ def test_weights_are_stored_low_but_norms(small_models: SmallModels) -> None:
     assert types["model.norm.weight"] == TensorProto.FLOAT
     assert types["model.embed_tokens.weight"] == TensorProto.FLOAT16
     assert types["rotary.cos"] == TensorProto.FLOAT16
+
+
+def test_another_activation_than_swiglu(small_models: SmallModels, tmp_path: Path) -> None:
+    """Without a Sigmoid there is none to rewrite; the product of a GELU stays in FP32."""
+    checkpoint, output = tmp_path / "checkpoint", tmp_path / "bundle"
+    shutil.copytree(small_models.checkpoint("llama"), checkpoint)
+    config = json.loads((checkpoint / "config.json").read_text())
+    (checkpoint / "config.json").write_text(json.dumps(config | {"hidden_act": "gelu"}))
+    export_bundle(
+        ExportOptions(output=output, steps=STEPS, model=str(checkpoint), max_tokens=48, precisions=(Precision.FP16,))
+    )
+    prompt, steps = expected(AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval())
+    wanted = np.concatenate([prompt[:, None], steps], axis=1)
+    cosines = row_cosine(embed(output, "fp16", Layout.STEPWISE), wanted)
+    assert cosines.min() > LOW_PRECISION_MIN_COSINE["fp16"]
 
 
 def test_a_rewrite_that_finds_nothing_is_an_error() -> None:

@@ -52,3 +52,36 @@ def test_head_norms_keep_their_reshapes_and_nothing_else(small_models: SmallMode
     extra = {"Reshape": 4 * LAYERS, "RMSNormalization": PLAIN_NODES["RMSNormalization"] + 2 * LAYERS}
     assert Counter(node.op_type for node in graph) == PLAIN_NODES | extra
     assert counts["make_reshapes_static"] == 4 * LAYERS
+
+
+def test_gemma_norms_take_no_transposes(small_models: SmallModels) -> None:
+    config = AutoConfig.from_pretrained(small_models.checkpoint("gemma3"))
+    graph = trace_decoder(config, decoder_shape(config), positions=53)
+    counts = simplify_decoder(graph)
+    norms = 6 * LAYERS + 1  # before and after attention and MLP, q and k
+    assert counts["move_transposes_past_norms"] == 2 * LAYERS
+    assert counts["cancel_transposes"] == 3 * LAYERS
+    assert Counter(node.op_type for node in graph) == {
+        "MatMul": 7 * LAYERS,
+        "RMSNormalization": norms,
+        "Add": 2 * LAYERS + norms,  # norms add 1 to their weight
+        "RotaryEmbedding": 2 * LAYERS,
+        "Attention": LAYERS,
+        "Concat": 2 * LAYERS,
+        "Reshape": 4 * LAYERS,
+        "Gelu": LAYERS,
+        "Mul": LAYERS,
+        "Gather": 4,  # cosines and sines of local and of global layers
+    }
+    tables = [node.inputs[0].name for node in graph if node.op_type == "Gather"]
+    kinds = ("sliding_attention", "full_attention")  # in one order, whatever the hashes of strings are
+    assert tables == [f"rotary.{kind}.{part}" for kind in kinds for part in ("cos", "sin")]
+
+
+def test_fused_projections_are_cut_in_one_node_each(small_models: SmallModels) -> None:
+    config = AutoConfig.from_pretrained(small_models.checkpoint("phi3"))
+    graph = trace_decoder(config, decoder_shape(config), positions=53)
+    counts = simplify_decoder(graph)
+    assert counts["drop_identities"] == 2 * LAYERS  # dropouts
+    expected = PLAIN_NODES | {"MatMul": 4 * LAYERS, "Slice": 3 * LAYERS, "Split": LAYERS}
+    assert Counter(node.op_type for node in graph) == expected

@@ -1,5 +1,6 @@
 """Every kind of adapter that PEFT can merge gives PEFT's vectors; every other is refused by name, leaving nothing."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -206,3 +207,34 @@ def test_an_adapter_is_not_a_model(small_models: SmallModels, tmp_path: Path) ->
     assert odd.adapter is not None
     odd.model, odd.adapter = odd.adapter, None
     refused(odd, tmp_path, r"is an adapter\. Name its base with --model, and add --adapter")
+
+
+ADVICE = (Path(__file__).parents[3] / "docs" / "checkpoints.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [
+        (UNTIED, {"init_lora_weights": "pissa"}),
+        (UNTIED, {"init_lora_weights": "olora", "target_modules": ATTENTION}),
+        (TIED, {"target_modules": ["lm_head", "q_proj"]}),
+    ],
+    ids=["PiSSA", "OLoRA", "factors on a tied lm_head"],
+)
+def test_the_advice_to_merge_it_yourself(
+    small_models: SmallModels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, config: dict[str, Any]
+) -> None:
+    """The lines of the documentation, on adapters that are refused, give the vectors of the model that was trained."""
+    monkeypatch.chdir(tmp_path)
+    odd = odd_model(small_models, tmp_path, name, **config)
+    refused(odd, tmp_path, r"docs/checkpoints\.md shows how")
+    (code,) = re.findall(r"```python\n(.*?)```", ADVICE, re.DOTALL)
+    exec(code.replace("BASE", name).replace("ADAPTER", "adapter").replace("MERGED", "merged"), {})
+    odd.model, odd.adapter, odd.truth = tmp_path / "merged", None, unmerged(small_models, name, odd.adapter)
+    odd.check(odd.export(tmp_path / "out"))
+
+
+def unmerged(small_models: SmallModels, name: str, adapter: Path | None) -> torch.nn.Module:
+    """Return the model with the adapter at work inside, as it was trained, in the form that the plain loop takes."""
+    assert adapter is not None
+    return PeftModel.from_pretrained(small_models.load(name), adapter).eval().base_model.model
