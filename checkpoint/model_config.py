@@ -10,7 +10,7 @@ import logging
 import math
 import re
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -64,21 +64,24 @@ _HOW_IT_RUNS = {
 }
 """Fields that choose code, an output format or a type, not a result."""
 
-_OLD_SPELLINGS = {
+_READ_UNDECLARED = {
+    "head_dim",
     "partial_rotary_factor",
     "rope_local_base_freq",
     "rope_scaling",
     "rope_theta",
     "sliding_window_pattern",
 }
-"""Fields that no config class declares and ``transformers`` reads."""
+"""Fields that ``transformers`` reads also where the config class does not declare them: mostly old spellings."""
 
 _MUST_BE: Mapping[str, Any] = {
     "add_cross_attention": False,
     "configuration_files": None,  # of which transformers may read another
     "is_causal": True,
     "is_encoder_decoder": False,
+    "kv_sharing_modes": None,
     "per_layer_config": None,
+    "unpadded_vocab_size": None,
     "use_bidirectional_attention": False,
     # Gemma 3's code has stored it and never used it, so what it should do there is not known.
     "attn_logit_softcapping": None,
@@ -86,8 +89,8 @@ _MUST_BE: Mapping[str, Any] = {
 """Fields that have a config class or code of ``transformers`` behind them, with the value that the graphs compute."""
 
 _CHANGES_RESULT = re.compile(
-    "alibi|bidirectional|causal|chunk|clip|cross_attention|expert|interleav|moe|multiplier|mup|nope|no_rope|parallel|"
-    "qk_norm|quant|rope|rotary|scal|sink|softcap|window"
+    "alibi|bidirectional|causal|chunk|clip|cross_attention|expert|interleav|layer_types|moe|multiplier|mup|nope|no_rope|"
+    "parallel|qk_norm|quant|rope|rotary|scal|sink|softcap|window"
 )
 """Marks of fields that models of other architectures compute with."""
 
@@ -122,7 +125,6 @@ def read_model_config(directory: Path) -> Any:
             raise _refused(where, name, kept[name])
     config = _build(kept, where)
     _check_sizes(config, where)
-    _check_unknown_fields(kept, config, where)
     _check_rotary(config, where)
     return config
 
@@ -175,19 +177,30 @@ def _is_own_code(model_type: str, code: Any) -> bool:
 
 
 def _build(fields: dict[str, Any], where: str) -> Any:
-    """Build the config as ``AutoConfig`` does, whatever its validators raise."""
+    """Build the config of the fields that ``transformers`` reads, whatever its validators raise."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+    config_class = CONFIG_MAPPING[fields["model_type"]]
+    read = {*config_class.__dataclass_fields__, *_READ_UNDECLARED}
+    _check_unread(fields.keys() - read, fields, where)
     _translate_old_longrope(fields)
-    if fields["model_type"] == "mistral" and fields.get("layer_types"):
-        raise _refused(where, "layer_types", fields["layer_types"])  # transformers takes it for a Ministral
     try:
         with quiet_transformers():
-            return CONFIG_MAPPING[fields["model_type"]].from_dict(dict(fields))
+            return config_class(**{name: value for name, value in fields.items() if name in read})
     except Exception as err:
         raise CheckpointError(
             where, f"cannot be read by transformers: {reason_of(err)}", None, "Replace the file, or correct the field."
         ) from err
+
+
+def _check_unread(names: Collection[str], fields: Mapping[str, Any], where: str) -> None:
+    """Refuse fields that nothing would read and that sound like arithmetic; warn of the others."""
+    unread = sorted(name for name in names if fields[name] and not name.startswith("_"))
+    for name in unread:
+        if _CHANGES_RESULT.search(name) and name not in _MUST_BE.keys() | _HARMLESS:
+            raise _refused(where, name, fields[name])
+    if noteworthy := [name for name in unread if name not in _MUST_BE.keys() | _HARMLESS]:
+        logger.warning("%s: transformers does not use %s for %s", where, ", ".join(noteworthy), fields["model_type"])
 
 
 def _translate_old_longrope(fields: dict[str, Any]) -> None:
@@ -218,27 +231,6 @@ def _check_sizes(config: Any, where: str) -> None:
             raise CheckpointError(where, f"has {name} = {value}", f"it has to be {allowed}", "Replace the file.")
 
 
-def _check_unknown_fields(fields: Mapping[str, Any], config: Any, where: str) -> None:
-    """Refuse fields that the config class does not declare and that sound like arithmetic; warn of the others."""
-    declared = {
-        *type(config).__dataclass_fields__,
-        *type(config).attribute_map,
-        *_OLD_SPELLINGS,
-        *_MUST_BE,
-        "quantization_config",
-    }
-    unknown = sorted(
-        name
-        for name, value in fields.items()
-        if value and name not in declared | _HARMLESS and not name.startswith("_")
-    )
-    for name in unknown:
-        if _CHANGES_RESULT.search(name):
-            raise _refused(where, name, fields[name])
-    if unknown:
-        logger.warning("%s: transformers does not use %s for %s", where, ", ".join(unknown), config.model_type)
-
-
 def _check_rotary(config: Any, where: str) -> None:
     """Refuse rotary scalings, and fields of them, that ``transformers`` does not compute for this architecture."""
     parameters = config.rope_parameters
@@ -247,7 +239,9 @@ def _check_rotary(config: Any, where: str) -> None:
         if name not in nested and value and not isinstance(value, dict):
             raise _refused(where, f"rope_parameters.{name}", value)
     for rotary in [parameters[key] for key in nested] or [parameters]:
-        if rotary["rope_type"] not in _ROTARY_FIELDS:
+        if not isinstance(rotary, dict):
+            raise _refused(where, "rope_parameters", parameters)
+        if str(rotary["rope_type"]) not in _ROTARY_FIELDS:
             raise CheckpointError(
                 where,
                 f"has the rotary scaling {rotary['rope_type']!r}",

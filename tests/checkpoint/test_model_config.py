@@ -68,6 +68,9 @@ def test_fields_of_how_it_runs_are_dropped(
         ("llama", "embedding_multiplier", 12.0),
         ("llama", "num_local_experts", 8),
         ("llama", "add_cross_attention", True),
+        ("llama", "layer_types", ["sliding_attention", "full_attention"]),
+        ("llama", "kv_sharing_modes", ["reuse", "reuse"]),
+        ("llama", "unpadded_vocab_size", 512),
         ("mistral-window", "layer_types", ["full_attention", "sliding_attention"]),
         ("qwen3", "num_experts", 128),
         ("qwen3", "attention_sinks", True),
@@ -152,6 +155,8 @@ def test_rotary_scalings_of_layer_types(tmp_path: Path) -> None:
         ("llama", {"full_attention": LINEAR_ROPE}, r"has rope_parameters\.full_attention = "),
         ("gemma3", LINEAR_ROPE, r"has rope_parameters\.rope_type = 'linear'"),
         ("gemma3", {"full_attention": {"rope_type": "mrope"}}, r"the rotary scaling 'mrope'"),
+        ("llama", {"rope_type": ["linear"], "factor": 2.0}, r"the rotary scaling \['linear'\]; supported are"),
+        ("gemma3", {"full_attention": LINEAR_ROPE, "sliding_attention": 3}, r"config\.json "),
         ("phi3", LINEAR_ROPE, r"must be one of \['longrope'\], got linear"),
     ],
 )
@@ -221,3 +226,7 @@ def test_code_that_transformers_has_adopted_is_not_needed(tmp_path: Path, caplog
 def test_other_code_is_refused(tmp_path: Path, name: str, code: object) -> None:
     with pytest.raises(CheckpointError, match=r"needs code of its own \(auto_map\); code of a checkpoint is never"):
         read_model_config(write(tmp_path, name, auto_map=code))
+
+
+def test_a_head_size_is_read_where_the_class_does_not_declare_it(tmp_path: Path) -> None:
+    assert read_model_config(write(tmp_path, "qwen2", head_dim=16)).head_dim == 16

@@ -101,7 +101,15 @@ def test_a_weight_beyond_fp16_is_refused(small_checkpoint: Path, tmp_path: Path)
             ("layers.3.mlp.down_proj",),
             "--keep-float32 model.layers.3.mlp, or with --precision bf16",
         ),
-        ("model.layers.3.mlp.down_proj input", ("gate_proj", "up_proj"), None),
+        (  # the product is cast for a down_proj in FP16
+            "model.layers.3.mlp.down_proj input",
+            ("gate_proj", "up_proj"),
+            "--keep-float32 model.layers.3.mlp, or with --precision bf16",
+        ),
+        ("model.layers.3.mlp.down_proj input", ("layers.3.mlp",), None),
+        ("model.layers.3.mlp.gate_up_proj output", (), "--keep-float32 model.layers.3.mlp, or with --precision bf16"),
+        ("model.layers.3.mlp.down_proj input", ("gate_up_proj", "down_proj"), None),
+        ("model.layers.3.self_attn.qkv_proj output", (), "--precision bf16: attention"),
     ],
 )
 def test_fixes(tensor: str, keep: tuple[str, ...], fix: str | None) -> None:

@@ -150,7 +150,7 @@ def test_another_activation_than_swiglu(small_models: SmallModels, tmp_path: Pat
     )
     prompt, steps = expected(AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval())
     wanted = np.concatenate([prompt[:, None], steps], axis=1)
-    cosines = row_cosine(embed(output, "fp16", Layout.STEPWISE), wanted)
+    cosines = row_cosine(embed(output, "fp16", Layout.STEPWISE), wanted)[:, :3]  # see test_vectors_survive
     assert cosines.min() > LOW_PRECISION_MIN_COSINE["fp16"]
 
 
