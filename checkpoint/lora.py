@@ -69,9 +69,17 @@ class LoraAdapter:
             yield f"{module}.weight", LoraPair(self.index.entries[name].file, name, partner, self._scaling(module))
 
     def _scaling(self, module: str) -> float:
-        rank = _by_pattern(self.config.get("rank_pattern"), module, self.config["r"])
-        alpha = _by_pattern(self.config.get("alpha_pattern"), module, self.config["lora_alpha"])
-        return float(alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank))
+        try:
+            rank = _by_pattern(self.config.get("rank_pattern"), module, self.config["r"])
+            alpha = _by_pattern(self.config.get("alpha_pattern"), module, self.config["lora_alpha"])
+            scaling = alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
+        except (ArithmeticError, AttributeError, TypeError, ValueError, re.error):  # whatever stands in the file
+            scaling = math.nan
+        if not math.isfinite(scaling):
+            raise CheckpointError(
+                "adapter_config.json", f"gives {module} no scaling", "it needs numbers for rank and alpha", _MERGE_FIRST
+            )
+        return scaling
 
     def _refuse_other_kinds(self, directory: Path) -> None:
         config = self.config

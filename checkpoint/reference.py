@@ -22,6 +22,7 @@ from torch import Tensor
 
 from gircse.checkpoint.silence import quiet_transformers
 from gircse.checkpoint.source import Checkpoint
+from gircse.runtime.errors import CheckpointError
 from gircse.runtime.precision import SPECS, Precision
 
 SoftTokenFunction = Callable[[Tensor, Tensor], Tensor]
@@ -53,16 +54,26 @@ def load_reference(checkpoint: Checkpoint, *, device: str = "cpu", precision: Pr
 
     Returns:
         A ``transformers`` causal LM in eval mode.
+
+    Raises:
+        CheckpointError: transformers or PEFT cannot read the checkpoint.
     """
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    with quiet_transformers():
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            checkpoint.directory, dtype=torch.float32, attn_implementation="sdpa", use_safetensors=True
-        )
-        if checkpoint.adapter_directory is not None:
-            model = PeftModel.from_pretrained(model, checkpoint.adapter_directory).merge_and_unload()
+    read = checkpoint.directory
+    try:
+        with quiet_transformers():
+            model: Any = AutoModelForCausalLM.from_pretrained(
+                checkpoint.directory, dtype=torch.float32, attn_implementation="sdpa", use_safetensors=True
+            )
+            if checkpoint.adapter_directory is not None:
+                read = checkpoint.adapter_directory
+                model = PeftModel.from_pretrained(model, checkpoint.adapter_directory).merge_and_unload()
+    except Exception as err:  # both raise whatever a damaged file leads them to
+        raise CheckpointError(
+            str(read), f"cannot be loaded by PyTorch: {type(err).__name__}: {err}", None, "Check the checkpoint."
+        ) from err
     return model.to(device=device, dtype=getattr(torch, SPECS[precision].dtype)).eval()
 
 

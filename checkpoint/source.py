@@ -4,6 +4,7 @@ Nothing in a checkpoint is ever executed: no remote code, no pickled weights.
 """
 
 import json
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -92,7 +93,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise CheckpointError(str(path), "is missing", None, "Complete the checkpoint: every one has this file.")
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as err:
+    except (OSError, ValueError, RecursionError) as err:
         raise CheckpointError(str(path), f"cannot be read as JSON: {err}", None, "Replace the file.") from err
     if not isinstance(value, dict):
         raise CheckpointError(
@@ -114,7 +115,7 @@ def pad_token_id(directory: Path, tokens: dict[str, int]) -> int:
     tokenizer_config = directory / "tokenizer_config.json"
     eos = read_json(tokenizer_config).get("eos_token") if tokenizer_config.is_file() else None
     eos = eos.get("content") if isinstance(eos, dict) else eos
-    if eos in tokens:
+    if isinstance(eos, str) and eos in tokens:
         return tokens[eos]
     ids = read_json(directory / "config.json").get("eos_token_id")
     first = ids[0] if isinstance(ids, list) and ids else ids
@@ -179,14 +180,19 @@ def _download(repository: str, revision: str | None, patterns: Sequence[str]) ->
 def _find_shards(directory: Path) -> tuple[Path, ...]:
     index = directory / "model.safetensors.index.json"
     if index.is_file():
-        names = sorted(set(read_json(index).get("weight_map", {}).values()))
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+            raise CheckpointError(
+                str(index), "has no weight_map from tensors to files", None, "Download the checkpoint again."
+            )
+        names = sorted(set(weight_map.values()))
     else:
         names = sorted(path.name for path in directory.glob("*.safetensors"))
     if not names:
         _refuse_pickles(directory, "transformers.AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(DIR)")
         raise CheckpointError(str(directory), "holds no *.safetensors", None, "Check --model.")
     for name in names:
-        if Path(name).name != name or not (directory / name).is_file():
+        if Path(name).name != name or not os.path.isfile(directory / name):  # not Path's: a name can be too long
             raise CheckpointError(
                 str(directory / name), "is missing", f"{index.name} lists it", "Download the checkpoint again."
             )
