@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from gircse.calibration.int8.thresholds import Method
 from gircse.checkpoint.model_settings import add_model_flags
-from gircse.runtime.command import run_command
+from gircse.runtime.command import parse_arguments, run_command
 
 if TYPE_CHECKING:
     from gircse.calibration.calibration_file import Calibration
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns the exit code, 2 for an error."""
-    args = build_parser().parse_args(argv)
+    args = parse_arguments(build_parser(), argv)
     return run_command(
         "gircse-calibrate",
         lambda: _run(args),

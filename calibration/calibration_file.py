@@ -179,8 +179,8 @@ class Calibration(Record, frozen=True):
         """Read a file.
 
         Raises:
-            CalibrationError: it cannot be read, is not a calibration, has another schema version, or holds NaN or
-                infinity.
+            CalibrationError: it cannot be read, is not a calibration, has another schema version, holds NaN or
+                infinity, or values that no calibration gives.
         """
         try:
             content = path.read_bytes()
@@ -198,6 +198,7 @@ class Calibration(Record, frozen=True):
             remake="Calibrate again with gircse-calibrate.",
         )
         calibration._check_finite(f"--calibration {path}")
+        calibration._check_inputs(f"--calibration {path}")
         return calibration
 
     def check(self, fingerprint: ModelFingerprint, path: Path) -> None:
@@ -219,6 +220,24 @@ class Calibration(Record, frozen=True):
                     f"this export has {value}",
                     "Calibrate again with the same --model, --adapter, --steps, --pooling and --temperature.",
                 )
+
+    def _check_inputs(self, where: str) -> None:
+        """Refuse inputs whose finite numbers no calibration gives."""
+        passes = self.fingerprint.steps + 1
+        for name, found in self.inputs.items():
+            if not len(found.ranges) == len(found.thresholds) == passes:
+                wrong = f"it has {passes} thresholds and ranges, for the prompt and each step"
+            elif min(*found.thresholds, *found.ranges) < 0:
+                wrong = "thresholds and ranges are 0 or more"
+            elif min(found.smoothing, default=1.0) <= 0:
+                wrong = "smoothing divides by numbers above 0"
+            elif min(found.outlier_channels, default=0) < 0:
+                wrong = "outlier channels are numbered from 0"
+            else:
+                continue
+            raise CalibrationError(
+                where, f"has values of input {name} that no calibration gives", wrong, "Calibrate again."
+            )
 
     def _check_finite(self, where: str) -> None:
         groups: dict[str, tuple[float, ...]] = {

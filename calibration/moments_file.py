@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Self
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
@@ -62,13 +62,16 @@ class MomentsFile:
             name: of the input.
 
         Raises:
-            CalibrationError: the file does not have it.
+            CalibrationError: the file does not have it, or is damaged.
         """
-        with safe_open(self._path, framework="pt") as file:
-            count = sum(key.rpartition(".")[0] == f"{_PREFIX}{name}" for key in file.keys())
-            if not count:
-                raise CalibrationError(str(self._path), f"has no moments of {name}", None, "Calibrate again.")
-            return [file.get_tensor(moment_name(name, index)) for index in range(count)]
+        try:
+            with safe_open(self._path, framework="pt") as file:
+                count = sum(key.rpartition(".")[0] == f"{_PREFIX}{name}" for key in file.keys())
+                if not count:
+                    raise CalibrationError(str(self._path), f"has no moments of {name}", None, "Calibrate again.")
+                return [file.get_tensor(moment_name(name, index)) for index in range(count)]
+        except (SafetensorError, OSError) as err:
+            raise CalibrationError(str(self._path), f"cannot be read: {err}", None, "Calibrate again.") from err
 
 
 def moments_path(calibration: Path) -> Path:

@@ -4,6 +4,7 @@ Nothing in a checkpoint is ever executed: no remote code, no pickled weights.
 """
 
 import json
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -109,7 +110,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise CheckpointError(str(path), "is missing", None, "Complete the checkpoint: every one has this file.")
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as err:
+    except (OSError, ValueError, RecursionError) as err:
         raise CheckpointError(str(path), f"cannot be read as JSON: {err}", None, "Replace the file.") from err
     if not isinstance(value, dict):
         raise CheckpointError(
@@ -147,7 +148,7 @@ def pad_token_id(directory: Path, tokens: dict[str, int]) -> int:
     tokenizer_config = directory / "tokenizer_config.json"
     eos = read_json(tokenizer_config).get("eos_token") if tokenizer_config.is_file() else None
     eos = eos.get("content") if isinstance(eos, dict) else eos
-    if eos in tokens:
+    if isinstance(eos, str) and eos in tokens:
         return tokens[eos]
     ids = read_json(directory / "config.json").get("eos_token_id")
     first = ids[0] if isinstance(ids, list) and ids else ids
@@ -250,7 +251,7 @@ def _find_shards(directory: Path) -> tuple[tuple[Path, ...], list[str]]:
         found = f"has {', '.join(present)}, but neither" if present else "has neither"
         raise CheckpointError(str(directory), f"{found} {_WEIGHTS} nor {_INDEX}", None, "Check --model.")
     for name in names:
-        if Path(name).name != name or not (directory / name).is_file():
+        if Path(name).name != name or not os.path.isfile(directory / name):  # not Path's: a name can be too long
             raise CheckpointError(
                 str(directory / name), "is missing", f"{index.name} lists it", "Download the checkpoint again."
             )

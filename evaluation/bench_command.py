@@ -7,13 +7,13 @@ from typing import Any
 
 from gircse.evaluation.bench.backends import Baseline
 from gircse.evaluation.task_flags import EXTRAS, add_task_flags, pop_task_options, show_tables
-from gircse.runtime.command import add_runtime_flags, comma_separated, run_command
+from gircse.runtime.command import add_runtime_flags, comma_separated, parse_arguments, run_command
 from gircse.runtime.provider import Provider
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns the exit code, 2 for an error."""
-    args = vars(build_parser().parse_args(argv))
+    args = vars(parse_arguments(build_parser(), argv))
     return run_command("gircse-bench", lambda: _bench(args), extras=EXTRAS)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from gircse.evaluation.task_flags import EXTRAS, add_task_flags, pop_task_options, show_tables
-from gircse.runtime.command import add_runtime_flags, comma_separated, run_command
+from gircse.runtime.command import add_runtime_flags, comma_separated, parse_arguments, run_command
 from gircse.runtime.precision import ParityLimits
 from gircse.runtime.provider import Provider
 
@@ -22,7 +22,7 @@ _LIMIT_HELP = {
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns the exit code: 0 passed, 1 a gate failed, 2 could not measure."""
-    args = vars(build_parser().parse_args(argv))
+    args = vars(parse_arguments(build_parser(), argv))
     return run_command("gircse-parity", lambda: _measure(args), extras=EXTRAS)
 
 

@@ -6,6 +6,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from gircse.runtime.command import write_stdout
+
 EXTRAS = "cpu,evaluation,export,demo"
 """What to install: export and demo are for the PyTorch reference."""
 
@@ -40,5 +42,7 @@ def show_tables(tables: Iterable[Any], *, width: int) -> None:
     from rich.console import Console
 
     console = Console() if sys.stdout.isatty() else Console(width=width)
-    for table in tables:
-        console.print(table)
+    with console.capture() as capture:  # on its own, rich ends the command where a pipe is closed
+        for table in tables:
+            console.print(table)
+    write_stdout([capture.get()])

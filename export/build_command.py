@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from gircse.export.engine.profiles import DEFAULT_BATCH, SizeRange
-from gircse.runtime.command import comma_separated, run_command
+from gircse.runtime.command import comma_separated, parse_arguments, run_command
 from gircse.runtime.manifest import Layout
 from gircse.runtime.provider import Provider
 from gircse.runtime.trt.library import MODULES
@@ -14,7 +14,7 @@ from gircse.runtime.trt.library import MODULES
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns the exit code."""
-    args = build_parser().parse_args(argv)
+    args = parse_arguments(build_parser(), argv)
 
     def work() -> int:
         from gircse.export.engine.builder import BuildOptions, build_engine

@@ -11,14 +11,14 @@ from typing import Any
 
 from gircse.checkpoint.model_settings import ModelSettings, add_model_flags
 from gircse.reporting.sizes import gib, peak_memory
-from gircse.runtime.command import comma_separated, run_command
+from gircse.runtime.command import comma_separated, parse_arguments, run_command
 from gircse.runtime.manifest import Layout
 from gircse.runtime.precision import Precision
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns the exit code."""
-    args = build_parser().parse_args(argv)
+    args = parse_arguments(build_parser(), argv)
     logging.getLogger("gircse").setLevel(logging.INFO)
     return run_command("gircse-export", lambda: _export(args), extras="export,demo")
 

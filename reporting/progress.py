@@ -1,6 +1,8 @@
 """Progress of a long command on stderr: a live bar on a terminal, one line per stage elsewhere."""
 
 import contextlib
+import os
+import sys
 import time
 from collections.abc import Callable, Iterator
 
@@ -11,11 +13,23 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 Advance = Callable[[float], None]
 
 
+class _StderrConsole(Console):
+    """A console on stderr that goes quiet when its pipe is closed: without a reader of its progress, work goes on."""
+
+    def __init__(self) -> None:
+        super().__init__(stderr=True, soft_wrap=True)
+
+    def on_broken_pipe(self) -> None:
+        """Write to nowhere from now on; rich would end the command with 1."""
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
+
+
 class StageProgress:
     """Shows the stages of a long job, one at a time."""
 
     def __init__(self) -> None:
-        self._console = Console(stderr=True, soft_wrap=True)
+        self._console = _StderrConsole()
 
     @contextlib.contextmanager
     def stage(self, title: str, *, total: float | None = None) -> Iterator[Advance]:

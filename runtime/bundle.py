@@ -4,8 +4,9 @@ Its manifest lists every other file with size and SHA-256, so a bundle is comple
 there with that hash.
 """
 
+import contextlib
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -46,12 +47,8 @@ class Bundle:
                 f"it has no {MANIFEST_NAME}",
                 f"Make one: gircse-export --steps 8 --output {directory}",
             )
-        try:
+        with _readable_file(manifest_path):
             content = manifest_path.read_bytes()
-        except OSError as err:
-            raise BundleError(
-                str(manifest_path), f"cannot be read: {err.strerror}", None, "Check its permissions."
-            ) from err
         bundle = cls(directory.resolve(), Manifest.from_json(content))
         for relative, entry in bundle.manifest.files.items():
             bundle._check_size(relative, entry)
@@ -61,9 +58,17 @@ class Bundle:
         """Return the path of a file of the bundle.
 
         Raises:
-            BundleError: the path is absolute or leads out of the bundle, by ``..`` or by a link.
+            BundleError: the path is absolute, leads out of the bundle, by ``..`` or by a link, or cannot be a path.
         """
-        path = (self.directory / relative).resolve()
+        try:
+            path = (self.directory / relative).resolve()
+        except (ValueError, OSError, RuntimeError) as err:  # a NUL, a name that is too long, a link to itself
+            raise BundleError(
+                MANIFEST_NAME,
+                f"has the path {relative!r}, which cannot be one: {err}",
+                None,
+                "Export the bundle again.",
+            ) from err
         if Path(relative).is_absolute() or not path.is_relative_to(self.directory):
             raise BundleError(
                 MANIFEST_NAME,
@@ -167,7 +172,9 @@ class Bundle:
         for relative, entry in self.manifest.files.items():
             if relative in others:
                 continue
-            digest = file_sha256(self.file(relative))
+            path = self.file(relative)
+            with _readable_file(path):
+                digest = file_sha256(path)
             if digest != entry.sha256:
                 raise BundleError(
                     str(self.directory / relative),
@@ -178,7 +185,8 @@ class Bundle:
 
     def _check_size(self, relative: str, entry: FileEntry) -> None:
         path = self.file(relative)
-        size = path.stat().st_size if path.is_file() else None
+        with _readable_file(path):
+            size = path.stat().st_size if path.is_file() else None
         if size != entry.bytes:
             got = "is missing" if size is None else f"has {size} bytes"
             raise BundleError(
@@ -187,6 +195,16 @@ class Bundle:
                 f"the manifest says {entry.bytes} bytes",
                 "Copy or export the bundle again.",
             )
+
+
+@contextlib.contextmanager
+def _readable_file(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as err:
+        raise BundleError(
+            str(path), f"cannot be read: {err.strerror or err}", None, "Check its path and its permissions."
+        ) from err
 
 
 def file_sha256(path: Path) -> str:

@@ -1,20 +1,39 @@
 """The frame that every command shares: flags that several have, one line for an error, and exit codes.
 
-Exit codes: 0 done, 1 a test or gate failed, 2 an error, 130 interrupted.
+Exit codes: 0 done, 1 a test or gate failed, 2 an error, 130 interrupted, 141 the reader of a pipe has closed it.
 """
 
 import argparse
+import contextlib
 import logging
 import os
+import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
-from gircse.runtime.errors import GircseError
+from gircse.runtime.errors import GircseError, OutputError
 from gircse.runtime.manifest import Layout
 from gircse.runtime.provider import Provider
 
 T = TypeVar("T")
+
+_PIPE_CLOSED = 128 + signal.SIGPIPE
+"""Exit code that a shell reports of a filter whose reader, such as ``head``, has seen enough. Not 0: where a pipe stops
+a report, nobody knows whether its gates have passed."""
+
+
+def parse_arguments(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse the arguments of a command; None takes those of the process.
+
+    Raises:
+        SystemExit: they are wrong, or ``--help`` was printed.
+    """
+    try:
+        return parser.parse_args(argv)
+    except SystemExit:
+        _settle_output()
+        raise
 
 
 def run_command(
@@ -31,21 +50,64 @@ def run_command(
     """
     logging.basicConfig(level=level, format=f"{name}: %(message)s")
     try:
-        return work()
+        code = work()
+        if sys.stdout is not None:
+            write_stdout(())  # now, not when Python exits: what cannot be written is an error
+        return code
     except GircseError as err:
         message = str(err)
     except ImportError as err:
         message = f"{err.name or err} is not installed. Install it: pip install 'gircse-deploy[{extras}]'"
-    except BrokenPipeError:  # the reader of a pipe, such as head, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+    except BrokenPipeError:
+        return _PIPE_CLOSED
     except OSError as err:
-        message = f"{err.filename}: {err.strerror}" if err.filename and err.strerror else str(err)
+        reason = err.strerror or str(err)
+        message = f"{err.filename}: {reason}" if err.filename else reason
     except KeyboardInterrupt:
-        print(f"{name}: interrupted{f'; {interrupted}' if interrupted else ''}", file=sys.stderr)
+        _say(f"{name}: interrupted{f'; {interrupted}' if interrupted else ''}")
         return 130
-    print(f"{name}: error: {message}", file=sys.stderr)
+    finally:
+        _settle_output()
+    _say(f"{name}: error: {message}")
     return 2
+
+
+def write_stdout(lines: Iterable[str]) -> None:
+    """Write lines to stdout and flush them.
+
+    Raises:
+        BrokenPipeError: the reader of a pipe has closed it.
+        OutputError: stdout is closed, or has no space.
+    """
+    if sys.stdout is None:  # where the shell has closed it
+        raise OutputError("stdout", "is closed", None, "Redirect it to a file, or name one with a flag.")
+    try:
+        for line in lines:
+            sys.stdout.write(line)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as err:
+        raise OutputError("stdout", f"cannot be written: {err.strerror or err}", None, "Check the free space.") from err
+
+
+def _settle_output() -> None:
+    """Write what waits in the buffers of stdout and stderr or, where it cannot be written, drop it.
+
+    Otherwise Python tries once more when it exits, and complains in its own words.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            if stream is not None:
+                stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def _say(line: str) -> None:
+    with contextlib.suppress(OSError):  # where stderr cannot be written, the exit code remains
+        print(line, file=sys.stderr)
+    _settle_output()
 
 
 def comma_separated(item: Callable[[str], T]) -> Callable[[str], tuple[T, ...]]:

@@ -7,12 +7,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from gircse.runtime.atomic_file import atomic_write
-from gircse.runtime.command import add_runtime_flags, run_command
+from gircse.runtime.command import add_runtime_flags, parse_arguments, run_command, write_stdout
 from gircse.runtime.embedder import DEFAULT_BATCH_SIZE, DEFAULT_BATCH_TOKENS, Embedder
 from gircse.runtime.errors import OptionError, OutputError
 from gircse.runtime.numerics import Float32
 from gircse.runtime.provider import Provider
-from gircse.runtime.text_files import decode_lines, read_lines
+from gircse.runtime.text_files import read_lines, read_stdin
 from gircse.runtime.tokenization import Overflow
 from gircse.runtime.vector_files import json_lines, write_npy
 
@@ -62,7 +62,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns the exit code: 1 for a failed self-test, 2 for an error."""
-    args = build_parser().parse_args(argv)
+    args = parse_arguments(build_parser(), argv)
     return run_command("gircse-embed", lambda: _run(args), extras="cpu")
 
 
@@ -82,8 +82,7 @@ def _run(args: argparse.Namespace) -> int:
         windows = _embedded_windows(embedder, args)
         if args.output is None:
             for texts, vectors in windows:
-                sys.stdout.writelines(json_lines(texts, vectors))
-                sys.stdout.flush()
+                write_stdout(json_lines(texts, vectors))
         else:
             _write_file(args.output, windows, dimension=embedder.embedding_dimension)
             print(args.output)
@@ -102,7 +101,7 @@ def _check_output(path: Path) -> None:
 
 def _embedded_windows(embedder: Embedder, args: argparse.Namespace) -> Iterator[tuple[list[str], Float32]]:
     """Yield some texts and their vectors at a time; a blank line is an empty text, so row i is line i + 1."""
-    lines = decode_lines(sys.stdin.buffer, "stdin") if args.input == "-" else read_lines(Path(args.input))
+    lines = read_stdin() if args.input == "-" else read_lines(Path(args.input))
     embedded, written = itertools.tee(line.text for line in lines)
     for vectors in embedder.encode_iter(
         embedded,

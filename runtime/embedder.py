@@ -11,12 +11,18 @@ from tqdm import tqdm
 
 from gircse.runtime.batch_runner import BatchRunner, EncodeOptions
 from gircse.runtime.bundle import Bundle
-from gircse.runtime.errors import OptionError, member_of
+from gircse.runtime.errors import BundleError, OptionError, member_of
 from gircse.runtime.manifest import Layout, Manifest
 from gircse.runtime.numerics import Float32
 from gircse.runtime.provider import Provider
 from gircse.runtime.provider_selection import SessionHandle, SessionOptions, open_provider
-from gircse.runtime.self_test import SelfTestReport, all_vectors, compare_with_golden, read_golden_vectors
+from gircse.runtime.self_test import (
+    SelfTestReport,
+    all_vectors,
+    check_golden_tokens,
+    compare_with_golden,
+    read_golden_vectors,
+)
 from gircse.runtime.sentence_transformers_arguments import EncodeArguments, check_fixed_arguments, named_instruction
 from gircse.runtime.session import Session, StepOutputs
 from gircse.runtime.tokenization import Overflow, PromptTokenizer, iterate_texts, open_tokenizer
@@ -59,7 +65,8 @@ class Embedder:
             layout: ``unrolled`` or ``stepwise``; None takes the bundle's default if the variant has it, else
                 ``stepwise``, or the engine that there is.
             threads: threads of one run on the CPU; None lets ONNX Runtime take the physical cores.
-            verify: compare the SHA-256 of every file that is used with the manifest while the graphs load.
+            verify: compare the SHA-256 of every file that is used with the manifest while the graphs load, and the
+                token ids of the golden texts with those of the export.
 
         Raises:
             BundleError: the bundle cannot be used.
@@ -78,7 +85,14 @@ class Embedder:
         )
         bundle = Bundle.open(path)
         tokenizer = open_tokenizer(bundle)  # first: the session reuses the memory that reading it took
-        self._take(bundle, tokenizer, open_provider(bundle, where, options))
+        opened = open_provider(bundle, where, options)
+        try:
+            if verify:
+                check_golden_tokens(bundle, tokenizer)  # after the hashes, which explain a damaged file better
+        except BundleError:
+            opened.session.close()
+            raise
+        self._take(bundle, tokenizer, opened)
 
     @classmethod
     def from_session(cls, bundle: Bundle, session: Session, *, precision: str) -> Self:

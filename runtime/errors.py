@@ -12,6 +12,9 @@ from typing import TypeVar
 
 Member = TypeVar("Member", bound=StrEnum)
 
+MAX_PART = 2000
+"""Longest part of a printed error, in characters; the commands in hints are shorter."""
+
 
 class GircseError(Exception):
     """Base of every error of the toolkit.
@@ -74,11 +77,26 @@ class OptionError(GircseError, ValueError):
 
 
 def sentence(where: str, got: str, expected: str | None = None, hint: str | None = None) -> str:
-    """Join the parts of an error (see :class:`GircseError`); parts that are None leave no trace."""
-    text = f"{where} {got}".rstrip(".")
+    """Join the parts of an error (see :class:`GircseError`); parts that are None leave no trace.
+
+    The text is one line that a terminal can show, whatever a damaged file put into the parts.
+    """
+    text = f"{_readable(where)} {_readable(got)}".rstrip(".")
     if expected is not None:
-        text += f"; {expected.rstrip('.')}"
-    return f"{text}. {hint}" if hint is not None else f"{text}."
+        text += f"; {_readable(expected).rstrip('.')}"
+    return f"{text}. {_readable(hint)}" if hint is not None else f"{text}."
+
+
+def _readable(part: str) -> str:
+    """Put a part on one line, escape what cannot be printed, and leave out the middle of one that is too long."""
+    line = " ".join(part.splitlines())
+    if len(line) > MAX_PART:
+        line = f"{line[: MAX_PART // 2]} [...] {line[-MAX_PART // 2 :]}"
+    return line if line.isprintable() else "".join(map(_printable, line))
+
+
+def _printable(character: str) -> str:
+    return character if character.isprintable() else character.encode("unicode_escape").decode("ascii")
 
 
 def member_of(kind: type[Member], where: str, value: str) -> Member:

@@ -182,6 +182,15 @@ class Manifest(Record, frozen=True):
 
     def __post_init__(self) -> None:
         """Refuse a manifest whose parts do not belong together."""
+        if not self.variants:
+            raise BundleError(MANIFEST_NAME, "has no variants", "a bundle has one or more", "Export the bundle again.")
+        if not 0 <= self.pad_token_id < self.graph.vocab_size:
+            raise BundleError(
+                MANIFEST_NAME,
+                f"has the padding token {self.pad_token_id}",
+                f"the tokens of the model are 0 to {self.graph.vocab_size - 1}",
+                "Export the bundle again.",
+            )
         required = {"tokenizer.json"} | ({"golden.json", "golden.safetensors"} if self.golden else set())
         for precision, variant in self.variants.items():
             graphs, layouts = set(variant.graphs), self.graph.layouts

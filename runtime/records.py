@@ -8,6 +8,9 @@ from gircse.runtime.errors import GircseError
 
 R = TypeVar("R", bound=msgspec.Struct)
 
+UNREADABLE_JSON = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+"""What ``msgspec`` raises for a file that is no JSON, is not of the type, or is nested too deeply."""
+
 
 class Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Base of every record: no field that the schema lacks, no change after it was made."""
@@ -65,5 +68,5 @@ def decode_versioned(
                 where, f"has schema version {version}", f"this gircse-deploy reads {readable}", remake
             )
         return msgspec.json.decode(content, type=kind)
-    except (msgspec.DecodeError, UnicodeDecodeError) as err:
+    except UNREADABLE_JSON as err:
         raise error(where, f"cannot be read: {err}", None, remake) from err

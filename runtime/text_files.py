@@ -11,6 +11,7 @@ Lines are read when they are asked for: a file of any size takes no memory.
 import codecs
 import contextlib
 import gzip
+import sys
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -54,6 +55,17 @@ def read_lines(path: Path) -> Iterator[TextLine]:
         gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file,
     ):
         yield from decode_lines(file, str(path))
+
+
+def read_stdin() -> Iterator[TextLine]:
+    """Yield every line of stdin, blank ones too.
+
+    Raises:
+        TextFileError: it is closed, cannot be read, or is not UTF-8.
+    """
+    if sys.stdin is None:  # where the shell has closed it
+        raise TextFileError("stdin", "is closed", None, "Redirect a file to it, or name one with --input.")
+    return decode_lines(sys.stdin.buffer, "stdin")
 
 
 def decode_lines(lines: Iterable[bytes], name: str) -> Iterator[TextLine]:

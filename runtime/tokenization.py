@@ -140,7 +140,9 @@ def load_tokenizer(path: Path) -> Tokenizer:
     """
     try:
         tokenizer = Tokenizer.from_file(str(path))
-    except Exception as err:  # the library raises plain Exception
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as err:  # the library raises plain Exception; its panics are not even that
         raise BundleError(
             str(path), f"is not a tokenizer.json of Hugging Face tokenizers: {err}", None, "Replace the file."
         ) from err

@@ -8,9 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, settings
 from support.small_models import SmallModels
 
 from gircse.export import exporter
+
+_SLOW = [HealthCheck.too_slow, HealthCheck.data_too_large]  # a damaged file is large, and an export takes a second
+settings.register_profile(
+    "ci", max_examples=100, deadline=20_000, derandomize=True, database=None, suppress_health_check=_SLOW
+)
+settings.register_profile("long", settings.get_profile("ci"), max_examples=20_000, derandomize=False)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 SHARED = Path(os.environ.get("GIRCSE_SHARED", Path(__file__).parents[2] / "shared"))
 

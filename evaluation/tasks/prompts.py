@@ -75,7 +75,7 @@ def read_json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             continue
         try:
             row = json.loads(line)
-        except ValueError as err:
+        except (ValueError, RecursionError) as err:
             raise MeasurementError(
                 where, f"is not JSON: {err}", "every line holds one JSON object", "Repair the line."
             ) from err
