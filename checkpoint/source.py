@@ -21,6 +21,13 @@ _MODEL_FILES = (
     "config.json",
     "tokenizer.json",
     "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "tokenizer.model",
+    "tiktoken.model",
+    "vocab.json",
+    "merges.txt",
+    "tekken.json",
     "model*.safetensors",
     "*.safetensors.index.json",
 )
@@ -99,33 +106,6 @@ def read_json(path: Path) -> dict[str, Any]:
             str(path), f"holds a JSON {type(value).__name__}", "it should hold a JSON object", "Replace the file."
         )
     return value
-
-
-def pad_token_id(directory: Path, tokens: dict[str, int]) -> int:
-    """Return the id of the end-of-sequence token, which is the padding, as in the reference code.
-
-    Args:
-        directory: of the model.
-        tokens: the tokenizer's vocabulary, token to id.
-
-    Raises:
-        CheckpointError: neither tokenizer_config.json nor config.json names one.
-    """
-    tokenizer_config = directory / "tokenizer_config.json"
-    eos = read_json(tokenizer_config).get("eos_token") if tokenizer_config.is_file() else None
-    eos = eos.get("content") if isinstance(eos, dict) else eos
-    if eos in tokens:
-        return tokens[eos]
-    ids = read_json(directory / "config.json").get("eos_token_id")
-    first = ids[0] if isinstance(ids, list) and ids else ids
-    if not isinstance(first, int):
-        raise CheckpointError(
-            str(directory),
-            "has no eos_token in tokenizer_config.json and no eos_token_id in config.json",
-            "short texts are padded with that token",
-            "Add one of the two.",
-        )
-    return first
 
 
 def _resolve_model(model: str, revision: str | None) -> tuple[Path, str, str | None]:

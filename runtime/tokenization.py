@@ -12,6 +12,7 @@ from tokenizers import Tokenizer
 
 from gircse.runtime.bundle import Bundle
 from gircse.runtime.errors import BundleError, OptionError, member_of, sentence
+from gircse.runtime.manifest import TruncationSide
 from gircse.runtime.numerics import Int64
 
 logger = logging.getLogger(__name__)
@@ -50,12 +51,16 @@ class PromptTokenizer:
         template: the bundle's prompt template.
         pad_token_id: stands for an empty prompt.
         max_tokens: longest prompt.
+        prompt_suffix: appended to every prompt before it is tokenized.
+        truncation_side: where a prompt that is too long is cut.
     """
 
     tokenizer: Tokenizer
     template: str
     pad_token_id: int
     max_tokens: int
+    prompt_suffix: str = ""
+    truncation_side: TruncationSide = TruncationSide.RIGHT
 
     def __call__(
         self,
@@ -111,9 +116,18 @@ class PromptTokenizer:
         check_text("prompt", prompt or "")
         for row, text in enumerate(texts, start=first_row):
             check_text(f"texts[{row}]", text)
-        prompts = [(prompt or "") + format_prompt(instruction, text, template=self.template) for text in texts]
+        prompts = [
+            (prompt or "") + format_prompt(instruction, text, template=self.template) + self.prompt_suffix
+            for text in texts
+        ]
         token_ids = tokenize(self.tokenizer, prompts, empty_token_id=self.pad_token_id)
-        return truncate(token_ids, max_tokens=self.max_tokens, on_overflow=overflow, first_row=first_row)
+        return truncate(
+            token_ids,
+            max_tokens=self.max_tokens,
+            side=self.truncation_side,
+            on_overflow=overflow,
+            first_row=first_row,
+        )
 
     def log_cut(self, cut: int, texts: int) -> None:
         """Warn that some of the texts were cut, if any were."""
@@ -128,8 +142,14 @@ def open_tokenizer(bundle: Bundle) -> PromptTokenizer:
         BundleError: the file cannot be read as a tokenizer.
     """
     manifest = bundle.manifest
-    tokenizer = load_tokenizer(bundle.file("tokenizer.json"))
-    return PromptTokenizer(tokenizer, manifest.prompt_template, manifest.pad_token_id, manifest.graph.max_tokens)
+    return PromptTokenizer(
+        load_tokenizer(bundle.file("tokenizer.json")),
+        manifest.prompt_template,
+        manifest.pad_token_id,
+        manifest.graph.max_tokens,
+        prompt_suffix=manifest.prompt_suffix,
+        truncation_side=manifest.truncation_side,
+    )
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
@@ -139,11 +159,25 @@ def load_tokenizer(path: Path) -> Tokenizer:
         BundleError: the file cannot be read as a tokenizer.
     """
     try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as err:  # the library raises plain Exception
+        return parse_tokenizer(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as err:
         raise BundleError(
             str(path), f"is not a tokenizer.json of Hugging Face tokenizers: {err}", None, "Replace the file."
         ) from err
+
+
+def parse_tokenizer(content: str) -> Tokenizer:
+    """Read the content of a ``tokenizer.json``, with its own truncation and padding switched off.
+
+    Raises:
+        ValueError: it is not a tokenizer.
+    """
+    try:
+        tokenizer = Tokenizer.from_str(content)
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as err:  # plain Exception, and for a panic of the library something outside Exception
+        raise ValueError(str(err)) from err
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
@@ -215,9 +249,14 @@ def tokenize(tokenizer: Tokenizer, prompts: Sequence[str], *, empty_token_id: in
 
 
 def truncate(
-    token_ids: list[list[int]], *, max_tokens: int, on_overflow: Overflow, first_row: int = 0
+    token_ids: list[list[int]],
+    *,
+    max_tokens: int,
+    on_overflow: Overflow,
+    side: TruncationSide = TruncationSide.RIGHT,
+    first_row: int = 0,
 ) -> tuple[list[list[int]], int]:
-    """Cut prompts to ``max_tokens`` on the right, as the reference code does.
+    """Cut prompts to ``max_tokens`` on one side.
 
     Returns:
         The prompts and how many of them were cut.
@@ -235,7 +274,8 @@ def truncate(
             f"the bundle takes at most {max_tokens}, the instruction included",
             "Shorten the texts, or allow truncation with on_overflow='truncate'.",
         )
-    return [ids[:max_tokens] for ids in token_ids], len(too_long)
+    kept = slice(max_tokens) if side is TruncationSide.RIGHT else slice(-max_tokens, None)
+    return [ids[kept] for ids in token_ids], len(too_long)
 
 
 def length_buckets(lengths: Sequence[int], *, batch_size: int, batch_tokens: int) -> Iterator[tuple[int, ...]]:
