@@ -130,6 +130,8 @@ def open_checkpoint_tokenizer(directory: Path, kind: TokenizerKind, *, vocab_siz
             "a tokenizer.json cannot hold it",
             "Remove the setting, if the model was trained without it.",
         )
+    hugging_face.backend_tokenizer.no_truncation()  # both are ours to do
+    hugging_face.backend_tokenizer.no_padding()
     notes = [*_added_note(directory, hugging_face)] if kind is TokenizerKind.JSON else []
     hugging_face, left_out = _within(hugging_face, vocab_size, directory)
     if left_out:
@@ -254,7 +256,7 @@ def _is_llama(directory: Path, config: Mapping[str, Any]) -> bool:
 
 
 def _apply_prefix_space(backend: Tokenizer, prefix: bool) -> None:
-    """Apply ``add_prefix_space`` to a ``ByteLevel``; transformers 5 does so only in classes that rebuild the tokenizer."""
+    """Apply ``add_prefix_space`` to a ``ByteLevel``; transformers 5 does so only where it rebuilds the tokenizer."""
     split = json.loads(backend.to_str())["pre_tokenizer"] or {}
     if split.pop("type", None) == "ByteLevel":
         backend.pre_tokenizer = pre_tokenizers.ByteLevel(**{**split, "add_prefix_space": prefix})

@@ -8,7 +8,13 @@ import pytest
 from support.schema_documents import documented, schema_of
 from support.small_calibration import EXCLUDED, FINGERPRINT, small_calibration
 
-from gircse.calibration.calibration_file import SCHEMA_VERSION, Calibration, Fidelity, SoftTokenCalibration
+from gircse.calibration.calibration_file import (
+    OLDEST_SCHEMA_VERSION,
+    SCHEMA_VERSION,
+    Calibration,
+    Fidelity,
+    SoftTokenCalibration,
+)
 from gircse.checkpoint.model_settings import ModelSettings
 from gircse.runtime.errors import CalibrationError
 from gircse.runtime.manifest import AdapterSource, ModelSource, Pooling
@@ -85,7 +91,7 @@ def _replaced(old: str, new: str) -> Any:
         ),
         (
             _replaced(f'"schema_version":{SCHEMA_VERSION}', '"schema_version":1'),
-            rf"has schema version 1; this gircse-deploy reads version {SCHEMA_VERSION}\. Calibrate again",
+            rf"has schema version 1; .* reads {OLDEST_SCHEMA_VERSION} to {SCHEMA_VERSION}\. Calibrate again",
         ),
         (_replaced("0.9375", "NaN"), r"cannot be read: JSON is malformed"),
         (_replaced("0.9375", "1e999"), r"cannot be read: Number out of range"),
