@@ -1,5 +1,6 @@
 """The file is read back as written; a damaged file, or one of another model, is refused."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from gircse.calibration.calibration_file import (
 )
 from gircse.checkpoint.model_settings import ModelSettings
 from gircse.runtime.errors import CalibrationError
-from gircse.runtime.manifest import AdapterSource, ModelSource, Pooling
+from gircse.runtime.manifest import AdapterSource, ModelSource, Pooling, TokenizerKind
 
 
 @pytest.fixture
@@ -153,6 +154,18 @@ def test_settings_are_those_of_the_model() -> None:
     without = msgspec.structs.replace(FINGERPRINT, adapter=None, pooling=Pooling.LAST, temperature=0.5)
     settings = ModelSettings(**msgspec.structs.replace(small_calibration(), fingerprint=without).settings)
     assert (settings.adapter, settings.pooling, settings.temperature) == ("none", Pooling.LAST, 0.5)
+    read = msgspec.structs.replace(small_calibration(), tokenizer=TokenizerKind.AUTO, add_eos=True)
+    settings = ModelSettings(**read.settings)
+    assert (settings.tokenizer, settings.add_eos) == (TokenizerKind.AUTO, True)
+
+
+def test_version_2_had_no_choice_of_token_ids(tmp_path: Path) -> None:
+    content = json.loads(small_calibration().to_json())
+    old = {name: value for name, value in content.items() if name not in ("tokenizer", "add_eos")}
+    path = tmp_path / "calibration.json"
+    path.write_text(json.dumps({**old, "schema_version": 2}))
+    found = Calibration.read(path)
+    assert (found.tokenizer, found.add_eos) == (TokenizerKind.JSON, False)
 
 
 def test_schema_document_is_up_to_date() -> None:
