@@ -6,8 +6,9 @@ added_tokens.json add tokens and change flags, and older checkpoints have other 
 than transformers 4, which the public adapters were trained with. ``TokenizerKind`` names the two readings.
 """
 
+import contextlib
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
@@ -21,7 +22,7 @@ from gircse.checkpoint.silence import quiet_transformers
 from gircse.checkpoint.source import read_json
 from gircse.runtime.errors import CheckpointError, OptionError
 from gircse.runtime.manifest import TokenizerKind, TruncationSide
-from gircse.runtime.tokenization import PROMPT_TEMPLATE, PromptTokenizer, parse_tokenizer
+from gircse.runtime.tokenization import PROMPT_TEMPLATE, PromptTokenizer, parse_tokenizer, tokenize
 
 _CONFIG = "tokenizer_config.json"
 _TEKKEN = "tekken.json"
@@ -74,9 +75,27 @@ class CheckpointTokenizer:
         content: str = self.hugging_face.backend_tokenizer.to_str()
         return content
 
+    @cached_property
+    def serialized(self) -> Tokenizer:
+        """What a reader makes of the content."""
+        try:
+            return parse_tokenizer(self.content)
+        except ValueError as err:
+            raise CheckpointError(
+                str(self.directory),
+                f"has a tokenizer that no tokenizer.json can hold: {err}",
+                None,
+                f"Try {_option(_other(self.kind))}.",
+            ) from err
+
     def token_ids(self, texts: Sequence[str]) -> list[list[int]]:
-        """Return the ids that transformers gives to each text, without special tokens around it."""
-        ids: list[list[int]] = self.hugging_face(list(texts), add_special_tokens=False)["input_ids"]
+        """Return the ids that transformers gives to each text, without special tokens around it.
+
+        Raises:
+            CheckpointError: the tokenizer has no token for a part of a text.
+        """
+        with _quiet_and_translated(self.directory):
+            ids: list[list[int]] = self.hugging_face(list(texts), add_special_tokens=False)["input_ids"]
         return ids
 
     def prompt_tokenizer(self, *, max_tokens: int, add_eos: bool = False) -> PromptTokenizer:
@@ -93,7 +112,7 @@ class CheckpointTokenizer:
                 f"Name the eos_token in {_CONFIG}, or leave --add-eos out.",
             )
         return PromptTokenizer(
-            parse_tokenizer(self.content),
+            self.serialized,
             PROMPT_TEMPLATE,
             self.pad_token_id,
             max_tokens,
@@ -152,12 +171,14 @@ def check_serialized(tokenizer: CheckpointTokenizer, texts: Iterable[str] = ()) 
         CheckpointError: one text has other ids.
     """
     tried = [*awkward_texts(tokenizer.added_tokens), *texts]
-    encodings = parse_tokenizer(tokenizer.content).encode_batch_fast(tried, add_special_tokens=False)
-    for text, theirs, ours in zip(tried, tokenizer.token_ids(tried), encodings, strict=True):
-        if theirs != ours.ids:
+    pad = tokenizer.pad_token_id
+    wanted = [ids or [pad] for ids in tokenizer.token_ids(tried)]
+    found = tokenize(tokenizer.serialized, tried, empty_token_id=pad)
+    for text, theirs, ours in zip(tried, wanted, found, strict=True):
+        if theirs != ours:
             raise CheckpointError(
                 str(tokenizer.directory),
-                f"has a tokenizer that no tokenizer.json can hold: {_shown(text)} becomes {_shown(ours.ids)}",
+                f"has a tokenizer that no tokenizer.json can hold: {_shown(text)} becomes {_shown(ours)}",
                 f"{type(tokenizer.hugging_face).__name__} of transformers gives {_shown(theirs)}",
                 f"Try {_option(_other(tokenizer.kind))}.",
             )
@@ -229,18 +250,25 @@ def _load_auto(directory: Path) -> Any:
 
 
 def _from_pretrained(load: Callable[..., Any], directory: Path) -> Any:
+    with _quiet_and_translated(directory):
+        return load(directory, trust_remote_code=False)
+
+
+@contextlib.contextmanager
+def _quiet_and_translated(directory: Path) -> Iterator[None]:
+    """Silence transformers, and say in our words what it raises: anything, or a panic, which is not even Exception."""
     try:
         with quiet_transformers():
-            return load(directory, trust_remote_code=False)
+            yield
     except (KeyboardInterrupt, SystemExit):
         raise
-    except BaseException as err:  # whatever transformers raises; a panic of tokenizers is not even an Exception
+    except BaseException as err:
         hint = "Complete the checkpoint's tokenizer files."
         if (directory / _TEKKEN).is_file() and not (directory / "tokenizer.json").is_file():
             hint = f"{_TEKKEN} is read with mistral-common: pip install mistral-common"
         reason = (str(err).strip() or type(err).__name__).splitlines()[0].partition(". ")[0]
         raise CheckpointError(
-            f"The tokenizer of {directory}", f"cannot be read by transformers: {reason}", None, hint
+            f"The tokenizer of {directory}", f"cannot be used by transformers: {reason}", None, hint
         ) from err
 
 

@@ -1,5 +1,6 @@
 """From texts to padded batches of token ids: prompt template, tokens, truncation, length buckets."""
 
+import contextlib
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -172,15 +173,22 @@ def parse_tokenizer(content: str) -> Tokenizer:
     Raises:
         ValueError: it is not a tokenizer.
     """
-    try:
+    with _errors_of_tokenizers():
         tokenizer = Tokenizer.from_str(content)
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as err:  # plain Exception, and for a panic of the library something outside Exception
-        raise ValueError(str(err)) from err
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
+
+
+@contextlib.contextmanager
+def _errors_of_tokenizers() -> Iterator[None]:
+    """Turn what the library raises into ValueError: plain Exception, and for a panic something outside Exception."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as err:
+        raise ValueError(str(err)) from err
 
 
 def format_prompt(instruction: str, text: str, *, template: str = PROMPT_TEMPLATE) -> str:
@@ -243,8 +251,17 @@ def tokenize(tokenizer: Tokenizer, prompts: Sequence[str], *, empty_token_id: in
 
     A prompt of no tokens (an empty text without instruction) becomes the single token ``empty_token_id``, so that
     it has a defined vector.
+
+    Raises:
+        BundleError: the tokenizer has no token for a part of a prompt.
     """
-    encodings = tokenizer.encode_batch_fast(list(prompts), add_special_tokens=False)
+    try:
+        with _errors_of_tokenizers():
+            encodings = tokenizer.encode_batch_fast(list(prompts), add_special_tokens=False)
+    except ValueError as err:
+        raise BundleError(
+            "tokenizer.json", f"cannot tokenize a text: {err}", None, "Export the bundle with a complete tokenizer."
+        ) from err
     return [encoding.ids or [empty_token_id] for encoding in encodings]
 
 

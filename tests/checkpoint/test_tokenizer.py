@@ -30,7 +30,7 @@ from gircse.evaluation.tasks.prompts import Prompt
 from gircse.export.export_command import main
 from gircse.export.exporter import export_bundle
 from gircse.export.options import ExportOptions
-from gircse.runtime import CheckpointError, Embedder
+from gircse.runtime import BundleError, CheckpointError, Embedder
 from gircse.runtime.bundle import Bundle
 from gircse.runtime.errors import OptionError
 from gircse.runtime.manifest import TokenizerKind, TruncationSide
@@ -111,7 +111,7 @@ def test_an_auto_tokenizer_that_fails_is_one_line(tmp_path: Path) -> None:
     note = difference_note(opened(directory), vocab_size=520)
     assert note is not None
     assert note.startswith("--tokenizer auto cannot be compared: The tokenizer of ")
-    with pytest.raises(CheckpointError, match=r"^The tokenizer of .* cannot be read by transformers: "):
+    with pytest.raises(CheckpointError, match=r"^The tokenizer of .* cannot be used by transformers: "):
         opened(directory, AUTO)
 
 
@@ -131,13 +131,25 @@ def test_a_serialized_tokenizer_with_other_ids_is_refused(tmp_path: Path) -> Non
         check_serialized(tokenizer)
 
 
+def test_a_tokenizer_without_a_token_for_everything_is_refused(tmp_path: Path) -> None:
+    directory = byte_level(tmp_path)
+    model = {"type": "WordLevel", "vocab": {"<|end|>": 0, "word": 1}, "unk_token": "[UNK]"}
+    tokenizer = json.loads((directory / "tokenizer.json").read_text())
+    (directory / "tokenizer.json").write_text(json.dumps({**tokenizer, "model": model}))
+    with pytest.raises(CheckpointError, match=r"cannot be used by transformers: .*UNK.*\. Complete the checkpoint"):
+        check_serialized(opened(directory))
+    prompts = opened(directory).prompt_tokenizer(max_tokens=8)
+    with pytest.raises(BundleError, match=r"^tokenizer\.json cannot tokenize a text: .*UNK"):
+        prompts(["another"])
+
+
 def test_code_of_a_tokenizer_is_never_run(tmp_path: Path) -> None:
     evil = {"AutoTokenizer": ["evil.Tokenizer", "evil.Tokenizer"]}
     directory = byte_level(tmp_path, auto_map=evil, tokenizer_class="EvilTokenizer")
     (directory / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
     (directory / "config.json").write_text('{"model_type": "unknown-to-transformers", "eos_token_id": 0}')
     opened(directory)
-    with pytest.raises(CheckpointError, match="cannot be read by transformers"):
+    with pytest.raises(CheckpointError, match="cannot be used by transformers"):
         opened(directory, AUTO)
     assert not (tmp_path / "ran").exists()
 
