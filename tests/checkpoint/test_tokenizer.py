@@ -285,6 +285,29 @@ def test_vectors_with_eos_left_truncation_and_a_folded_token(suffixed_bundle: Pa
     assert Embedder(suffixed_bundle).self_test().passed
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "llama, legacy null, add_prefix_space absent",
+        "llama, legacy false, add_prefix_space false, tokenizer.model alone",
+        "llama with a pad token, tokenizer.model alone",
+    ],
+)
+def test_vectors_of_the_ids_that_transformers_4_recorded(
+    name: str, small_models: SmallModels, small_checkpoint: Path, tmp_path: Path
+) -> None:
+    (case,) = (case for case in RECORDED["cases"] if case["name"] == name)
+    config = json.loads((small_checkpoint / "config.json").read_text())
+    (small_checkpoint / "tokenizer.json").unlink()
+    write_case({**case, "files": {**case["files"], "config.json": config}}, small_checkpoint)
+    options = ExportOptions(output=tmp_path / "bundle", steps=1, layout="stepwise", model=str(small_checkpoint))  # type: ignore[arg-type]
+    embedder = Embedder(export_bundle(dataclasses.replace(options, max_tokens=48)))
+    texts, ids = RECORDED["texts"][1:], case["ids"][1:]
+    model = small_models.load("qwen2")
+    wanted = torch.cat([plain_embeddings(plain_states(model, row, 1), "mean") for row in ids]).numpy()
+    assert np.abs(embedder.encode(texts) - wanted).max() < SMALL_MODEL_MAX_DIFFERENCE
+
+
 def test_the_manifest_records_what_makes_the_ids(suffixed_bundle: Path) -> None:
     manifest = Bundle.open(suffixed_bundle).manifest
     assert (manifest.tokenizer, manifest.prompt_suffix) == (JSON, "<|end|>")
