@@ -49,6 +49,7 @@ from gircse.checkpoint.model_config import read_model_config
 from gircse.checkpoint.model_settings import ModelSettings, check_range
 from gircse.checkpoint.reference import load_reference
 from gircse.checkpoint.source import resolve_checkpoint
+from gircse.checkpoint.tokenizer import open_checkpoint_tokenizer
 from gircse.reporting.progress import StageProgress
 from gircse.runtime.atomic_file import atomic_write
 from gircse.runtime.errors import OutputError
@@ -118,6 +119,8 @@ class _Run:
             self.fingerprint,
             self.corpus.used,
             self.options.max_tokens,
+            self.options.tokenizer,
+            self.options.add_eos,
             "observe",
             str(torch.__version__),
         )
@@ -158,6 +161,8 @@ def calibrate(options: CalibrationOptions, *, progress: StageProgress | None = N
             texts=run.corpus.used,
             method=options.method,
             max_tokens=options.max_tokens,
+            tokenizer=options.tokenizer,
+            add_eos=options.add_eos,
             max_drop=options.max_drop,
             inputs=inputs,
             soft_token=soft_token,
@@ -197,11 +202,14 @@ def _prepare(options: CalibrationOptions, progress: StageProgress) -> _Run:
         checkpoint = resolve_checkpoint(options.model, adapter=options.adapter, revision=options.revision)
         check_architecture(read_model_config(checkpoint.directory).model_type)
         fingerprint = fingerprint_of(checkpoint, options)
-        corpus = tokenize_texts(texts, checkpoint, max_tokens=options.max_tokens)
     for note in checkpoint.notes:
         progress.note(f"  {note}")
     with progress.stage("load the PyTorch reference"):
         model = load_reference(checkpoint, steps=options.steps, allow_partial_adapter=options.allow_partial_adapter)
+    rows = model.get_input_embeddings().num_embeddings
+    tokenizer = open_checkpoint_tokenizer(checkpoint.directory, options.tokenizer, vocab_size=rows)
+    prompts = tokenizer.prompt_tokenizer(max_tokens=options.max_tokens, add_eos=options.add_eos)
+    corpus = tokenize_texts(texts, prompts)
     inputs = decoder_inputs(model.config.num_hidden_layers)
     if not options.steps:
         inputs = tuple(found for found in inputs if found.kind is not InputKind.VOCABULARY)

@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Self
 
 from gircse.runtime.errors import CalibrationError
-from gircse.runtime.manifest import AdapterSource, ModelSource, Pooling
+from gircse.runtime.manifest import AdapterSource, ModelSource, Pooling, TokenizerKind
 from gircse.runtime.records import Record, decode_versioned, encode_record
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
+OLDEST_SCHEMA_VERSION = 2
+"""Version 2 had no ``tokenizer`` and no ``add_eos``; both have defaults."""
 
 
 class ModelFingerprint(Record, frozen=True):
@@ -137,6 +139,8 @@ class Calibration(Record, frozen=True):
         moments_sha256: SHA-256 of the file of second moments next to this one, see ``moments_file.py``.
         sensitivity: of ``int8``, with the inputs that it excludes from quantization.
         tools: versions of the packages that made the file.
+        tokenizer: which token ids the texts were given.
+        add_eos: whether the end-of-sequence token was appended to each.
     """
 
     schema_version: int
@@ -150,6 +154,8 @@ class Calibration(Record, frozen=True):
     moments_sha256: str
     sensitivity: Sensitivity
     tools: Mapping[str, str]
+    tokenizer: TokenizerKind = TokenizerKind.JSON
+    add_eos: bool = False
 
     @property
     def settings(self) -> dict[str, str | int | float | None]:
@@ -163,6 +169,8 @@ class Calibration(Record, frozen=True):
             "pooling": made.pooling,
             "temperature": made.temperature,
             "max_tokens": self.max_tokens,
+            "tokenizer": self.tokenizer,
+            "add_eos": self.add_eos,
         }
 
     def to_json(self) -> bytes:
@@ -192,7 +200,7 @@ class Calibration(Record, frozen=True):
             cls,
             content,
             where=f"--calibration {path}",
-            oldest=SCHEMA_VERSION,
+            oldest=OLDEST_SCHEMA_VERSION,
             newest=SCHEMA_VERSION,
             error=CalibrationError,
             remake="Calibrate again with gircse-calibrate.",

@@ -1,18 +1,17 @@
 """The texts of a calibration: drawn from a file, split into observed and held-out ones, and tokenized."""
 
+import dataclasses
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from tokenizers import Tokenizer
 
 from gircse.calibration.calibration_file import TextsUsed
-from gircse.checkpoint.source import Checkpoint, pad_token_id
 from gircse.runtime.errors import CalibrationError
 from gircse.runtime.text_files import read_texts
-from gircse.runtime.tokenization import TokenBatch, load_tokenizer, padded_batches, tokenize
+from gircse.runtime.tokenization import PromptTokenizer, TokenBatch, padded_batches
 
 MIN_TEXTS = 32
 """Fewer different texts are not enough to estimate ranges, or to measure the sensitivity on."""
@@ -81,25 +80,19 @@ def draw_texts(path: Path, *, samples: int, seed: int) -> CalibrationTexts:
     return CalibrationTexts(observed, held_out, seed)
 
 
-def tokenize_texts(texts: CalibrationTexts, checkpoint: Checkpoint, *, max_tokens: int) -> Corpus:
-    """Tokenize the texts with the tokenizer of a checkpoint, truncated to ``max_tokens``, and batch them.
-
-    Raises:
-        CheckpointError: the checkpoint has no end-of-sequence token, which is the padding.
-        BundleError: its tokenizer cannot be read.
-    """
-    tokenizer = load_tokenizer(checkpoint.directory / "tokenizer.json")
-    pad = pad_token_id(checkpoint.directory, tokenizer.get_vocab())
-    observed = _batches(tokenizer, texts.observed, pad=pad, max_tokens=max_tokens)
+def tokenize_texts(texts: CalibrationTexts, tokenizer: PromptTokenizer) -> Corpus:
+    """Turn the texts into batches of token ids, as a bundle does."""
+    observed = _batches(tokenizer, texts.observed)
     digest = hashlib.sha256("\n".join(texts.observed).encode()).hexdigest()
     tokens = sum(int(batch.attention_mask.sum()) for batch in observed)
     return Corpus(
         observed,
-        _batches(tokenizer, texts.held_out, pad=pad, max_tokens=HELD_OUT_TOKENS),
+        _batches(dataclasses.replace(tokenizer, max_tokens=HELD_OUT_TOKENS), texts.held_out),
         TextsUsed(digest, len(texts.observed), tokens, texts.seed),
     )
 
 
-def _batches(tokenizer: Tokenizer, texts: Sequence[str], *, pad: int, max_tokens: int) -> tuple[TokenBatch, ...]:
-    ids = [found[:max_tokens] for found in tokenize(tokenizer, texts, empty_token_id=pad)]
+def _batches(tokenizer: PromptTokenizer, texts: Sequence[str]) -> tuple[TokenBatch, ...]:
+    ids, _ = tokenizer.tokenize(texts)
+    pad = tokenizer.pad_token_id
     return tuple(padded_batches(ids, pad_token_id=pad, batch_size=BATCH_SIZE, batch_tokens=BATCH_TOKENS))

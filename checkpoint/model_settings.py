@@ -5,7 +5,7 @@ import math
 from dataclasses import dataclass
 
 from gircse.runtime.errors import OptionError, member_of
-from gircse.runtime.manifest import MAX_STEPS, Pooling
+from gircse.runtime.manifest import MAX_STEPS, Pooling, TokenizerKind
 
 DEFAULT_STEPS = 8
 
@@ -23,6 +23,8 @@ class ModelSettings:
         temperature: divisor of the logits.
         max_tokens: longest prompt.
         allow_partial_adapter: accept an adapter with tensors for some of the layers that its config targets.
+        tokenizer: ``json`` or ``auto``: which token ids are those of the model.
+        add_eos: append the end-of-sequence token to every prompt.
     """
 
     steps: int = DEFAULT_STEPS
@@ -33,14 +35,17 @@ class ModelSettings:
     temperature: float = 1.0
     max_tokens: int = 512
     allow_partial_adapter: bool = False
+    tokenizer: TokenizerKind = TokenizerKind.JSON
+    add_eos: bool = False
 
     def __post_init__(self) -> None:
-        """Take a plain string for the pooling, and refuse values that no model has.
+        """Take plain strings for the enums, and refuse values that no model has.
 
         Raises:
             OptionError: a value is out of its range.
         """
         object.__setattr__(self, "pooling", member_of(Pooling, "--pooling", self.pooling))
+        object.__setattr__(self, "tokenizer", member_of(TokenizerKind, "--tokenizer", self.tokenizer))
         check_range("--steps", self.steps, 0 <= self.steps <= MAX_STEPS, f"0 to {MAX_STEPS}")
         finite = math.isfinite(self.temperature) and self.temperature > 0
         check_range("--temperature", self.temperature, finite, "a finite number above 0; models are trained with 1")
@@ -98,4 +103,19 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
         default=argparse.SUPPRESS,
         metavar="N",
         help=f"longest prompt in tokens (default: {defaults.max_tokens})",
+    )
+    group.add_argument(
+        "--tokenizer",
+        type=TokenizerKind,
+        choices=list(TokenizerKind),
+        default=argparse.SUPPRESS,
+        metavar="json|auto",
+        help="token ids of tokenizer.json and what the files beside it add, as transformers 4 read them, "
+        f"or those of AutoTokenizer here (default: {defaults.tokenizer})",
+    )
+    group.add_argument(
+        "--add-eos",
+        action=argparse.BooleanOptionalAction,
+        default=argparse.SUPPRESS,
+        help="append the end-of-sequence token to every prompt, for models that were trained so (default: no)",
     )

@@ -22,6 +22,13 @@ _MODEL_FILES = (
     "config.json",
     "tokenizer.json",
     "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "tokenizer.model",
+    "tiktoken.model",
+    "vocab.json",
+    "merges.txt",
+    "tekken.json",
     "model*.safetensors",
     "*.safetensors.index.json",
     "adapter_config.json",
@@ -133,33 +140,6 @@ def check_in_reach(flag: str, source: ModelSource | AdapterSource) -> None:
         raise OptionError(
             flag, f"is needed: what was used is a local directory, {source.name}", None, "Name where it is."
         )
-
-
-def pad_token_id(directory: Path, tokens: dict[str, int]) -> int:
-    """Return the id of the end-of-sequence token, which is the padding, as in the reference code.
-
-    Args:
-        directory: of the model.
-        tokens: the tokenizer's vocabulary, token to id.
-
-    Raises:
-        CheckpointError: neither tokenizer_config.json nor config.json names one.
-    """
-    tokenizer_config = directory / "tokenizer_config.json"
-    eos = read_json(tokenizer_config).get("eos_token") if tokenizer_config.is_file() else None
-    eos = eos.get("content") if isinstance(eos, dict) else eos
-    if isinstance(eos, str) and eos in tokens:
-        return tokens[eos]
-    ids = read_json(directory / "config.json").get("eos_token_id")
-    first = ids[0] if isinstance(ids, list) and ids else ids
-    if not isinstance(first, int):
-        raise CheckpointError(
-            str(directory),
-            "has no eos_token in tokenizer_config.json and no eos_token_id in config.json",
-            "short texts are padded with that token",
-            "Add one of the two.",
-        )
-    return first
 
 
 def _resolve_model(model: str, revision: str | None) -> tuple[Path, str, str | None]:

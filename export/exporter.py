@@ -30,7 +30,7 @@ from gircse.runtime.errors import ExportError, OptionError, OutputError
 from gircse.runtime.manifest import MANIFEST_NAME, SCHEMA_VERSION, FileEntry, Manifest, Variant
 from gircse.runtime.precision import SPECS, Precision
 from gircse.runtime.text_files import read_texts
-from gircse.runtime.tokenization import PROMPT_TEMPLATE, TokenBatch, padded_batches, tokenize
+from gircse.runtime.tokenization import TokenBatch, padded_batches
 
 TOOLS = ("gircse-deploy", "torch", "transformers", "peft", "onnx", "onnxscript", "onnx-ir", "safetensors", "tokenizers")
 
@@ -210,10 +210,7 @@ def _write_variants(
             progress.note(f"  no graph for TensorRT of {draft.precision}: {written.engine_missing_reason}")
         if SPECS[draft.precision].calibrated and options.calibration is not None:
             shutil.copyfile(options.calibration, directory / draft.precision / "calibration.json")
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        path = source.checkpoint.directory / name
-        if path.is_file():
-            shutil.copyfile(path, directory / name)
+    (directory / "tokenizer.json").write_text(source.tokenizer.content, encoding="utf-8")
     return variants, files
 
 
@@ -224,21 +221,13 @@ def _use_reference(
     with progress.stage("load the PyTorch reference"):
         model = load_reference(source.checkpoint, steps=options.steps)
     with progress.stage("compute golden vectors"):
-        write_golden(
-            directory,
-            model,
-            source.tokenizer,
-            options.settings,
-            pad_token_id=source.pad_token_id,
-            max_tokens=options.max_tokens,
-        )
+        write_golden(directory, model, source.prompts, options.settings)
     if Precision.FP16 not in options.precisions:
         return
-    prompts = tokenize(source.tokenizer, probe_texts, empty_token_id=source.pad_token_id)
-    token_ids = [ids[: options.max_tokens] for ids in prompts]
+    token_ids, _ = source.prompts.tokenize(probe_texts)
     with progress.stage(f"probe {len(token_ids)} texts for FP16 overflow", total=len(token_ids)) as advance:
         batches = padded_batches(
-            token_ids, pad_token_id=source.pad_token_id, batch_size=PROBE_BATCH, batch_tokens=PROBE_BATCH_TOKENS
+            token_ids, pad_token_id=source.prompts.pad_token_id, batch_size=PROBE_BATCH, batch_tokens=PROBE_BATCH_TOKENS
         )
         magnitudes = largest_magnitudes(
             model, _counted(batches, advance), steps=options.steps, temperature=options.temperature
@@ -274,13 +263,16 @@ def _write_manifest(
         model=source.checkpoint.model,
         adapter=source.checkpoint.adapter,
         graph=source.facts,
-        prompt_template=PROMPT_TEMPLATE,
-        pad_token_id=source.pad_token_id,
+        prompt_template=source.prompts.template,
+        pad_token_id=source.prompts.pad_token_id,
         variants=variants,
         golden=golden_missing_reason is None,
         golden_missing_reason=golden_missing_reason,
         tools={name: importlib.metadata.version(name) for name in TOOLS},
         files=dict(sorted(files.items())),
         query_instruction=options.query_instruction,
+        tokenizer=options.tokenizer,
+        prompt_suffix=source.prompts.prompt_suffix,
+        truncation_side=source.prompts.truncation_side,
     )
     (directory / MANIFEST_NAME).write_bytes(manifest.to_json())

@@ -10,12 +10,11 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.numpy import save
-from tokenizers import Tokenizer
 
 from gircse.checkpoint.reference import step_states
 from gircse.export.graph.builder import RefinementSettings
 from gircse.runtime.numerics import l2_normalize, pool_states
-from gircse.runtime.tokenization import format_prompt, pad_batch, tokenize
+from gircse.runtime.tokenization import PromptTokenizer, pad_batch
 
 INSTRUCTION = "Given a question, retrieve passages that answer it"
 
@@ -40,15 +39,7 @@ CASES: tuple[tuple[str, str], ...] = (
 )
 
 
-def write_golden(
-    directory: Path,
-    model: Any,
-    tokenizer: Tokenizer,
-    settings: RefinementSettings,
-    *,
-    pad_token_id: int,
-    max_tokens: int,
-) -> None:
+def write_golden(directory: Path, model: Any, tokenizer: PromptTokenizer, settings: RefinementSettings) -> None:
     """Compute the golden vectors and write golden.json and golden.safetensors.
 
     golden.json: ``cases``, each with ``instruction``, ``text`` and ``token_ids``. golden.safetensors:
@@ -57,14 +48,11 @@ def write_golden(
     Args:
         directory: where to write.
         model: the reference of ``load_reference``.
-        tokenizer: the model's tokenizer.
+        tokenizer: that of the bundle.
         settings: K, pooling, temperature.
-        pad_token_id: padding, and the stand-in for an empty prompt.
-        max_tokens: longest prompt.
     """
-    prompts = [format_prompt(instruction, text) for instruction, text in CASES]
-    token_ids = [ids[:max_tokens] for ids in tokenize(tokenizer, prompts, empty_token_id=pad_token_id)]
-    batch = pad_batch(tuple(range(len(CASES))), token_ids, pad_token_id=pad_token_id)
+    token_ids = [ids for instruction, text in CASES for ids in tokenizer.tokenize([text], instruction=instruction)[0]]
+    batch = pad_batch(tuple(range(len(CASES))), token_ids, pad_token_id=tokenizer.pad_token_id)
     ids, mask = torch.from_numpy(batch.input_ids), torch.from_numpy(batch.attention_mask)
     states = step_states(model, ids, mask, steps=settings.steps, temperature=settings.temperature).numpy()
     vectors_of_steps = l2_normalize(pool_states(states, settings.pooling))

@@ -2,21 +2,24 @@
 
 import dataclasses
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
-
-from tokenizers import Tokenizer
 
 from gircse.calibration.int8.scheme import check_architecture
 from gircse.checkpoint.model_config import read_model_config
 from gircse.checkpoint.model_weights import ModelWeights
-from gircse.checkpoint.source import Checkpoint, pad_token_id, resolve_checkpoint
+from gircse.checkpoint.source import Checkpoint, resolve_checkpoint
+from gircse.checkpoint.tokenizer import (
+    CheckpointTokenizer,
+    adapter_note,
+    check_serialized,
+    difference_note,
+    open_checkpoint_tokenizer,
+)
 from gircse.export.graph.architecture import DecoderShape, check_limits, decoder_shape
 from gircse.export.options import ExportOptions
-from gircse.runtime.errors import CheckpointError
 from gircse.runtime.manifest import GraphFacts
 from gircse.runtime.precision import SPECS
-from gircse.runtime.tokenization import load_tokenizer
+from gircse.runtime.tokenization import PromptTokenizer
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,8 @@ class SourceModel:
         shape: sizes of the decoder.
         facts: what its graphs compute.
         tokenizer: its tokenizer.
-        pad_token_id: fills padding, and stands for an empty prompt.
+        prompts: turns texts into the token ids that the graphs see, as in the bundle.
+        notes: what a user should know of it, one line each.
     """
 
     checkpoint: Checkpoint
@@ -38,13 +42,9 @@ class SourceModel:
     config: Any
     shape: DecoderShape
     facts: GraphFacts
-    tokenizer: Tokenizer
-    pad_token_id: int
-
-    @property
-    def notes(self) -> tuple[str, ...]:
-        """What a user should know of the checkpoint, a line each."""
-        return (*self.checkpoint.notes, *self.weights.notes)
+    tokenizer: CheckpointTokenizer
+    prompts: PromptTokenizer
+    notes: tuple[str, ...]
 
 
 def open_source(options: ExportOptions) -> SourceModel:
@@ -61,20 +61,15 @@ def open_source(options: ExportOptions) -> SourceModel:
         check_architecture(config.model_type)
     shape = decoder_shape(config)
     check_limits(config, steps=options.steps, max_tokens=options.max_tokens)
-    tokenizer = _open_tokenizer(checkpoint.directory)
-    pad = pad_token_id(checkpoint.directory, tokenizer.get_vocab())
-    if max(tokenizer.get_vocab_size() - 1, pad) >= shape.vocab_size:
-        raise CheckpointError(
-            str(checkpoint.directory / "tokenizer.json"),
-            f"has {tokenizer.get_vocab_size()} tokens",
-            f"config.json allows at most {shape.vocab_size}",
-            "The tokenizer belongs to another model.",
-        )
+    tokenizer = open_checkpoint_tokenizer(checkpoint.directory, options.tokenizer, vocab_size=shape.vocab_size)
+    prompts = tokenizer.prompt_tokenizer(max_tokens=options.max_tokens, add_eos=options.add_eos)
+    check_serialized(tokenizer)
     weights = ModelWeights.open(
         checkpoint, config, steps=options.steps, allow_partial_adapter=options.allow_partial_adapter
     )
     shape, facts = dataclasses.replace(shape, tied=weights.tied), _graph_facts(options, shape)
-    return SourceModel(checkpoint, weights, config, shape, facts, tokenizer, pad)
+    notes = (*checkpoint.notes, *weights.notes, *_tokenizer_notes(checkpoint, tokenizer, shape))
+    return SourceModel(checkpoint, weights, config, shape, facts, tokenizer, prompts, notes)
 
 
 def _graph_facts(options: ExportOptions, shape: DecoderShape) -> GraphFacts:
@@ -93,14 +88,10 @@ def _graph_facts(options: ExportOptions, shape: DecoderShape) -> GraphFacts:
     )
 
 
-def _open_tokenizer(directory: Path) -> Tokenizer:
-    path = directory / "tokenizer.json"
-    if not path.is_file():
-        raise CheckpointError(
-            str(path),
-            "is missing",
-            None,
-            'Make it once: python -c "from transformers import AutoTokenizer; '
-            f"AutoTokenizer.from_pretrained('{directory}').save_pretrained('{directory}')\"",
-        )
-    return load_tokenizer(path)
+def _tokenizer_notes(checkpoint: Checkpoint, tokenizer: CheckpointTokenizer, shape: DecoderShape) -> tuple[str, ...]:
+    """Return what a user should know of the tokenizer."""
+    found = (
+        difference_note(tokenizer, vocab_size=shape.vocab_size),
+        adapter_note(checkpoint.directory, checkpoint.adapter_directory),
+    )
+    return (*tokenizer.notes, *(note for note in found if note is not None))

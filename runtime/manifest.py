@@ -10,9 +10,10 @@ from gircse.runtime.errors import BundleError
 from gircse.runtime.records import Record, decode_versioned, encode_record
 
 MANIFEST_NAME = "gircse.json"
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 OLDEST_SCHEMA_VERSION = 1
-"""Version 1 had no ``query_instruction`` and no graph of its own for TensorRT; both have defaults."""
+"""Version 1 had no ``query_instruction`` and no graph of its own for TensorRT, version 2 no ``tokenizer``, no
+``prompt_suffix`` and no ``truncation_side``; all have defaults."""
 MAX_STEPS = 64
 
 
@@ -28,6 +29,25 @@ class Pooling(StrEnum):
 
     MEAN = "mean"
     LAST = "last"
+
+
+class TokenizerKind(StrEnum):
+    """Which token ids are those of a checkpoint.
+
+    ``json``: those of its tokenizer.json and of the tokens and flags that its other tokenizer files add, as
+    transformers 4 read them. ``auto``: those of ``AutoTokenizer`` in the transformers that exports, which may rebuild
+    the tokenizer.
+    """
+
+    JSON = "json"
+    AUTO = "auto"
+
+
+class TruncationSide(StrEnum):
+    """The side on which a prompt that is too long is cut."""
+
+    RIGHT = "right"
+    LEFT = "left"
 
 
 class ModelSource(Record, frozen=True):
@@ -165,6 +185,9 @@ class Manifest(Record, frozen=True):
         tools: versions of the packages that made the bundle.
         files: every file but the manifest, path to size and hash.
         query_instruction: what ``Embedder.encode_query`` puts before a text unless told otherwise; empty for nothing.
+        tokenizer: which token ids tokenizer.json gives.
+        prompt_suffix: what is appended to every prompt, before it is tokenized: an end-of-sequence token, or nothing.
+        truncation_side: the side on which a prompt of more than ``max_tokens`` is cut.
     """
 
     schema_version: int
@@ -179,6 +202,9 @@ class Manifest(Record, frozen=True):
     tools: Mapping[str, str]
     files: Mapping[str, FileEntry]
     query_instruction: str = ""
+    tokenizer: TokenizerKind = TokenizerKind.JSON
+    prompt_suffix: str = ""
+    truncation_side: TruncationSide = TruncationSide.RIGHT
 
     def __post_init__(self) -> None:
         """Refuse a manifest whose parts do not belong together."""

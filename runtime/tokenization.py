@@ -1,5 +1,6 @@
 """From texts to padded batches of token ids: prompt template, tokens, truncation, length buckets."""
 
+import contextlib
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from tokenizers import Tokenizer
 
 from gircse.runtime.bundle import Bundle
 from gircse.runtime.errors import BundleError, OptionError, member_of, sentence
+from gircse.runtime.manifest import TruncationSide
 from gircse.runtime.numerics import Int64
 
 logger = logging.getLogger(__name__)
@@ -50,12 +52,16 @@ class PromptTokenizer:
         template: the bundle's prompt template.
         pad_token_id: stands for an empty prompt.
         max_tokens: longest prompt.
+        prompt_suffix: appended to every prompt before it is tokenized.
+        truncation_side: where a prompt that is too long is cut.
     """
 
     tokenizer: Tokenizer
     template: str
     pad_token_id: int
     max_tokens: int
+    prompt_suffix: str = ""
+    truncation_side: TruncationSide = TruncationSide.RIGHT
 
     def __call__(
         self,
@@ -111,9 +117,18 @@ class PromptTokenizer:
         check_text("prompt", prompt or "")
         for row, text in enumerate(texts, start=first_row):
             check_text(f"texts[{row}]", text)
-        prompts = [(prompt or "") + format_prompt(instruction, text, template=self.template) for text in texts]
+        prompts = [
+            (prompt or "") + format_prompt(instruction, text, template=self.template) + self.prompt_suffix
+            for text in texts
+        ]
         token_ids = tokenize(self.tokenizer, prompts, empty_token_id=self.pad_token_id)
-        return truncate(token_ids, max_tokens=self.max_tokens, on_overflow=overflow, first_row=first_row)
+        return truncate(
+            token_ids,
+            max_tokens=self.max_tokens,
+            side=self.truncation_side,
+            on_overflow=overflow,
+            first_row=first_row,
+        )
 
     def log_cut(self, cut: int, texts: int) -> None:
         """Warn that some of the texts were cut, if any were."""
@@ -128,8 +143,14 @@ def open_tokenizer(bundle: Bundle) -> PromptTokenizer:
         BundleError: the file cannot be read as a tokenizer.
     """
     manifest = bundle.manifest
-    tokenizer = load_tokenizer(bundle.file("tokenizer.json"))
-    return PromptTokenizer(tokenizer, manifest.prompt_template, manifest.pad_token_id, manifest.graph.max_tokens)
+    return PromptTokenizer(
+        load_tokenizer(bundle.file("tokenizer.json")),
+        manifest.prompt_template,
+        manifest.pad_token_id,
+        manifest.graph.max_tokens,
+        prompt_suffix=manifest.prompt_suffix,
+        truncation_side=manifest.truncation_side,
+    )
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
@@ -139,16 +160,35 @@ def load_tokenizer(path: Path) -> Tokenizer:
         BundleError: the file cannot be read as a tokenizer.
     """
     try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as err:  # the library raises plain Exception; its panics are not even that
+        return parse_tokenizer(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as err:
         raise BundleError(
             str(path), f"is not a tokenizer.json of Hugging Face tokenizers: {err}", None, "Replace the file."
         ) from err
+
+
+def parse_tokenizer(content: str) -> Tokenizer:
+    """Read the content of a ``tokenizer.json``, with its own truncation and padding switched off.
+
+    Raises:
+        ValueError: it is not a tokenizer.
+    """
+    with _errors_of_tokenizers():
+        tokenizer = Tokenizer.from_str(content)
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
+
+
+@contextlib.contextmanager
+def _errors_of_tokenizers() -> Iterator[None]:
+    """Turn what the library raises into ValueError: plain Exception, and for a panic something outside Exception."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as err:
+        raise ValueError(str(err)) from err
 
 
 def format_prompt(instruction: str, text: str, *, template: str = PROMPT_TEMPLATE) -> str:
@@ -211,15 +251,29 @@ def tokenize(tokenizer: Tokenizer, prompts: Sequence[str], *, empty_token_id: in
 
     A prompt of no tokens (an empty text without instruction) becomes the single token ``empty_token_id``, so that
     it has a defined vector.
+
+    Raises:
+        BundleError: the tokenizer has no token for a part of a prompt.
     """
-    encodings = tokenizer.encode_batch_fast(list(prompts), add_special_tokens=False)
+    try:
+        with _errors_of_tokenizers():
+            encodings = tokenizer.encode_batch_fast(list(prompts), add_special_tokens=False)
+    except ValueError as err:
+        raise BundleError(
+            "tokenizer.json", f"cannot tokenize a text: {err}", None, "Export the bundle with a complete tokenizer."
+        ) from err
     return [encoding.ids or [empty_token_id] for encoding in encodings]
 
 
 def truncate(
-    token_ids: list[list[int]], *, max_tokens: int, on_overflow: Overflow, first_row: int = 0
+    token_ids: list[list[int]],
+    *,
+    max_tokens: int,
+    on_overflow: Overflow,
+    side: TruncationSide = TruncationSide.RIGHT,
+    first_row: int = 0,
 ) -> tuple[list[list[int]], int]:
-    """Cut prompts to ``max_tokens`` on the right, as the reference code does.
+    """Cut prompts to ``max_tokens`` on one side.
 
     Returns:
         The prompts and how many of them were cut.
@@ -237,7 +291,8 @@ def truncate(
             f"the bundle takes at most {max_tokens}, the instruction included",
             "Shorten the texts, or allow truncation with on_overflow='truncate'.",
         )
-    return [ids[:max_tokens] for ids in token_ids], len(too_long)
+    kept = slice(max_tokens) if side is TruncationSide.RIGHT else slice(-max_tokens, None)
+    return [ids[kept] for ids in token_ids], len(too_long)
 
 
 def length_buckets(lengths: Sequence[int], *, batch_size: int, batch_tokens: int) -> Iterator[tuple[int, ...]]:

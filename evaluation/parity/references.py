@@ -4,12 +4,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from gircse.checkpoint.silence import quiet_transformers
 from gircse.checkpoint.source import Checkpoint, check_in_reach, resolve_checkpoint
+from gircse.checkpoint.tokenizer import open_checkpoint_tokenizer
 from gircse.evaluation.tasks.prompts import Prompt
 from gircse.runtime.bundle import Bundle
 from gircse.runtime.errors import CheckpointError, MeasurementError
-from gircse.runtime.manifest import Manifest
+from gircse.runtime.manifest import Manifest, TruncationSide
 from gircse.runtime.tokenization import format_prompt
 
 
@@ -46,15 +46,22 @@ def source_checkpoint(manifest: Manifest, *, model: str | None = None, adapter: 
 
 
 def checkpoint_token_ids(checkpoint: Checkpoint, bundle: Bundle, prompts: Sequence[Prompt]) -> list[list[int]]:
-    """Tokenize prompts as the training code does, with the checkpoint's own tokenizer, for comparison with ours."""
-    from transformers import AutoTokenizer
+    """Tokenize prompts with transformers and the checkpoint's own tokenizer, for comparison with the bundle's.
 
+    Raises:
+        CheckpointError: the tokenizer cannot be read.
+    """
     manifest = bundle.manifest
-    with quiet_transformers():
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint.directory)
-    texts = [format_prompt(prompt.instruction, prompt.text, template=manifest.prompt_template) for prompt in prompts]
-    found = tokenizer(texts, add_special_tokens=False)["input_ids"]
-    return [ids[: manifest.graph.max_tokens] or [manifest.pad_token_id] for ids in found]
+    tokenizer = open_checkpoint_tokenizer(
+        checkpoint.directory, manifest.tokenizer, vocab_size=manifest.graph.vocab_size
+    )
+    texts = [
+        format_prompt(prompt.instruction, prompt.text, template=manifest.prompt_template) + manifest.prompt_suffix
+        for prompt in prompts
+    ]
+    found = [ids or [manifest.pad_token_id] for ids in tokenizer.token_ids(texts)]
+    most = manifest.graph.max_tokens
+    return [ids[-most:] if tokenizer.truncation_side is TruncationSide.LEFT else ids[:most] for ids in found]
 
 
 def check_same_task(bundle: Bundle, reference: Bundle) -> None:
@@ -88,5 +95,7 @@ def _task_facts(bundle: Bundle) -> dict[str, Any]:
     return {
         **{name: getattr(manifest.graph, name) for name in names},
         "prompt_template": manifest.prompt_template,
+        "prompt_suffix": manifest.prompt_suffix,
+        "truncation_side": manifest.truncation_side,
         "tokenizer.json": manifest.files["tokenizer.json"].sha256,
     }

@@ -1,5 +1,6 @@
 """The file is read back as written; a damaged file, or one of another model, is refused."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -8,10 +9,16 @@ import pytest
 from support.schema_documents import documented, schema_of
 from support.small_calibration import EXCLUDED, FINGERPRINT, small_calibration
 
-from gircse.calibration.calibration_file import SCHEMA_VERSION, Calibration, Fidelity, SoftTokenCalibration
+from gircse.calibration.calibration_file import (
+    OLDEST_SCHEMA_VERSION,
+    SCHEMA_VERSION,
+    Calibration,
+    Fidelity,
+    SoftTokenCalibration,
+)
 from gircse.checkpoint.model_settings import ModelSettings
 from gircse.runtime.errors import CalibrationError
-from gircse.runtime.manifest import AdapterSource, ModelSource, Pooling
+from gircse.runtime.manifest import AdapterSource, ModelSource, Pooling, TokenizerKind
 
 
 @pytest.fixture
@@ -85,7 +92,7 @@ def _replaced(old: str, new: str) -> Any:
         ),
         (
             _replaced(f'"schema_version":{SCHEMA_VERSION}', '"schema_version":1'),
-            rf"has schema version 1; this gircse-deploy reads version {SCHEMA_VERSION}\. Calibrate again",
+            rf"has schema version 1; .* reads {OLDEST_SCHEMA_VERSION} to {SCHEMA_VERSION}\. Calibrate again",
         ),
         (_replaced("0.9375", "NaN"), r"cannot be read: JSON is malformed"),
         (_replaced("0.9375", "1e999"), r"cannot be read: Number out of range"),
@@ -147,6 +154,18 @@ def test_settings_are_those_of_the_model() -> None:
     without = msgspec.structs.replace(FINGERPRINT, adapter=None, pooling=Pooling.LAST, temperature=0.5)
     settings = ModelSettings(**msgspec.structs.replace(small_calibration(), fingerprint=without).settings)
     assert (settings.adapter, settings.pooling, settings.temperature) == ("none", Pooling.LAST, 0.5)
+    read = msgspec.structs.replace(small_calibration(), tokenizer=TokenizerKind.AUTO, add_eos=True)
+    settings = ModelSettings(**read.settings)
+    assert (settings.tokenizer, settings.add_eos) == (TokenizerKind.AUTO, True)
+
+
+def test_version_2_had_no_choice_of_token_ids(tmp_path: Path) -> None:
+    content = json.loads(small_calibration().to_json())
+    old = {name: value for name, value in content.items() if name not in ("tokenizer", "add_eos")}
+    path = tmp_path / "calibration.json"
+    path.write_text(json.dumps({**old, "schema_version": 2}))
+    found = Calibration.read(path)
+    assert (found.tokenizer, found.add_eos) == (TokenizerKind.JSON, False)
 
 
 def test_schema_document_is_up_to_date() -> None:

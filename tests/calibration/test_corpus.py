@@ -7,8 +7,9 @@ from support.small_calibration_run import write_texts
 from support.small_models import CALIBRATION_TEXTS, SmallModels
 
 from gircse.calibration.corpus import HELD_OUT_TOKENS, MIN_TEXTS, draw_texts, tokenize_texts
-from gircse.checkpoint.source import resolve_checkpoint
+from gircse.checkpoint.tokenizer import open_checkpoint_tokenizer
 from gircse.runtime.errors import GircseError
+from gircse.runtime.manifest import TokenizerKind
 
 
 def test_held_out_texts_are_not_observed(tmp_path: Path) -> None:
@@ -28,7 +29,9 @@ def test_too_few_others_are_not_held_out(tmp_path: Path) -> None:
 def test_texts_are_cut_and_counted(small_models: SmallModels, tmp_path: Path) -> None:
     texts = [f"{text} " * 30 for text in CALIBRATION_TEXTS]
     drawn = draw_texts(write_texts(tmp_path, texts), samples=40, seed=3)
-    corpus = tokenize_texts(drawn, resolve_checkpoint(str(small_models.checkpoint("llama"))), max_tokens=20)
+    checkpoint = small_models.checkpoint("llama")
+    tokenizer = open_checkpoint_tokenizer(checkpoint, TokenizerKind.JSON, vocab_size=520)
+    corpus = tokenize_texts(drawn, tokenizer.prompt_tokenizer(max_tokens=20))
     assert {batch.input_ids.shape[1] for batch in corpus.observed} == {20}
     assert {batch.input_ids.shape[1] for batch in corpus.held_out} == {HELD_OUT_TOKENS}
     assert (corpus.used.samples, corpus.used.tokens, corpus.used.seed) == (40, 40 * 20, 3)

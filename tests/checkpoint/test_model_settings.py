@@ -8,7 +8,7 @@ import pytest
 
 from gircse.checkpoint.model_settings import ModelSettings, add_model_flags
 from gircse.runtime.errors import OptionError
-from gircse.runtime.manifest import Pooling
+from gircse.runtime.manifest import Pooling, TokenizerKind
 
 
 @pytest.mark.parametrize(
@@ -20,6 +20,7 @@ from gircse.runtime.manifest import Pooling
         ({"temperature": math.nan}, r"^--temperature is nan; "),
         ({"temperature": math.inf}, r"^--temperature is inf; "),
         ({"pooling": "max"}, r"^--pooling is 'max'; it has to be one of mean, last\.$"),
+        ({"tokenizer": "fast"}, r"^--tokenizer is 'fast'; it has to be one of json, auto\.$"),
         ({"max_tokens": 0}, r"^--max-tokens is 0; it can be at least 1\.$"),
     ],
 )
@@ -38,5 +39,9 @@ def test_only_given_flags_are_parsed() -> None:
     assert vars(parser.parse_args([])) == {}
     given = vars(parser.parse_args(["--steps", "3", "--pooling", "last", "--adapter", "none", "--max-tokens", "9"]))
     assert given == {"steps": 3, "pooling": Pooling.LAST, "adapter": "none", "max_tokens": 9}
+    assert vars(parser.parse_args(["--tokenizer", "auto", "--no-add-eos"])) == {
+        "tokenizer": TokenizerKind.AUTO,
+        "add_eos": False,  # over a calibration that has it
+    }
     settings = ModelSettings(**given)
     assert (settings.steps, settings.model, settings.temperature) == (3, "demo", 1.0)

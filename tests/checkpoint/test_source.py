@@ -8,7 +8,7 @@ import huggingface_hub
 import pytest
 from support.small_models import SmallModels
 
-from gircse.checkpoint.source import pad_token_id, resolve_checkpoint
+from gircse.checkpoint.source import resolve_checkpoint
 from gircse.export.exporter import export_bundle
 from gircse.export.options import ExportOptions
 from gircse.runtime import CheckpointError
@@ -54,6 +54,7 @@ def test_hub_download_passes_revision_and_never_asks_for_pickles(
     ((repository, revision, patterns),) = calls
     assert (repository, revision) == ("Qwen/Qwen2.5-7B", "abc123")
     assert not any(pattern.endswith((".bin", ".pt", ".py", "*")) for pattern in patterns)
+    assert {"special_tokens_map.json", "added_tokens.json", "tokenizer.model", "vocab.json", "merges.txt"} < {*patterns}
 
 
 def test_revision_of_a_local_model_is_not_ignored(small_models: SmallModels) -> None:
@@ -112,40 +113,6 @@ def test_config_problems(small_checkpoint: Path, tmp_path: Path) -> None:
     (small_checkpoint / "config.json").unlink()
     with pytest.raises(CheckpointError, match=r"config\.json is missing\. Complete the checkpoint"):
         export(small_checkpoint, tmp_path / "out")
-
-
-def test_tokenizer_missing(small_checkpoint: Path, tmp_path: Path) -> None:
-    (small_checkpoint / "tokenizer.json").unlink()
-    with pytest.raises(CheckpointError, match=r"tokenizer\.json is missing\. .* AutoTokenizer"):
-        export(small_checkpoint, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-
-
-def test_tokenizer_of_a_larger_model(small_checkpoint: Path, tmp_path: Path) -> None:
-    path = small_checkpoint / "tokenizer.json"
-    tokenizer = json.loads(path.read_text())
-    tokenizer["added_tokens"] += [
-        {**tokenizer["added_tokens"][0], "id": 512 + i, "content": f"<|{i}|>"} for i in range(9)
-    ]
-    path.write_text(json.dumps(tokenizer))
-    with pytest.raises(CheckpointError, match=r"521 tokens; config\.json allows at most 520"):
-        export(small_checkpoint, tmp_path / "out")
-
-
-def test_pad_token(small_checkpoint: Path) -> None:
-    vocabulary = {"<|end|>": 0, "<|eos|>": 5}
-    assert pad_token_id(small_checkpoint, vocabulary) == 0  # config.json
-    edit_config(small_checkpoint, eos_token_id=[3, 4])
-    assert pad_token_id(small_checkpoint, vocabulary) == 3
-    (small_checkpoint / "tokenizer_config.json").write_text('{"eos_token": "<|eos|>"}')
-    assert pad_token_id(small_checkpoint, vocabulary) == 5
-    (small_checkpoint / "tokenizer_config.json").write_text('{"eos_token": {"content": "<|eos|>"}}')
-    assert pad_token_id(small_checkpoint, vocabulary) == 5
-    edit_config(small_checkpoint, eos_token_id=None)
-    (small_checkpoint / "tokenizer_config.json").unlink()
-    message = r"has no eos_token in tokenizer_config\.json and no eos_token_id in config\.json; "
-    with pytest.raises(CheckpointError, match=message):
-        pad_token_id(small_checkpoint, vocabulary)
 
 
 def test_a_missing_shard_is_named(small_checkpoint: Path) -> None:

@@ -41,9 +41,9 @@ def test_no_bundle_there(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        (lambda m: m.update(schema_version=3), r"has schema version 3; .* reads up to 2\. Upgrade: pip install"),
-        (lambda m: m.update(schema_version=3, something_new=[1]), r"schema version 3; .* Upgrade"),
-        (lambda m: m.update(schema_version=0), r"has schema version 0; .* reads 1 to 2\. Export the bundle again\."),
+        (lambda m: m.update(schema_version=4), r"has schema version 4; .* reads up to 3\. Upgrade: pip install"),
+        (lambda m: m.update(schema_version=4, something_new=[1]), r"schema version 4; .* Upgrade"),
+        (lambda m: m.update(schema_version=0), r"has schema version 0; .* reads 1 to 3\. Export the bundle again\."),
         (lambda m: m.pop("schema_version"), r"schema_version"),
         (lambda m: m.pop("graph"), r"missing required field `graph`"),
         (lambda m: m.update(extra=1), r"unknown field `extra`"),

@@ -7,6 +7,7 @@ import pytest
 from support.small_models import DATA
 
 from gircse.runtime import BundleError, OptionError, Overflow
+from gircse.runtime.manifest import TruncationSide
 from gircse.runtime.tokenization import (
     PromptTokenizer,
     format_prompt,
@@ -47,8 +48,10 @@ def test_padding_is_on_the_left() -> None:
     assert batch.input_ids.dtype == batch.attention_mask.dtype == np.int64
 
 
-def test_truncation_cuts_on_the_right_and_counts() -> None:
+def test_truncation_cuts_on_one_side_and_counts() -> None:
     assert truncate([[1, 2, 3], [4]], max_tokens=2, on_overflow=Overflow.TRUNCATE) == ([[1, 2], [4]], 1)
+    left = truncate([[1, 2, 3], [4]], max_tokens=2, on_overflow=Overflow.TRUNCATE, side=TruncationSide.LEFT)
+    assert left == ([[2, 3], [4]], 1)
     with pytest.raises(OptionError, match=r"^texts\[0\] has 3 tokens; the bundle takes at most 2, .* Shorten"):
         truncate([[1, 2, 3], [4]], max_tokens=2, on_overflow=Overflow.ERROR)
     with pytest.raises(OptionError, match=r"^texts\[11\] has 3 tokens, and 1 more of these 3 texts are too long; "):
@@ -60,6 +63,14 @@ def test_tokenizer_adds_nothing_and_empty_prompts_get_a_token() -> None:
     ids = tokenize(tokenizer, ["", "the model", "the model"], empty_token_id=0)
     assert ids[0] == [0]
     assert ids[1] == ids[2] == tokenizer.encode("the model", add_special_tokens=False).ids
+
+
+def test_a_suffix_follows_every_prompt() -> None:
+    rust = load_tokenizer(DATA / "tokenizer.json")
+    tokenizer = PromptTokenizer(rust, "{instruction}: {text}", 0, 48, prompt_suffix=" the end")
+    found = tokenizer(["a text", ""]) + tokenizer(["a text"], instruction="find") + tokenizer(["a text"], prompt="p ")
+    prompts = ["a text the end", " the end", "find: a text the end", "p a text the end"]
+    assert found == [rust.encode(prompt, add_special_tokens=False).ids for prompt in prompts]
 
 
 def test_a_tokenizers_own_truncation_and_padding_are_ignored(tmp_path: Path) -> None:
