@@ -232,8 +232,10 @@ def _load_json(directory: Path) -> Any:
             "Copy the tokenizer files of the model into this directory.",
         )
     if present[0] == "vocab.json":  # only the class of the model knows how to split words
-        named = getattr(transformers, str(config.get("tokenizer_class")).removesuffix("Fast"), None)
-        return _from_pretrained((named or transformers.AutoTokenizer).from_pretrained, directory)
+        named: Any = getattr(transformers, str(config.get("tokenizer_class")).removesuffix("Fast"), None)
+        if not (isinstance(named, type) and issubclass(named, transformers.PreTrainedTokenizerBase)):
+            named = transformers.AutoTokenizer
+        return _from_pretrained(named.from_pretrained, directory)
     tokenizer = _from_pretrained(transformers.PreTrainedTokenizerFast.from_pretrained, directory)
     if _is_llama(directory, config):
         _apply_llama_prefix_space(tokenizer.backend_tokenizer, config, converted=present[0] != "tokenizer.json")
@@ -280,7 +282,7 @@ def _tokenizer_config(directory: Path) -> dict[str, Any]:
 def _is_llama(directory: Path, config: Mapping[str, Any]) -> bool:
     model = read_json(directory / "config.json")
     name = config.get("tokenizer_class") or model.get("tokenizer_class")
-    return name in _LLAMA_CLASSES if name else model.get("model_type") in _LLAMA_MODEL_TYPES
+    return str(name) in _LLAMA_CLASSES if name else str(model.get("model_type")) in _LLAMA_MODEL_TYPES
 
 
 def _apply_prefix_space(backend: Tokenizer, prefix: bool) -> None:

@@ -1,6 +1,7 @@
 """The calibration from end to end on a small model: what the file holds, and what is refused."""
 
 import errno
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -8,10 +9,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from support.small_calibration_run import CALIBRATION_STEPS, run_calibration
+from support.small_calibration_run import CALIBRATION_STEPS, run_calibration, write_texts
 from support.small_models import SmallModels
 
 from gircse.calibration import calibrate as calibrate_module
+from gircse.calibration.calibrate import CalibrationOptions, calibrate
 from gircse.calibration.calibration_file import Calibration
 from gircse.calibration.int8.scheme import InputKind
 from gircse.calibration.int8.thresholds import Method
@@ -79,6 +81,30 @@ def test_a_full_disk_leaves_nothing_half_written(
     ):
         run_calibration(small_models, tmp_path)
     assert {path.name for path in tmp_path.iterdir()} <= {"texts.txt", "calibration.json.partial"}
+
+
+def test_texts_are_tokenized_as_an_export_does(
+    small_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|end|>", "truncation_side": "left"}
+    (small_checkpoint / "tokenizer_config.json").write_text(json.dumps(config))
+    observed: list[list[int]] = []
+
+    class StopError(Exception):
+        """Ends the run before the work."""
+
+    def observe(run: Any) -> None:
+        observed.extend(row.tolist() for batch in run.corpus.observed for row in batch.input_ids)
+        raise StopError
+
+    monkeypatch.setattr(calibrate_module, "_observe", observe)
+    output, texts = tmp_path / "calibration.json", write_texts(tmp_path)
+    options = CalibrationOptions(
+        steps=1, output=output, texts=texts, model=str(small_checkpoint), max_tokens=4, add_eos=True
+    )
+    with pytest.raises(StopError):
+        calibrate(options)
+    assert {(len(row), row[-1]) for row in observed} == {(4, 0)}  # the end of every text, though all are cut
 
 
 def test_a_directory_that_is_not_there(small_models: SmallModels, tmp_path: Path) -> None:

@@ -252,6 +252,22 @@ def test_eos_is_appended_before_truncation(side: str, kept: slice, tmp_path: Pat
     assert prompts(["a"], instruction="Find it") == [[*plain[1], 0][kept]]
 
 
+def test_the_truncation_side_of_tokenizer_json_counts(tmp_path: Path) -> None:
+    (case,) = (case for case in RECORDED["cases"] if case["name"] == "truncation and padding in tokenizer.json")
+    prompts = opened(write_case(case, tmp_path)).prompt_tokenizer(max_tokens=3)
+    assert prompts(["1 2 3 4"]) == [opened(tmp_path).token_ids(["1 2 3 4"])[0][-3:]]
+
+
+@pytest.mark.parametrize("name", ["pipeline", "LlamaConfig", "NoSuchTokenizer", 3, ["LlamaTokenizer"]])
+def test_a_class_that_is_no_tokenizer_is_not_used(name: object, tmp_path: Path) -> None:
+    case = {"tokenizer_config.json": {"tokenizer_class": name}, "vocab.json": "", "tokenizer.json": None}
+    directory = write_case({"base": "byte-level", "files": case}, tmp_path)
+    try:
+        check_serialized(opened(directory))
+    except CheckpointError as err:
+        assert "cannot be used by transformers" in str(err)  # noqa: PT017
+
+
 def test_awkward_texts_hold_every_added_token_alone_and_inside() -> None:
     texts = awkward_texts(["<X>", "<X>", "<Y>"], random_texts=50)
     assert {"<X>", "a<X>b", "<Y>", "a<Y>b"} < {*texts}
