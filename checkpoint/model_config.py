@@ -89,7 +89,7 @@ _MUST_BE: Mapping[str, Any] = {
 """Fields that have a config class or code of ``transformers`` behind them, with the value that the graphs compute."""
 
 _CHANGES_RESULT = re.compile(
-    "alibi|bidirectional|causal|chunk|clip|cross_attention|expert|interleav|layer_types|moe|multiplier|mup|nope|no_rope|"
+    "alibi|bidirectional|causal|chunk|clip|cross_attention|expert|interleav|layer_types|lm_head|moe|multiplier|mup|nope|no_rope|"
     "parallel|qk_norm|quant|rope|rotary|scal|sink|softcap|window"
 )
 """Marks of fields that models of other architectures compute with."""
