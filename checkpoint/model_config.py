@@ -89,7 +89,7 @@ _MUST_BE: Mapping[str, Any] = {
 """Fields that have a config class or code of ``transformers`` behind them, with the value that the graphs compute."""
 
 _CHANGES_RESULT = re.compile(
-    "alibi|bidirectional|causal|chunk|clip|cross_attention|expert|interleav|layer_types|moe|multiplier|mup|nope|no_rope|"
+    "alibi|bidirectional|causal|chunk|clip|cross_attention|expert|interleav|layer_types|lm_head|moe|multiplier|mup|nope|no_rope|"
     "parallel|qk_norm|quant|rope|rotary|scal|sink|softcap|window"
 )
 """Marks of fields that models of other architectures compute with."""
@@ -214,7 +214,7 @@ def _check_sizes(config: Any, where: str) -> None:
     """Refuse sizes that no decoder has: some of them would only be noticed as a crash, or not within a day."""
     layers, heads, kv_heads = config.num_hidden_layers, config.num_attention_heads, config.num_key_value_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // max(heads, 1)
-    activation = getattr(config, "hidden_activation", None) or config.hidden_act
+    activation = config.hidden_activation if hasattr(config, "hidden_activation") else config.hidden_act
     softcap = getattr(config, "final_logit_softcapping", None)
     sizes = ("hidden_size", "intermediate_size", "vocab_size", "max_position_embeddings", "num_attention_heads")
     checks = [(size, getattr(config, size), 1 <= getattr(config, size) <= MAX_SIZE, "at least 1") for size in sizes]

@@ -46,8 +46,10 @@ def share_constants(graph: ir.Graph) -> int:
     """Replace every ``Constant`` by an initializer, one for each value."""
     count = 0
     for node in _nodes(graph, "Constant"):
-        (attribute,) = node.attributes.values()
-        value = attribute.as_tensor().numpy() if attribute.name == "value" else np.array(attribute.as_ints(), np.int64)
+        tensor = ir.convenience.get_const_tensor(node.outputs[0])
+        if tensor is None:
+            continue
+        value = tensor.numpy()
         name = "_".join(("constant", value.dtype.name, *map(str, value.shape), *map(repr, value.reshape(-1).tolist())))
         node.outputs[0].replace_all_uses_with(NodeBuilder.before(graph, node).constant(name, value))
         count += 1

@@ -72,6 +72,7 @@ def test_fields_of_how_it_runs_are_dropped(
         ("llama", "kv_sharing_modes", ["reuse", "reuse"]),
         ("llama", "unpadded_vocab_size", 512),
         ("mistral-window", "layer_types", ["full_attention", "sliding_attention"]),
+        ("phi3", "lm_head_bias", True),
         ("qwen3", "num_experts", 128),
         ("qwen3", "attention_sinks", True),
         ("gemma3", "use_bidirectional_attention", True),

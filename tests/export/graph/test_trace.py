@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from support.small_models import CONFIGS, SmallModels
+from support.small_models import CONFIGS, GEMMA_LAYERS, SmallModels
 
 from gircse.export.graph.architecture import decoder_shape
 from gircse.export.graph.trace import NORMS, onnx_attention, onnx_rotary, rotary_tables, trace_decoder
@@ -100,3 +100,21 @@ def test_an_embedding_that_the_graphs_do_not_scale_is_refused() -> None:
     shape = decoder_shape(CONFIGS["qwen2"]())
     with pytest.raises(ExportError, match=r"has the embedding Gemma3TextScaledWordEmbedding.*rows \* 1 and"):
         trace_decoder(config, shape, positions=16)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("query_pre_attn_scalar", 0, r"config\.json describes a model that cannot be traced: 0.0 cannot be raised"),
+        (
+            "rope_parameters",
+            {kind: {"rope_type": "default", "rope_theta": 0.0} for kind in GEMMA_LAYERS},
+            r"config\.json has a rotary scaling with angles that are not finite\. Correct rope_theta\.",
+        ),
+    ],
+)
+def test_a_config_of_impossible_numbers_is_an_error_of_ours(field: str, value: object, message: str) -> None:
+    config = CONFIGS["gemma3"]()
+    setattr(config, field, value)
+    with pytest.raises(ExportError, match=message):
+        trace_decoder(config, decoder_shape(config), positions=16)
