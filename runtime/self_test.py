@@ -31,6 +31,8 @@ class GoldenPrompt(msgspec.Struct, frozen=True):
 
 
 class _GoldenFile(msgspec.Struct, frozen=True):
+    """What is read of golden.json; it has no schema version, and what else it holds is not for us."""
+
     cases: list[GoldenPrompt]
 
 

@@ -21,7 +21,8 @@ HEADER = """\
 # Commands
 
 Generated from the parsers by `scripts/generate_cli.py`; do not edit. Lists are comma-separated. Exit codes: 0 done, 1 a
-self-test or a gate failed, 2 an error, 130 interrupted. `--help` prints the same on the terminal.
+self-test or a gate failed, 2 an error, 130 interrupted, 141 the reader of a pipe (`| head`) has closed it. `--help`
+prints the same on the terminal.
 """
 
 
