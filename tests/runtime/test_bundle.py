@@ -65,6 +65,16 @@ def test_no_bundle_there(tmp_path: Path) -> None:
         ),
         (lambda m: m["files"].pop("fp32/weights.bin"), r"no entry for fp32/weights\.bin"),
         (lambda m: m["files"].pop("tokenizer.json"), r"no entry for tokenizer\.json"),
+        (lambda m: m.update(variants={}), r"has no variants; a bundle has one or more"),
+        (lambda m: m.update(pad_token_id=520), r"has the padding token 520; the tokens of the model are 0 to 519\."),
+        (lambda m: m.update(pad_token_id=-1), r"has the padding token -1; "),
+        (
+            lambda m: m["files"].update({"x\0y": m["files"]["golden.json"]}),
+            r"'x\\x00y', which cannot be one: embedded null",
+        ),
+        (lambda m: m["files"].update({"x" * 300: m["files"]["golden.json"]}), r"cannot be read: File name too long"),
+        (lambda m: m.update({"a\nb": 1}), r"unknown field `a b`\. Export"),
+        (lambda m: m.update({"x" * 70_000: 1}), r"unknown field `x{900,1000} \[\.\.\.\] x{900,1000}`"),
         (
             lambda m: m.update(prompt_template="no place"),
             r"prompt template 'no place'; a template holds \{text\} exactly once",

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support.small_models import SmallModels, edit_manifest
+from safetensors.numpy import save
+from support.small_models import SmallModels, edit_manifest, rehash
 
 from gircse.runtime import BundleError, Embedder, SelfTestReport
 from gircse.runtime.bundle import Bundle
@@ -60,3 +61,39 @@ def test_self_test_without_golden_vectors(small_bundle: Path) -> None:
     edit_manifest(small_bundle, lambda m: m.update(golden=False, golden_missing_reason="no memory"))
     with pytest.raises(BundleError, match=r"has no golden vectors \(no memory\)\. Export again"):
         Embedder(small_bundle).self_test()
+
+
+def test_other_tokens_than_at_the_export_are_refused(small_bundle: Path) -> None:
+    edit_manifest(small_bundle, lambda m: m.update(prompt_template="Query: {text}"))
+    match = (
+        r"gives golden text 4 other tokens than at the export; that was with tokenizers \S+, and \S+ is installed\. "
+    )
+    with pytest.raises(BundleError, match=match):
+        Embedder(small_bundle)
+    Embedder(small_bundle, verify=False)  # the user's own choice
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "match"),
+    [
+        ("golden.json", b"[" * 5000, r"golden\.json cannot be read: .* Copy or export the bundle again\."),
+        ("golden.json", b'{"cases": []}', r"golden\.json has no text, or one without tokens"),
+        (
+            "golden.json",
+            b'{"cases": [{"instruction": "", "text": "a", "token_ids": [520]}]}',
+            r"golden\.json has the token 520; the model has 520 tokens",
+        ),
+        ("golden.safetensors", b"", r"golden\.safetensors cannot be read: "),
+        ("golden.safetensors", save({"step_embeddings": np.zeros((12, 5, 48))}), r"has no prompt_embedding\."),
+        (
+            "golden.safetensors",
+            save({"prompt_embedding": np.zeros((12, 47), np.float32)}),
+            r"prompt_embedding has type F32 and shape \(12, 47\); F32 and \(12, 48\) were expected",
+        ),
+    ],
+)
+def test_damaged_golden_vectors(small_bundle: Path, name: str, content: bytes, match: str) -> None:
+    (small_bundle / name).write_bytes(content)
+    rehash(small_bundle)
+    with pytest.raises(BundleError, match=match):
+        Embedder(small_bundle, verify=False).self_test()
