@@ -237,6 +237,8 @@ def _load_json(directory: Path) -> Any:
             named = transformers.AutoTokenizer
         return _from_pretrained(named.from_pretrained, directory)
     tokenizer = _from_pretrained(transformers.PreTrainedTokenizerFast.from_pretrained, directory)
+    if "backend" in config:  # saved by transformers 5, whose tokenizer.json already has the prefix space or not
+        return tokenizer
     if _is_llama(directory, config):
         _apply_llama_prefix_space(tokenizer.backend_tokenizer, config, converted=present[0] != "tokenizer.json")
     elif isinstance(prefix := config.get("add_prefix_space", False), bool):

@@ -258,6 +258,19 @@ def test_the_truncation_side_of_tokenizer_json_counts(tmp_path: Path) -> None:
     assert prompts(["1 2 3 4"]) == [opened(tmp_path).token_ids(["1 2 3 4"])[0][-3:]]
 
 
+@pytest.mark.parametrize("prefix", [True, False])
+@pytest.mark.parametrize("legacy", [True, False])
+def test_what_transformers_5_saved_is_read_as_it_is(prefix: bool, legacy: bool, tmp_path: Path) -> None:
+    settings = {**LLAMA, "add_prefix_space": prefix, "legacy": legacy}
+    directory = sentencepiece(tmp_path / "before", **{"tokenizer_config.json": settings})
+    before = AutoTokenizer.from_pretrained(directory)
+    before.save_pretrained(tmp_path / "after")
+    shutil.copyfile(directory / "config.json", tmp_path / "after" / "config.json")
+    texts = list(TEXTS)
+    theirs = before(texts, add_special_tokens=False)["input_ids"]
+    assert serialized_ids(opened(tmp_path / "after"), texts) == theirs
+
+
 @pytest.mark.parametrize("name", ["pipeline", "LlamaConfig", "NoSuchTokenizer", 3, ["LlamaTokenizer"]])
 def test_a_class_that_is_no_tokenizer_is_not_used(name: object, tmp_path: Path) -> None:
     case = {"tokenizer_config.json": {"tokenizer_class": name}, "vocab.json": "", "tokenizer.json": None}
