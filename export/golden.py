@@ -25,7 +25,7 @@ CASES: tuple[tuple[str, str], ...] = (
     (INSTRUCTION, "how long does a passport renewal take"),
     ("", "Renewing a passport usually takes three weeks, or two days with the express service."),
     ("", "SELECT name, COUNT(*) FROM orders GROUP BY name HAVING COUNT(*) > 3;"),
-    ("", "7 * 6 = 42"),
+    ("", ""),
     ("", "Der Zug nach Köln fährt heute von Gleis 9 ab."),
     ("", "東京は日本の首都です。"),
     ("", "🚲 + ☔ = “not today”"),

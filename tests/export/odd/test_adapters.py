@@ -139,7 +139,7 @@ TENSORS = {
         lambda t: t.update({"base_model.model.model.layers.0.self_attn.q_proj.ia3_l": torch.ones(48)}),
         r"has a tensor|holds a tensor|adapts"),
     "the same tensor twice": (
-        lambda t: t.update({name.replace(".weight", ".default.weight"): tensor for name, tensor in t.items()}),
+        lambda t: t.update({name.replace(".weight", ".default.weight"): tensor.clone() for name, tensor in t.items()}),
         r"holds a tensor under two names"),
     "nothing": (lambda t: t.clear(), r"holds no tensors"),
 }  # fmt: skip
