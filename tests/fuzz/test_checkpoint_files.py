@@ -94,7 +94,7 @@ def test_a_checkpoint_before_its_trace(checkpoint: Path, name: str, damages: Dam
     try:
         source = result_or_error(lambda: open_source(options(checkpoint, checkpoint.parent / "bundle")))
         if source is not None:
-            for tensor, stored in source.weights.entries.items():
+            for tensor, stored in source.weights.base.entries.items():
                 result_or_error(
                     lambda tensor=tensor, stored=stored: source.weights.read_rows(tensor).shape == stored.shape
                 )

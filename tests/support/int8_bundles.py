@@ -16,7 +16,7 @@ from gircse.export.exporter import export_bundle
 from gircse.export.options import ExportOptions
 from gircse.runtime.bundle import Bundle
 from gircse.runtime.ort_session import open_session
-from support.small_models import SmallModels, untrained_int8
+from support.small_models import SmallModels, untrained_limits
 from support.vectors import PROMPTS, STEPS, padded
 
 INT8 = ("int8", "int8-weights")
@@ -51,7 +51,7 @@ def export(
     small_models: SmallModels, output: Path, calibration: Path | None, *, model: str = "llama", **options: Any
 ) -> Path:
     settings = {"steps": STEPS, "precisions": ("int8",), "max_tokens": 48, **options}
-    with untrained_int8():
+    with untrained_limits():
         return export_bundle(
             ExportOptions(output=output, model=str(small_models.checkpoint(model)), calibration=calibration, **settings)
         )

@@ -8,6 +8,7 @@ import pytest
 from support.small_models import SmallModels
 from support.tolerances import SMALL_MODEL_MAX_DIFFERENCE
 
+from gircse.checkpoint.source import resolve_checkpoint
 from gircse.evaluation.bench.backends import BundleSpec, TorchSpec
 from gircse.evaluation.bench.worker import Worker
 from gircse.runtime import Embedder, MeasurementError
@@ -20,8 +21,9 @@ def test_worker_runs_what_it_is_given(small_models: SmallModels) -> None:
     embedder = Embedder(bundle)
     ((rows, outputs),) = embedder.run_batches(ids.tolist(), steps=3)
     wanted = outputs.step_embeddings[np.argsort(rows), -1]
-    for kind in (BundleSpec, TorchSpec):
-        with Worker(kind(Bundle.open(bundle), "fp32", threads=1)) as worker:
+    opened, checkpoint = Bundle.open(bundle), resolve_checkpoint(str(small_models.checkpoint("llama")))
+    for spec in (BundleSpec(opened, "fp32", threads=1), TorchSpec(opened, checkpoint, "fp32", threads=1)):
+        with Worker(spec) as worker:
             seconds, vectors = worker.run(ids, 3)
             assert seconds > 0
             assert worker.load_s > 0

@@ -18,7 +18,10 @@ def test_bundle_references(tmp_path: Path) -> None:
     assert parse_bundle_reference(f"{tmp_path}/x:y") == (tmp_path / "x:y", None)
 
 
-def test_another_checkpoint_is_refused(small_models: SmallModels, bundle: Path) -> None:
+def test_another_checkpoint_is_refused(
+    small_models: SmallModels, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     manifest = Bundle.open(bundle).manifest
     here = str(small_models.checkpoint("llama"))
     assert source_checkpoint(manifest, model=here).model == manifest.model

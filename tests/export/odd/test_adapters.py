@@ -40,6 +40,10 @@ MERGED: dict[str, tuple[str, dict[str, Any]]] = {
     "fan_in_fan_out set by mistake": (TIED, {"fan_in_fan_out": True}),
     "gaussian start": (TIED, {"init_lora_weights": "gaussian"}),
     "orthogonal start": (TIED, {"init_lora_weights": "orthogonal", "target_modules": ATTENTION}),
+    "fused projections": ("phi3", {"target_modules": ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]}),
+    "Gemma, all-linear": ("gemma3", {"target_modules": "all-linear"}),
+    "Gemma, norms and a tied embedding": (
+        "gemma3", {"target_modules": ["q_proj"], "modules_to_save": ["q_norm", "norm", "embed_tokens"]}),
     "for feature extraction": (TIED, {"task_type": "FEATURE_EXTRACTION"}),
     "for the causal LM": (UNTIED, {"task_type": "CAUSAL_LM"}),
 }  # fmt: skip

@@ -41,6 +41,26 @@ def test_other_names(small_models: SmallModels, tmp_path: Path, name: str, renam
     odd.check(odd.export(tmp_path / "out"))
 
 
+@pytest.mark.parametrize("prefix", ["model.language_model.", "language_model.model."])
+@pytest.mark.parametrize("adapter", [{}, {"target_modules": ["q_proj", "down_proj"]}], ids=["bare", "adapted"])
+def test_the_text_part_of_a_multimodal_model(
+    small_models: SmallModels, tmp_path: Path, prefix: str, adapter: dict[str, Any]
+) -> None:
+    odd = odd_model(small_models, tmp_path, "gemma3", **adapter)
+    text = json.loads((odd.model / "config.json").read_text())
+    (odd.model / "config.json").write_text(
+        json.dumps(
+            {"model_type": "gemma3", "text_config": text, "vision_config": {"model_type": "siglip_vision_model"}}
+        )
+    )
+    rename_tensors(odd.model / WEIGHTS, r"^model\.", prefix)
+    edit_tensors(odd.model / WEIGHTS, lambda tensors: tensors.update(PICTURE))
+    if odd.adapter is not None:  # as PEFT saves it for the multimodal model
+        name = r"base_model.model.model.language_model."
+        rename_tensors(odd.adapter / "adapter_model.safetensors", r"^base_model\.model\.model\.", name)
+    odd.check(odd.export(tmp_path / "out"))
+
+
 def without_head(odd: OddModel) -> None:
     edit_tensors(odd.model / WEIGHTS, lambda tensors: tensors.pop("lm_head.weight"))
     rename_tensors(odd.model / WEIGHTS, r"^model\.", "")
