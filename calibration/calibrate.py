@@ -52,7 +52,7 @@ from gircse.checkpoint.source import resolve_checkpoint
 from gircse.checkpoint.tokenizer import open_checkpoint_tokenizer
 from gircse.reporting.progress import StageProgress
 from gircse.runtime.atomic_file import atomic_write
-from gircse.runtime.errors import OutputError
+from gircse.runtime.errors import OutputError, readable
 
 TOOLS = ("gircse-deploy", "torch", "transformers", "peft", "safetensors", "tokenizers")
 
@@ -203,7 +203,7 @@ def _prepare(options: CalibrationOptions, progress: StageProgress) -> _Run:
         check_architecture(read_model_config(checkpoint.directory).model_type)
         fingerprint = fingerprint_of(checkpoint, options)
     for note in checkpoint.notes:
-        progress.note(f"  {note}")
+        progress.note(f"  {readable(note)}")
     with progress.stage("load the PyTorch reference"):
         model = load_reference(checkpoint, steps=options.steps, allow_partial_adapter=options.allow_partial_adapter)
     rows = model.get_input_embeddings().num_embeddings

@@ -9,7 +9,7 @@ import copy
 import re
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from gircse.checkpoint.model_config import reason_of
 from gircse.checkpoint.safetensors_index import SafetensorsIndex
 from gircse.checkpoint.silence import quiet_transformers
 from gircse.checkpoint.source import read_json
@@ -63,7 +64,7 @@ class Adapter:
         tensors: its tensors, under PEFT's names without ``base_model.model.``: the module's name in Hugging Face's
             causal LM, and what it is there.
         lora: name of each module with LoRA factors, to what the factors are called.
-        saved: name of each weight that is stored whole, to what it is called among ``tensors``.
+        saved: names of the weights that are stored whole.
         token_rows: name of each embedding of which some rows are stored, to their numbers.
         notes: what a user should know, a line each.
     """
@@ -72,9 +73,9 @@ class Adapter:
     config: Any
     tensors: SafetensorsIndex
     lora: Mapping[str, tuple[str, ...]]
-    saved: Mapping[str, str]
+    saved: frozenset[str]
     token_rows: Mapping[str, tuple[int, ...]]
-    notes: tuple[str, ...] = field(default=())
+    notes: tuple[str, ...]
 
     @classmethod
     def open(cls, directory: Path, model: nn.Module, *, tied: bool, allow_partial: bool) -> Self:
@@ -95,12 +96,10 @@ class Adapter:
             raise CheckpointError(
                 f"--adapter {directory}", "holds no tensors", None, "Train or download the adapter again."
             )
-        modules = {
-            name for name, module in model.named_modules() if next(module.parameters(recurse=False), None) is not None
-        }
+        modules = modules_with_weights(model)
         tensors, owners, notes = _name_tensors(directory, stored, modules)
         lora: dict[str, list[str]] = defaultdict(list)
-        saved, token_rows = {}, {}
+        saved, token_rows = set(), {}
         for name, module in owners.items():
             part = name.removeprefix(f"{module}.")
             if _LORA.match(part) or part.startswith(_BASE_LAYER):
@@ -108,7 +107,7 @@ class Adapter:
             elif part == _TOKEN_ROWS:
                 token_rows[module] = _token_indices(directory, config, module, tensors.entries[name].shape)
             elif isinstance(getattr(model.get_submodule(module), part, None), nn.Parameter):
-                saved[name] = name
+                saved.add(name)
             else:
                 raise CheckpointError(
                     f"--adapter {directory}",
@@ -117,9 +116,14 @@ class Adapter:
                     "Check that it was saved by PEFT's save_pretrained.",
                 )
         adapter = cls(
-            directory, config, tensors, {module: tuple(parts) for module, parts in lora.items()}, saved, token_rows,
-            (*notes, *_unfilled_targets(directory, config, model, set(lora), allow_partial=allow_partial)),
-        )  # fmt: skip
+            directory,
+            config,
+            tensors,
+            lora={module: tuple(parts) for module, parts in lora.items()},
+            saved=frozenset(saved),
+            token_rows=token_rows,
+            notes=(*notes, *_unfilled_targets(directory, config, model, set(lora), allow_partial=allow_partial)),
+        )
         adapter._check_saved_modules(model)
         adapter._check_vocabulary(tied=tied)
         return adapter
@@ -143,7 +147,7 @@ class Adapter:
 
     def unties(self, *, tied: bool) -> bool:
         """Return whether embedding table and lm_head are the same in the base model and differ with the adapter."""
-        own = {EMBEDDING_TABLE, LM_HEAD} & set(self.saved)
+        own = {EMBEDDING_TABLE, LM_HEAD} & self.saved
         return tied and bool(own) and not self.config.ensure_weight_tying
 
     def merge(self, name: str, module: nn.Module) -> nn.Module:
@@ -175,9 +179,9 @@ class Adapter:
         except Exception as err:  # PEFT raises whatever its layers raise
             raise CheckpointError(
                 f"--adapter {self.directory}",
-                f"cannot be merged into {name}: {_reason(err)}",
+                f"cannot be merged into {name}: {reason_of(err)}",
                 None,
-                "The adapter belongs to another model, or is damaged: check --adapter.",
+                f"Check that {ADAPTER_CONFIG} and {ADAPTER_WEIGHTS} belong together, and to this model.",
             ) from err
         absent = [key for key in outcome.missing_keys if _LORA.search(key)]
         if absent or outcome.unexpected_keys:
@@ -244,6 +248,11 @@ class Adapter:
             )
 
 
+def modules_with_weights(model: nn.Module) -> set[str]:
+    """Return the names of the modules that own weights."""
+    return {name for name, module in model.named_modules() if next(module.parameters(recurse=False), None) is not None}
+
+
 def _read_config(directory: Path) -> Any:
     """Read adapter_config.json: every field is followed by the merge, harmless, or empty, or it is refused by name."""
     path = directory / ADAPTER_CONFIG
@@ -276,7 +285,9 @@ def _read_config(directory: Path) -> Any:
         with quiet_transformers():
             config = LoraConfig.from_pretrained(str(directory))
     except Exception as err:  # PEFT raises whatever its fields raise
-        raise CheckpointError(str(path), f"cannot be read by PEFT: {_reason(err)}", None, "Replace the file.") from err
+        raise CheckpointError(
+            str(path), f"cannot be read by PEFT: {reason_of(err)}", None, "Replace the file."
+        ) from err
     config.task_type = None  # it would only choose the class of PEFT's wrapper
     config.init_lora_weights = True  # the weights are loaded in any case
     return config
@@ -351,7 +362,7 @@ def _unfilled_targets(
     except Exception as err:  # regular expressions and types of the config
         raise CheckpointError(
             str(directory / ADAPTER_CONFIG),
-            f"has targets that PEFT cannot read: {_reason(err)}",
+            f"has targets that PEFT cannot read: {reason_of(err)}",
             None,
             "Replace the file.",
         ) from err
@@ -396,9 +407,3 @@ def _tree(name: str, module: nn.Module) -> nn.Module:
         node = child
     node.add_module(last, module)
     return root
-
-
-def _reason(err: Exception) -> str:
-    """Return the line of an error that says what is wrong; torch's begin with a heading."""
-    lines = [line.strip() for line in str(err).splitlines()] or [type(err).__name__]
-    return lines[1] if lines[0].endswith(":") and lines[1:] else lines[0]

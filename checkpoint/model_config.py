@@ -16,7 +16,7 @@ from typing import Any
 
 from gircse.checkpoint.silence import quiet_transformers
 from gircse.checkpoint.source import read_json
-from gircse.runtime.errors import CheckpointError
+from gircse.runtime.errors import CheckpointError, readable
 
 logger = logging.getLogger(__name__)
 
@@ -200,7 +200,8 @@ def _check_unread(names: Collection[str], fields: Mapping[str, Any], where: str)
         if _CHANGES_RESULT.search(name) and name not in _MUST_BE.keys() | _HARMLESS:
             raise _refused(where, name, fields[name])
     if noteworthy := [name for name in unread if name not in _MUST_BE.keys() | _HARMLESS]:
-        logger.warning("%s: transformers does not use %s for %s", where, ", ".join(noteworthy), fields["model_type"])
+        unused = readable(", ".join(noteworthy))
+        logger.warning("%s: transformers does not use %s for %s", where, unused, fields["model_type"])
 
 
 def _translate_old_longrope(fields: dict[str, Any]) -> None:

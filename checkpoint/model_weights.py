@@ -10,7 +10,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from gircse.checkpoint.adapter import Adapter
+from gircse.checkpoint.adapter import Adapter, modules_with_weights
+from gircse.checkpoint.model_config import reason_of
 from gircse.checkpoint.safetensors_index import SafetensorsIndex
 from gircse.checkpoint.silence import quiet_transformers
 from gircse.checkpoint.source import Checkpoint
@@ -67,8 +68,8 @@ class ModelWeights:
         if checkpoint.adapter_directory is not None:
             adapter = Adapter.open(checkpoint.adapter_directory, model, tied=tied, allow_partial=allow_partial_adapter)
             _check_saved(adapter, shapes)
-            owners = sum(1 for module in model.modules() if next(module.parameters(recurse=False), None) is not None)
-            notes += [*adapter.notes, f"the adapter changes {len(adapter.modules)} of the model's {owners} modules"]
+            modules = len(modules_with_weights(model))
+            notes += [*adapter.notes, f"the adapter changes {len(adapter.modules)} of the model's {modules} modules"]
             tied = tied and not adapter.unties(tied=tied)
         return cls(model, base, names, adapter, tied, tuple(notes))
 
@@ -81,6 +82,12 @@ class ModelWeights:
     def total_bytes(self) -> int:
         """Bytes of all weights in FP32, a shared one counted once."""
         return 4 * sum(math.prod(entry.shape) for entry in set(self.base.entries.values()))
+
+    @property
+    def adapter_bytes(self) -> int:
+        """Bytes of the adapter's tensors in FP32."""
+        entries = self.adapter.tensors.entries.values() if self.adapter is not None else ()
+        return 4 * sum(math.prod(entry.shape) for entry in entries)
 
     @property
     def largest_read_bytes(self) -> int:
@@ -126,7 +133,7 @@ class ModelWeights:
         if adapter is None:
             return functools.partial(self.base.read_rows, name)
         if name in adapter.saved:
-            return functools.partial(adapter.tensors.read_rows, adapter.saved[name])
+            return functools.partial(adapter.tensors.read_rows, name)
         if module in adapter.lora:
             return self._merge(adapter, name).__getitem__
         if module in adapter.token_rows:
@@ -175,8 +182,16 @@ class ModelWeights:
 def _meta_model(config: Any) -> nn.Module:
     from transformers import AutoModelForCausalLM
 
-    with quiet_transformers(), torch.device("meta"):
-        model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    try:
+        with quiet_transformers(), torch.device("meta"):
+            model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    except Exception as err:  # what torch and transformers raise at a model of impossible sizes
+        raise CheckpointError(
+            "config.json",
+            f"describes a model that transformers cannot build: {reason_of(err)}",
+            None,
+            "Check that its numbers are those of the checkpoint.",
+        ) from err
     return model
 
 
@@ -258,10 +273,8 @@ def _check_tensors(
 
 def _check_saved(adapter: Adapter, shapes: Mapping[str, tuple[int, ...]]) -> None:
     """Refuse weights of an adapter that are not of the model's shape, and rows beyond the end of its vocabulary."""
-    found = {
-        stored: (name, adapter.tensors.entries[stored].shape, shapes[name]) for name, stored in adapter.saved.items()
-    }
-    for name, got, wanted in found.values():
+    for name in sorted(adapter.saved):
+        got, wanted = adapter.tensors.entries[name].shape, shapes[name]
         if got != wanted:
             hint = "The tokenizer was enlarged for the adapter: merge it with PEFT and export the merged model."
             raise CheckpointError(

@@ -17,12 +17,11 @@ from typing import Any
 
 from tokenizers import Tokenizer, normalizers, pre_tokenizers
 
-from gircse.checkpoint.awkward_texts import awkward_texts
 from gircse.checkpoint.silence import quiet_transformers
 from gircse.checkpoint.source import read_json
 from gircse.runtime.errors import CheckpointError, OptionError
 from gircse.runtime.manifest import TokenizerKind, TruncationSide
-from gircse.runtime.tokenization import PROMPT_TEMPLATE, PromptTokenizer, parse_tokenizer, tokenize
+from gircse.runtime.tokenization import PROMPT_TEMPLATE, PromptTokenizer, parse_tokenizer
 
 _CONFIG = "tokenizer_config.json"
 _TEKKEN = "tekken.json"
@@ -85,7 +84,7 @@ class CheckpointTokenizer:
                 str(self.directory),
                 f"has a tokenizer that no tokenizer.json can hold: {err}",
                 None,
-                f"Try {_option(_other(self.kind))}.",
+                f"Try {option_of(other_kind(self.kind))}.",
             ) from err
 
     def token_ids(self, texts: Sequence[str]) -> list[list[int]]:
@@ -138,9 +137,9 @@ def open_checkpoint_tokenizer(directory: Path, kind: TokenizerKind, *, vocab_siz
     if getattr(hugging_face, "backend_tokenizer", None) is None:
         raise CheckpointError(
             str(directory),
-            f"has a {type(hugging_face).__name__} for {_option(kind)}",
+            f"has a {type(hugging_face).__name__} for {option_of(kind)}",
             "only tokenizers of the tokenizers library can be exported",
-            f"Export with {_option(_other(kind))}.",
+            f"Export with {option_of(other_kind(kind))}.",
         )
     if hugging_face.split_special_tokens:
         raise CheckpointError(
@@ -158,64 +157,6 @@ def open_checkpoint_tokenizer(directory: Path, kind: TokenizerKind, *, vocab_siz
         notes.append(f"{_named(left_out)} {verb} in the embedding table ({vocab_size} rows): read as ordinary text")
     pad = _pad_token_id(directory, hugging_face, vocab_size)
     return CheckpointTokenizer(directory, kind, hugging_face, pad, tuple(notes))
-
-
-def check_serialized(tokenizer: CheckpointTokenizer, texts: Iterable[str] = ()) -> None:
-    """Make sure that the serialized tokenizer gives the ids of transformers, on awkward texts.
-
-    Args:
-        tokenizer: of a checkpoint.
-        texts: more texts to try.
-
-    Raises:
-        CheckpointError: one text has other ids.
-    """
-    tried = [*awkward_texts(tokenizer.added_tokens), *texts]
-    pad = tokenizer.pad_token_id
-    wanted = [ids or [pad] for ids in tokenizer.token_ids(tried)]
-    found = tokenize(tokenizer.serialized, tried, empty_token_id=pad)
-    for text, theirs, ours in zip(tried, wanted, found, strict=True):
-        if theirs != ours:
-            raise CheckpointError(
-                str(tokenizer.directory),
-                f"has a tokenizer that no tokenizer.json can hold: {_shown(text)} becomes {_shown(ours)}",
-                f"{type(tokenizer.hugging_face).__name__} of transformers gives {_shown(theirs)}",
-                f"Try {_option(_other(tokenizer.kind))}.",
-            )
-
-
-def difference_note(tokenizer: CheckpointTokenizer, *, vocab_size: int) -> str | None:
-    """Compare the token ids with those of the other kind on awkward texts.
-
-    Returns:
-        One line that shows a difference and says how to choose, or None if there is none.
-    """
-    kind, other_kind = tokenizer.kind, _other(tokenizer.kind)
-    try:
-        other = open_checkpoint_tokenizer(tokenizer.directory, other_kind, vocab_size=vocab_size)
-        texts = awkward_texts([*tokenizer.added_tokens, *other.added_tokens])
-        pairs = list(zip(texts, tokenizer.token_ids(texts), other.token_ids(texts), strict=True))
-    except CheckpointError as err:
-        return f"{_option(other_kind)} cannot be compared: {err}"
-    different = [pair for pair in pairs if pair[1] != pair[2]]
-    if not different:
-        return None
-    text, ours, theirs = min(different, key=lambda pair: max(len(pair[1]), len(pair[2])))
-    auto = (tokenizer if kind is TokenizerKind.AUTO else other).hugging_face
-    cause = f"AutoTokenizer of transformers {version('transformers')} makes a {type(auto).__name__}"
-    return (
-        f"the token ids are those of {_option(kind)}; {_option(other_kind)} gives others for {len(different)} of "
-        f"{len(texts)} awkward texts ({_shown(text)} is {_shown(ours)} here, {_shown(theirs)} there): {cause}. "
-        "Choose what the model was trained with"
-    )
-
-
-def adapter_note(model: Path, adapter: Path | None) -> str | None:
-    """Return one line if an adapter's folder has a tokenizer.json that is not the model's, else None."""
-    theirs, ours = (adapter or model) / "tokenizer.json", model / "tokenizer.json"
-    if adapter is None or not theirs.is_file() or (ours.is_file() and ours.read_bytes() == theirs.read_bytes()):
-        return None
-    return f"the adapter's own {theirs} is not used: the tokenizer is the model's, as in the official code"
 
 
 def _load_json(directory: Path) -> Any:
@@ -362,7 +303,9 @@ def _pad_token_id(directory: Path, hugging_face: Any, vocab_size: int) -> int:
     vocabulary, eos = hugging_face.get_vocab(), hugging_face.eos_token
     if eos in vocabulary:
         return int(vocabulary[eos])
-    ids = read_json(directory / "config.json").get("eos_token_id")
+    config = read_json(directory / "config.json")
+    text = config.get("text_config")  # of a multimodal model
+    ids = config.get("eos_token_id", text.get("eos_token_id") if isinstance(text, dict) else None)
     first = ids[0] if isinstance(ids, list) and ids else ids
     if not isinstance(first, int):
         raise CheckpointError(
@@ -381,21 +324,16 @@ def _pad_token_id(directory: Path, hugging_face: Any, vocab_size: int) -> int:
     return first
 
 
-def _other(kind: TokenizerKind) -> TokenizerKind:
+def other_kind(kind: TokenizerKind) -> TokenizerKind:
+    """Return the other reading."""
     return TokenizerKind.AUTO if kind is TokenizerKind.JSON else TokenizerKind.JSON
 
 
-def _option(kind: TokenizerKind) -> str:
+def option_of(kind: TokenizerKind) -> str:
+    """Return the flag that chooses a reading, for messages."""
     return f"--tokenizer {kind}"
 
 
 def _named(tokens: Sequence[str]) -> str:
     more = f" and {len(tokens) - MOST_NAMED} more" if tokens[MOST_NAMED:] else ""
     return ", ".join(repr(token) for token in tokens[:MOST_NAMED]) + more
-
-
-def _shown(value: str | Sequence[int]) -> str:
-    """Return a text or its ids, shortened."""
-    if isinstance(value, str):
-        return repr(value if len(value) <= 40 else f"{value[:40]}...")
-    return f"[{', '.join(str(token) for token in value[:8])}{', ...' if value[8:] else ''}]"

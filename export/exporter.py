@@ -26,7 +26,7 @@ from gircse.export.variants import DecoderGraph, VariantDraft, draft_variant, wr
 from gircse.reporting.progress import Advance, StageProgress
 from gircse.reporting.sizes import gib
 from gircse.runtime.bundle import file_sha256
-from gircse.runtime.errors import ExportError, OptionError, OutputError
+from gircse.runtime.errors import ExportError, OptionError, OutputError, readable
 from gircse.runtime.manifest import MANIFEST_NAME, SCHEMA_VERSION, FileEntry, Manifest, Variant
 from gircse.runtime.precision import SPECS, Precision
 from gircse.runtime.text_files import read_texts
@@ -76,7 +76,7 @@ def export_bundle(options: ExportOptions, *, progress: StageProgress | None = No
     with progress.stage(f"find the model {options.model}"):
         source = open_source(options)
     for note in source.notes:
-        progress.note(f"  {note}")
+        progress.note(f"  {readable(note)}")
     if calibration is not None:
         calibration.calibration.check(fingerprint_of(source.checkpoint, options), calibration.path)
     golden_missing_reason = _check_resources(source.weights, options.precisions, output, progress)
@@ -156,7 +156,8 @@ def _check_resources(
     written = sum(total * _bytes_per_weight(precision) // 4 for precision in precisions)
     disk_needed, disk_free = written + SMALL_FILES_BYTES, shutil.disk_usage(parent).free
     memory_needed, memory_free = TRACE_BYTES + 3 * largest, psutil.virtual_memory().available
-    reference_needed = TRACE_BYTES + REFERENCE_BYTES + int(1.2 * total)  # PEFT merges layer by layer
+    # PEFT merges layer by layer, and copies what an adapter stores whole.
+    reference_needed = TRACE_BYTES + REFERENCE_BYTES + int(1.2 * total) + 2 * weights.adapter_bytes
     progress.note(
         f"  needs {gib(disk_needed)} of disk ({gib(disk_free)} free) and {gib(memory_needed)} of memory, "
         f"{gib(reference_needed)} with golden vectors ({gib(memory_free)} available)"

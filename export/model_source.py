@@ -8,13 +8,8 @@ from gircse.calibration.int8.scheme import check_architecture
 from gircse.checkpoint.model_config import read_model_config
 from gircse.checkpoint.model_weights import ModelWeights
 from gircse.checkpoint.source import Checkpoint, resolve_checkpoint
-from gircse.checkpoint.tokenizer import (
-    CheckpointTokenizer,
-    adapter_note,
-    check_serialized,
-    difference_note,
-    open_checkpoint_tokenizer,
-)
+from gircse.checkpoint.tokenizer import CheckpointTokenizer, open_checkpoint_tokenizer
+from gircse.checkpoint.tokenizer_checks import adapter_note, check_serialized, difference_note
 from gircse.export.graph.architecture import DecoderShape, check_limits, decoder_shape
 from gircse.export.options import ExportOptions
 from gircse.runtime.manifest import GraphFacts

@@ -81,13 +81,13 @@ def sentence(where: str, got: str, expected: str | None = None, hint: str | None
 
     The text is one line that a terminal can show, whatever a damaged file put into the parts.
     """
-    text = f"{_readable(where)} {_readable(got)}".rstrip(".")
+    text = f"{readable(where)} {readable(got)}".rstrip(".")
     if expected is not None:
-        text += f"; {_readable(expected).rstrip('.')}"
-    return f"{text}. {_readable(hint)}" if hint is not None else f"{text}."
+        text += f"; {readable(expected).rstrip('.')}"
+    return f"{text}. {readable(hint)}" if hint is not None else f"{text}."
 
 
-def _readable(part: str) -> str:
+def readable(part: str) -> str:
     """Put a part on one line, escape what cannot be printed, and leave out the middle of one that is too long."""
     line = " ".join(part.splitlines())
     if len(line) > MAX_PART:

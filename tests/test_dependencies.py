@@ -17,7 +17,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["
 # What each command needs as documented, whatever it is asked to do.
 COMMANDS = {
     "gircse-embed": ("cpu",),
-    "gircse-export": ("export", "demo"),
+    "gircse-export": ("cpu", "export", "demo"),
     "gircse-calibrate": ("calibration", "demo"),
     "gircse-build": ("tensorrt",),
     "gircse-parity": ("cpu", "evaluation", "export", "demo"),

@@ -17,8 +17,8 @@ def test_nan_activations_are_named(small_models: SmallModels, tmp_path: Path, mo
     load = calibrate_module.load_reference
 
     @torch.no_grad()
-    def damaged(checkpoint: Any) -> Any:
-        model = load(checkpoint)
+    def damaged(checkpoint: Any, **options: Any) -> Any:
+        model = load(checkpoint, **options)
         model.model.layers[1].mlp.gate_proj.weight[3] = float("nan")
         return model
 

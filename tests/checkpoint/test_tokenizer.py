@@ -18,13 +18,8 @@ from transformers import AutoTokenizer
 
 from gircse.checkpoint.awkward_texts import TEXTS, awkward_texts
 from gircse.checkpoint.source import resolve_checkpoint
-from gircse.checkpoint.tokenizer import (
-    CheckpointTokenizer,
-    adapter_note,
-    check_serialized,
-    difference_note,
-    open_checkpoint_tokenizer,
-)
+from gircse.checkpoint.tokenizer import CheckpointTokenizer, open_checkpoint_tokenizer
+from gircse.checkpoint.tokenizer_checks import adapter_note, check_serialized, difference_note
 from gircse.evaluation.parity.references import checkpoint_token_ids
 from gircse.evaluation.tasks.prompts import Prompt
 from gircse.export.export_command import main
@@ -359,7 +354,7 @@ def test_a_bundle_of_schema_2_is_read(suffixed_bundle: Path, tmp_path: Path) -> 
 
 def test_the_gate_judges_by_the_kind_of_the_bundle(suffixed_bundle: Path) -> None:
     bundle = Bundle.open(suffixed_bundle)
-    checkpoint = resolve_checkpoint(bundle.manifest.model.name)
+    checkpoint = resolve_checkpoint(str(suffixed_bundle.parent / bundle.manifest.model.name))
     prompts = [Prompt(text, instruction) for text in TEXTS for instruction in ("", "Find it")]
     theirs = checkpoint_token_ids(checkpoint, bundle, prompts)
     ours = [open_tokenizer(bundle)([prompt.text], instruction=prompt.instruction)[0] for prompt in prompts]

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.small_models import SmallModels
+from support.small_models import SmallModels, untrained_limits
 
 from gircse.calibration import calibrate_command
 from gircse.export import export_command
@@ -119,7 +119,8 @@ def test_model_settings_come_from_the_calibration(small_models: SmallModels, tmp
     output = tmp_path / "out"
     arguments = ["--calibration", str(calibration), "--precision", "int8", "--output", str(output)]
     model = ["--model", str(small_models.checkpoint("llama"))]
-    assert export_command.main([*arguments, *model, "--max-tokens", "40"]) == 0
+    with untrained_limits():
+        assert export_command.main([*arguments, *model, "--max-tokens", "40"]) == 0
     manifest = Bundle.open(output).manifest
     assert manifest.model.name == "llama"
     assert (manifest.graph.steps, manifest.graph.max_tokens) == (5, 40)

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from support.small_models import SmallModels
+from support.small_models import SmallModels, untrained_limits
 
 from gircse.export.exporter import export_bundle
 from gircse.export.options import ExportOptions
@@ -16,16 +16,17 @@ def test_every_file_honors_the_umask(small_models: SmallModels, tmp_path: Path) 
     calibration = small_models.calibration("llama")
     before = os.umask(0o027)
     try:
-        bundle = export_bundle(
-            ExportOptions(
-                output=tmp_path / "bundle",
-                steps=5,
-                model=str(small_models.checkpoint("llama")),
-                max_tokens=48,
-                precisions=("fp32", "fp16", "int8"),
-                calibration=calibration,
+        with untrained_limits():
+            bundle = export_bundle(
+                ExportOptions(
+                    output=tmp_path / "bundle",
+                    steps=5,
+                    model=str(small_models.checkpoint("llama")),
+                    max_tokens=48,
+                    precisions=("fp32", "fp16", "int8"),
+                    calibration=calibration,
+                )
             )
-        )
     finally:
         os.umask(before)
     modes = {path.relative_to(bundle): path.stat().st_mode & 0o777 for path in [bundle, *bundle.rglob("*")]}

@@ -96,7 +96,7 @@ def test_a_checkpoint_before_its_trace(checkpoint: Path, name: str, damages: Dam
         if source is not None:
             for tensor, stored in source.weights.base.entries.items():
                 result_or_error(
-                    lambda tensor=tensor, stored=stored: source.weights.read_rows(tensor).shape == stored.shape
+                    lambda tensor=tensor, stored=stored: source.weights.base.read_rows(tensor).shape == stored.shape
                 )
     finally:
         path.write_bytes(intact)
