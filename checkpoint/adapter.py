@@ -37,7 +37,7 @@ MERGED_BY_PEFT = frozenset({
 
 HARMLESS = frozenset({
     "auto_mapping", "base_model_name_or_path", "eva_config", "inference_mode", "lora_dropout", "megatron_core",
-    "peft_version", "qalora_group_size", "revision", "runtime_config", "task_type",
+    "merge_weights", "peft_version", "qalora_group_size", "revision", "runtime_config", "task_type",
 })  # fmt: skip
 """Fields that change nothing in the merged weights, whatever they say."""
 
@@ -49,6 +49,8 @@ HARMLESS_VALUES: Mapping[str, tuple[Any, ...]] = {
 
 MERGE_YOURSELF = "Merge it with PEFT and export the merged model: docs/checkpoints.md shows how."
 
+_ADAPTER_NAME = re.compile(r"(\.lora_\w+|\.trainable_tokens_delta|\.modules_to_save)\.(?!weight$|bias$)\w+(?=\.|$)")
+"""PEFT leaves the adapter's name out of what it saves, ``default`` as a rule; other programs do not."""
 _LORA = re.compile(r"lora_(A|B|embedding_A|embedding_B|magnitude_vector)\b")
 _TOKEN_ROWS = "token_adapter.trainable_tokens_delta"
 _BASE_LAYER = "base_layer."
@@ -124,6 +126,7 @@ class Adapter:
             token_rows=token_rows,
             notes=(*notes, *_unfilled_targets(directory, config, model, set(lora), allow_partial=allow_partial)),
         )
+        adapter._check_patterns()
         adapter._check_saved_modules(model)
         adapter._check_vocabulary(tied=tied)
         return adapter
@@ -208,6 +211,25 @@ class Adapter:
         config.layers_to_transform = config.layers_pattern = None
         config.ensure_weight_tying = False
         return config
+
+    def _check_patterns(self) -> None:
+        """Refuse ranks and scalings of modules that are not there: they are meant for others, under another name."""
+        for field in ("rank_pattern", "alpha_pattern"):
+            for key in getattr(self.config, field) or {}:
+                if not self._adapts(key):
+                    raise CheckpointError(
+                        str(self.directory / ADAPTER_CONFIG),
+                        f"has {field} for {key!r}, which is none of the adapted modules",
+                        None,
+                        "Name it as in Hugging Face's causal LM, or remove it.",
+                    )
+
+    def _adapts(self, pattern: str) -> bool:
+        """Whether a key of a pattern is that of an adapted module, as PEFT looks them up."""
+        try:
+            return any(re.match(rf"(.*\.)?({pattern})$", name) for name in self.lora)
+        except re.error:
+            return False
 
     def _check_saved_modules(self, model: nn.Module) -> None:
         """Refuse an adapter that lacks a module which its config says is stored whole; PEFT compares ends of names."""
@@ -297,7 +319,8 @@ def _name_tensors(
     directory: Path, stored: SafetensorsIndex, modules: set[str]
 ) -> tuple[SafetensorsIndex, dict[str, str], list[str]]:
     """Give the tensors PEFT's names without ``base_model.model.``, and find the module that owns each of them."""
-    plain = {name: re.sub(r"(lora_\w+)\.default\b", r"\1", name).removeprefix(PEFT_PREFIX) for name in stored.entries}
+    plain = {name: _ADAPTER_NAME.sub(r"\1", name).removeprefix(PEFT_PREFIX) for name in stored.entries}
+    plain = {name: short.replace(".modules_to_save.", ".") for name, short in plain.items()}
     parts = {
         name: re.search(r"\.((base_layer|lora_|token_adapter)[\w.]*|weight|bias)$", name) for name in plain.values()
     }

@@ -64,6 +64,7 @@ RENAMED = {
     "without PEFT's prefix": (r"^base_model\.model\.", ""),
     "AutoModel, without PEFT's prefix": (r"^base_model\.model\.model\.", ""),
     "the adapter's name": (r"\.(lora_[AB])\.weight$", r".\1.default.weight"),
+    "the adapter's own name": (r"\.(lora_[AB])\.weight$", r".\1.gircse_v2.weight"),
     "torch.compile": (r"^base_model\.model\.", "base_model.model._orig_mod."),
     "torch.compile of each layer": (r"layers\.(\d+)\.", r"layers.\1._orig_mod."),
     "FSDP": (r"layers\.(\d+)\.", r"layers.\1._fsdp_wrapped_module."),
@@ -98,6 +99,9 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "a field of the future": ({"use_superlora": {"depth": 2}}, r"has use_superlora \{'depth': 2\}"),
     "IA3": ({"peft_type": "IA3"}, r"has peft_type 'IA3'; only LORA"),
     "no kind": ({"peft_type": ...}, r"has peft_type None"),
+    "a scaling for another model's names": (
+        {"alpha_pattern": {r"^layers\.1\.mlp\.up_proj": 64}}, r"has alpha_pattern for '\^layers.*', which is none of"),
+    "a pattern that is none": ({"rank_pattern": {"(": 2}}, r"adapter_config\.json"),
     "no rank": ({"r": None}, r"has no number for r or lora_alpha"),
     "a rank of another adapter": ({"r": 8}, r"cannot be merged into .*size mismatch"),
     "an unreadable target": ({"target_modules": "layers.(["}, r"has targets that PEFT cannot read"),
@@ -107,6 +111,14 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "a whole module that is missing": ({"modules_to_save": ["lm_head"]}, r"has no tensor lm_head\.weight"),
     "token rows that are missing": ({"trainable_token_indices": [1]}, r"has no rows of the embedding"),
 }  # fmt: skip
+
+
+def test_modules_saved_under_the_adapters_name(small_models: SmallModels, tmp_path: Path) -> None:
+    odd = odd_model(small_models, tmp_path, UNTIED, target_modules=ATTENTION, modules_to_save=["lm_head"])
+    assert odd.adapter is not None
+    name = r"base_model.model.lm_head.modules_to_save.default.weight"
+    rename_tensors(odd.adapter / "adapter_model.safetensors", r"^base_model\.model\.lm_head\.weight$", name)
+    odd.check(odd.export(tmp_path / "out"))
 
 
 @pytest.mark.parametrize(("change", "message"), CONFIGS.values(), ids=CONFIGS)
