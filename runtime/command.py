@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
-from gircse.runtime.errors import GircseError, OutputError
+from gircse.runtime.errors import GircseError, OutputError, sentence
 from gircse.runtime.manifest import Layout
 from gircse.runtime.provider import Provider
 
@@ -56,8 +56,10 @@ def run_command(
         return code
     except GircseError as err:
         message = str(err)
-    except ImportError as err:
-        message = f"{err.name or err} is not installed. Install it: pip install 'gircse-deploy[{extras}]'"
+    except ModuleNotFoundError as err:
+        message = f"{err.name} is not installed. Install it: pip install 'gircse-deploy[{extras}]'"
+    except ImportError as err:  # a package that is damaged, or that misses one of its own choice
+        message = sentence("a package", f"cannot be used: {err}", None, f"Try pip install -U 'gircse-deploy[{extras}]'")
     except BrokenPipeError:
         return _PIPE_CLOSED
     except OSError as err:

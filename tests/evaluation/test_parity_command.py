@@ -95,7 +95,7 @@ from importlib.abc import MetaPathFinder
 class Refuse(MetaPathFinder):  # None in sys.modules would do, but scipy looks there for torch
     def find_spec(self, name, path=None, target=None):
         if name.split(".")[0] in ("torch", "transformers", "peft", "onnxscript"):
-            raise ImportError(name)
+            raise ModuleNotFoundError(name, name=name)
 sys.meta_path.insert(0, Refuse())
 from gircse.evaluation.parity_command import main
 sys.exit(main([{str(small_models.bundle("llama"))!r}, "--reference",

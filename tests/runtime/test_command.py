@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from support.small_models import SmallModels
 
+from gircse.runtime.command import run_command
+
 FULL_DISK = Path("/dev/full")
 PIPE_CLOSED = 141
 
@@ -163,3 +165,21 @@ print("done")
     process = subprocess.run([sys.executable, "-c", work], stdout=subprocess.PIPE, stderr=writing, check=False)
     os.close(writing)
     assert (process.returncode, process.stdout) == (0, b"done\n")
+
+
+def test_a_missing_package_is_not_any_import_error(capsys: pytest.CaptureFixture[str]) -> None:
+    """A library raises ImportError for an option of its own too, such as an attention that it lacks."""
+
+    def missing() -> int:
+        raise ModuleNotFoundError("No module named 'torch'", name="torch")
+
+    def lacking() -> int:
+        raise ImportError("FlashAttention2 has been toggled on, but flash_attn is not there")
+
+    assert run_command("gircse-test", missing, extras="export") == 2
+    expected = "gircse-test: error: torch is not installed. Install it: pip install 'gircse-deploy[export]'\n"
+    assert capsys.readouterr().err == expected
+    assert run_command("gircse-test", lacking, extras="export") == 2
+    said = capsys.readouterr().err
+    assert said.startswith("gircse-test: error: a package cannot be used: FlashAttention2 has been toggled on")
+    assert "not installed" not in said
