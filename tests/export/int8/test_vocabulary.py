@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.int8_bundles import export, int8_bundle, rounded_weights, run, written
+from support.int8_bundles import export, rounded_weights, run, written
 from support.small_models import SmallModels
 from support.tolerances import INT8_FAKE_MIN_COSINE
 from support.vectors import PROMPTS, STEPS, padded
@@ -24,10 +24,12 @@ def test_soft_token_is_what_the_sensitivity_measured(
     small_models: SmallModels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, high_entropy_mass: float, max_sum: int
 ) -> None:
     """The vocabulary alone, one step: every row in the branch of the whole sum, with large sums or not; or none."""
+    # Before the patches: both are kept for other tests.
+    original = small_models.calibration("llama", steps=STEPS)
+    exact = run(int8_bundle(small_models, "llama"), "fp32")
     monkeypatch.setattr(vocabulary, "MAX_SUM", max_sum)
     monkeypatch.setattr(vocabulary, "HIGH_ENTROPY_MASS", high_entropy_mass)
     monkeypatch.setattr(fake_quantization, "HIGH_ENTROPY_MASS", high_entropy_mass)
-    original = small_models.calibration("llama", steps=STEPS)
     content = json.loads(original.read_text())
     content["sensitivity"]["excluded"] = [entry.name for entry in decoder_inputs(2)[:-1]]
     path = written(content, original, tmp_path)
@@ -39,5 +41,4 @@ def test_soft_token_is_what_the_sensitivity_measured(
         function = fake_quantization.soft_token_function(calibration.soft_token)
         *_, state = refine(model, ids, mask, steps=1, temperature=1.0, embed_soft_token=function)
     assert row_cosine(ours[:, 1], l2_normalize(state.hidden.numpy())).min() > INT8_FAKE_MIN_COSINE
-    exact = run(int8_bundle(small_models, "llama"), "fp32")
     assert row_cosine(ours[:, 1], exact[:, 1]).min() > (0.999 if high_entropy_mass == 0.0 else 0.5)
