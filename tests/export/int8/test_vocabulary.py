@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.int8_bundles import export, rounded_weights, run, written
+from support.int8_bundles import export, int8_bundle, rounded_weights, run, written
 from support.small_models import SmallModels
 from support.tolerances import INT8_FAKE_MIN_COSINE
 from support.vectors import PROMPTS, STEPS, padded
