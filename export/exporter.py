@@ -125,7 +125,7 @@ def _open_calibration(options: ExportOptions) -> OpenedCalibration | None:
 def _draft_variants(
     options: ExportOptions, source: SourceModel, calibration: OpenedCalibration | None, progress: StageProgress
 ) -> list[VariantDraft]:
-    """Trace, compose, match the weights; only headers are read, so a wrong adapter fails before anything is written."""
+    """Trace, compose and match the weights; nothing is written yet."""
     with progress.stage(f"trace the {source.shape.architecture} decoder ({source.shape.num_layers} layers)"):
         graph = trace_decoder(source.config, source.shape, positions=options.max_tokens + options.steps)
         simplify_decoder(graph)
