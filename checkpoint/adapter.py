@@ -149,9 +149,13 @@ class Adapter:
         self.config.save_pretrained(directory)
 
     def unties(self, *, tied: bool) -> bool:
-        """Return whether embedding table and lm_head are the same in the base model and differ with the adapter."""
-        own = {EMBEDDING_TABLE, LM_HEAD} & self.saved
-        return tied and bool(own) and not self.config.ensure_weight_tying
+        """Return whether embedding table and lm_head are the same in the base model and differ with the adapter.
+
+        A module of ``modules_to_save`` is a copy of its own. What is only saved along replaces the shared weight.
+        """
+        copies = tuple(self.config.modules_to_save or ())
+        own = {name for name in (EMBEDDING_TABLE, LM_HEAD) if name.removesuffix(".weight").endswith(copies)}
+        return tied and bool(own & self.saved) and not self.config.ensure_weight_tying
 
     def merge(self, name: str, module: nn.Module) -> nn.Module:
         """Merge the LoRA factors of one module.

@@ -121,6 +121,20 @@ def test_modules_saved_under_the_adapters_name(small_models: SmallModels, tmp_pa
     odd.check(odd.export(tmp_path / "out"))
 
 
+@pytest.mark.parametrize("name", [TIED, UNTIED])
+def test_an_embedding_that_is_saved_along(small_models: SmallModels, tmp_path: Path, name: str) -> None:
+    """With ``save_embedding_layers``; of a tied model it is lm_head too."""
+    odd = odd_model(small_models, tmp_path, name, target_modules=ATTENTION)
+    assert odd.adapter is not None
+    table = small_models.load(name).get_input_embeddings().weight.detach() * 1.2
+    edit_tensors(
+        odd.adapter / "adapter_model.safetensors",
+        lambda tensors: tensors.update({"base_model.model.model.embed_tokens.weight": table}),
+    )
+    odd.truth = PeftModel.from_pretrained(small_models.load(name), odd.adapter).merge_and_unload().eval()
+    odd.check(odd.export(tmp_path / "out"))
+
+
 @pytest.mark.parametrize(("change", "message"), CONFIGS.values(), ids=CONFIGS)
 def test_configs_that_are_refused(
     small_models: SmallModels, tmp_path: Path, change: dict[str, Any], message: str
