@@ -17,15 +17,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from gircse.checkpoint.model_config import reason_of
 from gircse.checkpoint.safetensors_index import SafetensorsIndex
 from gircse.checkpoint.silence import quiet_transformers
-from gircse.checkpoint.source import read_json
+from gircse.checkpoint.source import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_json
 from gircse.checkpoint.tensor_naming import EMBEDDING_TABLE, LM_HEAD, match_names, rename
-from gircse.runtime.errors import CheckpointError
+from gircse.runtime.errors import CheckpointError, reason_of
 
-ADAPTER_CONFIG = "adapter_config.json"
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
 PEFT_PREFIX = "base_model.model."
 
 MERGED_BY_PEFT = frozenset({
@@ -148,14 +145,15 @@ class Adapter:
         save_file(tensors, directory / ADAPTER_WEIGHTS)
         self.config.save_pretrained(directory)
 
-    def unties(self, *, tied: bool) -> bool:
-        """Return whether embedding table and lm_head are the same in the base model and differ with the adapter.
+    @property
+    def unties_vocabulary(self) -> bool:
+        """Whether an embedding table and an lm_head that are the same in the base model differ with the adapter.
 
         A module of ``modules_to_save`` is a copy of its own. What is only saved along replaces the shared weight.
         """
         copies = tuple(self.config.modules_to_save or ())
         own = {name for name in (EMBEDDING_TABLE, LM_HEAD) if name.removesuffix(".weight").endswith(copies)}
-        return tied and bool(own & self.saved) and not self.config.ensure_weight_tying
+        return bool(own & self.saved) and not self.config.ensure_weight_tying
 
     def merge(self, name: str, module: nn.Module) -> nn.Module:
         """Merge the LoRA factors of one module.

@@ -9,14 +9,13 @@ but that this code ignores are refused by name; the rest is named in a warning.
 import logging
 import math
 import re
-import textwrap
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from gircse.checkpoint.silence import quiet_transformers
 from gircse.checkpoint.source import read_json
-from gircse.runtime.errors import CheckpointError, readable
+from gircse.runtime.errors import CheckpointError, readable, reason_of
 
 logger = logging.getLogger(__name__)
 
@@ -127,11 +126,6 @@ def read_model_config(directory: Path) -> Any:
     _check_sizes(config, where)
     _check_rotary(config, where)
     return config
-
-
-def reason_of(err: Exception) -> str:
-    """Return what an error of another library says, in one line of bounded length."""
-    return textwrap.shorten(str(err).strip("'\""), 300) or type(err).__name__
 
 
 def _decoder_fields(raw: dict[str, Any], where: str) -> dict[str, Any]:

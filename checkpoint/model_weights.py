@@ -11,15 +11,22 @@ import torch
 from torch import Tensor, nn
 
 from gircse.checkpoint.adapter import Adapter, modules_with_weights
-from gircse.checkpoint.model_config import reason_of
 from gircse.checkpoint.safetensors_index import SafetensorsIndex
 from gircse.checkpoint.silence import quiet_transformers
 from gircse.checkpoint.source import Checkpoint
 from gircse.checkpoint.tensor_naming import EMBEDDING_TABLE, LM_HEAD, MatchedNames, match_names
-from gircse.runtime.errors import CheckpointError
+from gircse.runtime.errors import CheckpointError, reason_of
 
 BLOCK_ELEMENTS = 1 << 24
 """Most elements of a tensor that are read at once, unless an adapter changes it or the caller wants more rows."""
+
+ReadRows = Callable[[slice], Tensor]
+"""Reads rows of a tensor."""
+
+
+def rows_of_block(shape: tuple[int, ...]) -> int:
+    """Return how many rows of a tensor ``BLOCK_ELEMENTS`` allows, at least one."""
+    return max(1, BLOCK_ELEMENTS // math.prod(shape[1:]))
 
 
 @dataclass(frozen=True)
@@ -70,7 +77,7 @@ class ModelWeights:
             _check_saved(adapter, shapes)
             modules = len(modules_with_weights(model))
             notes += [*adapter.notes, f"the adapter changes {len(adapter.modules)} of the model's {modules} modules"]
-            tied = tied and not adapter.unties(tied=tied)
+            tied = tied and not adapter.unties_vocabulary
         return cls(model, base, names, adapter, tied, tuple(notes))
 
     def shape(self, name: str) -> tuple[int, ...] | None:
@@ -109,7 +116,7 @@ class ModelWeights:
             CheckpointError: a value is NaN or infinite, or the adapter does not change the weight.
         """
         shape = self.base.entries[name].shape
-        rows = rows_at_once or max(1, BLOCK_ELEMENTS // math.prod(shape[1:]))
+        rows = rows_at_once or rows_of_block(shape)
         read = self._reader(name)
         for start in range(0, shape[0], rows):
             block = read(slice(start, start + rows))
@@ -125,7 +132,7 @@ class ModelWeights:
     def _is_merged(self, name: str) -> bool:
         return self.adapter is not None and name.rpartition(".")[0] in self.adapter.lora
 
-    def _reader(self, name: str) -> Callable[[slice], Tensor]:
+    def _reader(self, name: str) -> ReadRows:
         """Return what reads rows of a weight: of the checkpoint, or of what the adapter makes of it."""
         adapter = self.adapter
         name = self._shared(name)
@@ -162,7 +169,8 @@ class ModelWeights:
             weight = nn.Parameter(self.base.read_rows(f"{path}.{part}"), requires_grad=False)
             module.register_parameter(part, weight)
         merged = adapter.merge(path, module)
-        if self._equals_base(merged.get_parameter("weight"), f"{path}.weight"):
+        weight = merged.get_parameter("weight")
+        if _equal(weight.__getitem__, functools.partial(self.base.read_rows, f"{path}.weight"), tuple(weight.shape)):
             raise CheckpointError(
                 f"--adapter {adapter.directory}",
                 f"leaves {path}.weight as it is",
@@ -171,12 +179,12 @@ class ModelWeights:
             )
         return merged.get_parameter(parameter).detach()
 
-    def _equals_base(self, merged: Tensor, name: str) -> bool:
-        rows = max(1, BLOCK_ELEMENTS // math.prod(merged.shape[1:]))
-        return all(
-            torch.equal(block, self.base.read_rows(name, slice(start, start + rows)))
-            for start, block in zip(range(0, len(merged), rows), merged.split(rows), strict=True)
-        )
+
+def _equal(one: ReadRows, other: ReadRows, shape: tuple[int, ...]) -> bool:
+    """Compare two tensors of a shape, a block of rows at a time."""
+    rows = rows_of_block(shape)
+    blocks = (slice(start, start + rows) for start in range(0, shape[0], rows))
+    return all(torch.equal(one(block), other(block)) for block in blocks)
 
 
 def _meta_model(config: Any) -> nn.Module:
@@ -208,9 +216,8 @@ def _tie(base: SafetensorsIndex, notes: list[str]) -> bool:
     if table is None or head is None or table == head:
         return True
     if table.shape == head.shape:
-        rows = max(1, BLOCK_ELEMENTS // math.prod(table.shape[1:]))
-        blocks = (slice(start, start + rows) for start in range(0, table.shape[0], rows))
-        if all(torch.equal(base.read_rows(EMBEDDING_TABLE, at), base.read_rows(LM_HEAD, at)) for at in blocks):
+        read_table, read_head = (functools.partial(base.read_rows, name) for name in (EMBEDDING_TABLE, LM_HEAD))
+        if _equal(read_table, read_head, table.shape):
             entries[LM_HEAD] = table
             return True
     notes.append(

@@ -27,13 +27,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gircse.checkpoint.adapter import ADAPTER_CONFIG, Adapter
-from gircse.checkpoint.model_config import read_model_config, reason_of
+from gircse.checkpoint.adapter import Adapter
+from gircse.checkpoint.model_config import read_model_config
 from gircse.checkpoint.model_weights import ModelWeights
 from gircse.checkpoint.silence import quiet_transformers
-from gircse.checkpoint.source import Checkpoint
+from gircse.checkpoint.source import ADAPTER_CONFIG, Checkpoint
 from gircse.checkpoint.tensor_naming import LM_HEAD
-from gircse.runtime.errors import CheckpointError
+from gircse.runtime.errors import CheckpointError, reason_of
 from gircse.runtime.precision import SPECS, Precision
 
 SoftTokenFunction = Callable[[Tensor, Tensor], Tensor]

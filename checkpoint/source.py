@@ -18,6 +18,8 @@ from gircse.runtime.manifest import AdapterSource, ModelSource
 
 NO_ADAPTER = "none"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _MODEL_FILES = (
     "config.json",
     "tokenizer.json",
@@ -31,9 +33,9 @@ _MODEL_FILES = (
     "tekken.json",
     "model*.safetensors",
     "*.safetensors.index.json",
-    "adapter_config.json",
+    ADAPTER_CONFIG,
 )
-_ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+_ADAPTER_FILES = (ADAPTER_CONFIG, ADAPTER_WEIGHTS)
 _WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -155,7 +157,7 @@ def _resolve_adapter(adapter: str) -> tuple[Path | None, AdapterSource | None]:
         directory, name, commit = ADAPTER_DIRECTORY, DEMO_NAME, None
     else:
         directory, name, commit = _resolve_directory(adapter, None, _ADAPTER_FILES, "--adapter")
-    weights = directory / "adapter_model.safetensors"
+    weights = directory / ADAPTER_WEIGHTS
     if not weights.is_file():
         _refuse_pickles(directory, "peft.PeftModel.from_pretrained(model, DIR).save_pretrained(DIR)")
         raise CheckpointError(str(weights), "is missing", "--adapter takes a PEFT LoRA", "Check --adapter.")
@@ -192,7 +194,7 @@ def _download(repository: str, revision: str | None, patterns: Sequence[str]) ->
 
 def _refuse_unasked_adapter(directory: Path, model: str) -> None:
     """Refuse to guess what becomes of an adapter in the model's own folder; Hugging Face would load it."""
-    if not (directory / "adapter_config.json").is_file():
+    if not (directory / ADAPTER_CONFIG).is_file():
         return
     if not (directory / "config.json").is_file():
         raise CheckpointError(
@@ -208,7 +210,7 @@ def _refuse_unasked_adapter(directory: Path, model: str) -> None:
 
 def _other_base(adapter: Path, model: str) -> list[str]:
     """Return a note if the adapter's config names another base model."""
-    base = read_json(adapter / "adapter_config.json").get("base_model_name_or_path")
+    base = read_json(adapter / ADAPTER_CONFIG).get("base_model_name_or_path")
     if not isinstance(base, str) or not base or Path(base).name.casefold() == Path(model).name.casefold():
         return []
     return [f"the adapter was trained on {base}; it is merged into {model}"]
@@ -235,7 +237,7 @@ def _find_shards(directory: Path) -> tuple[tuple[Path, ...], list[str]]:
             raise CheckpointError(
                 str(directory / name), "is missing", f"{index.name} lists it", "Download the checkpoint again."
             )
-    used = {*names, "adapter_model.safetensors"}
+    used = {*names, ADAPTER_WEIGHTS}
     ignored = [name for name in present if name not in used]
     if names == [_WEIGHTS] and index.is_file():
         ignored.append(_INDEX)

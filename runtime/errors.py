@@ -7,6 +7,7 @@ An error is data (:class:`GircseError` lists its parts) and prints as plain sent
 A wrong type is a plain ``TypeError``, its text made by the same :func:`sentence`.
 """
 
+import textwrap
 from enum import StrEnum
 from typing import TypeVar
 
@@ -93,6 +94,11 @@ def readable(part: str) -> str:
     if len(line) > MAX_PART:
         line = f"{line[: MAX_PART // 2]} [...] {line[-MAX_PART // 2 :]}"
     return line if line.isprintable() else "".join(map(_printable, line))
+
+
+def reason_of(err: Exception) -> str:
+    """Return what an error of another library says, in one line of bounded length."""
+    return textwrap.shorten(str(err).strip("'\""), 300) or type(err).__name__
 
 
 def _printable(character: str) -> str:

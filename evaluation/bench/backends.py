@@ -12,7 +12,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import ClassVar
 
-from gircse.checkpoint.source import Checkpoint
+from gircse.checkpoint.source import ADAPTER_WEIGHTS, Checkpoint
 from gircse.evaluation.bench.llama_cpp import BASELINE_ENVIRONMENT, CRASH_HINT
 from gircse.runtime.bundle import Bundle
 from gircse.runtime.manifest import Layout
@@ -165,7 +165,7 @@ class TorchSpec(_Spec):
         """Return the size of the checkpoint and of the adapter."""
         paths = [*self.checkpoint.shards]
         if self.checkpoint.adapter_directory is not None:
-            paths.append(self.checkpoint.adapter_directory / "adapter_model.safetensors")
+            paths.append(self.checkpoint.adapter_directory / ADAPTER_WEIGHTS)
         return sum(path.stat().st_size for path in paths)
 
 

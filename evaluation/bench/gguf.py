@@ -16,7 +16,7 @@ import numpy as np
 from safetensors import safe_open
 
 from gircse.checkpoint.demo import cache_directory
-from gircse.checkpoint.source import Checkpoint, read_json
+from gircse.checkpoint.source import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Checkpoint, read_json
 from gircse.runtime.bundle import file_sha256
 from gircse.runtime.errors import CheckpointError, ProviderError
 from gircse.runtime.numerics import Float32
@@ -38,7 +38,7 @@ def gguf_of(checkpoint: Checkpoint) -> Path:
     _check_supported(checkpoint.directory)
     contents = [checkpoint.model.config_sha256, *(file_sha256(shard) for shard in checkpoint.shards)]
     if checkpoint.adapter is not None and checkpoint.adapter_directory is not None:
-        contents += [checkpoint.adapter.sha256, file_sha256(checkpoint.adapter_directory / "adapter_config.json")]
+        contents += [checkpoint.adapter.sha256, file_sha256(checkpoint.adapter_directory / ADAPTER_CONFIG)]
     key = hashlib.sha256("".join(contents).encode()).hexdigest()[:16]
     path = cache_directory() / f"{ARCHITECTURE}-{key}-q8_0.gguf"
     if not path.is_file():
@@ -53,7 +53,7 @@ def embedding_table(checkpoint: Checkpoint) -> Float32:
         CheckpointError: the checkpoint has none, or the adapter changes it.
     """
     if checkpoint.adapter_directory is not None:
-        with safe_open(checkpoint.adapter_directory / "adapter_model.safetensors", framework="np") as file:
+        with safe_open(checkpoint.adapter_directory / ADAPTER_WEIGHTS, framework="np") as file:
             if any("embed_tokens" in name or "lm_head" in name for name in file.keys()):
                 raise CheckpointError(
                     str(checkpoint.adapter_directory),

@@ -28,10 +28,9 @@ from onnxscript import opset23 as op
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from gircse.checkpoint.model_config import reason_of
 from gircse.export.graph.architecture import DecoderShape
 from gircse.runtime import tensor_names
-from gircse.runtime.errors import ExportError, GircseError
+from gircse.runtime.errors import ExportError, GircseError, reason_of
 
 OPSET = 23
 

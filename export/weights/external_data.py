@@ -16,7 +16,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from gircse.checkpoint.model_weights import BLOCK_ELEMENTS
+from gircse.checkpoint.model_weights import BLOCK_ELEMENTS, rows_of_block
 from gircse.export.graph.mixed_precision import FP16_MAX
 from gircse.export.int8.qdq import fp16_scales
 from gircse.export.int8.weights import WeightSource
@@ -105,7 +105,7 @@ def copied_blocks(layout: WeightLayout, weight: PlacedWeight) -> Iterator[Tensor
     """
     shape = weight.checkpoint_shape
     # Transposing needs the whole tensor; any other weight can pass through in blocks of rows.
-    rows = shape[0] if weight.transposed else min(shape[0], _rows_of_block(shape))
+    rows = shape[0] if weight.transposed else min(shape[0], rows_of_block(shape))
     for block in layout.model.blocks(weight.tensor, rows_at_once=rows):
         narrow = block.to(_TORCH_TYPES[weight.dtype])
         if not torch.isfinite(narrow).all():
@@ -164,7 +164,3 @@ def _external(weight: PlacedWeight, location: str) -> ir.ExternalTensor:
     return ir.ExternalTensor(
         location, weight.offset, weight.bytes, weight.dtype, name=weight.name, shape=shape, base_dir=""
     )
-
-
-def _rows_of_block(shape: tuple[int, ...]) -> int:
-    return max(1, BLOCK_ELEMENTS // math.prod(shape[1:]))

@@ -14,9 +14,9 @@ from support.small_models import SmallModels
 from support.tolerances import CONTROL_MIN_DIFFERENCE, MERGE_MAX_DIFFERENCE, SMALL_MODEL_MAX_DIFFERENCE
 from support.vectors import PROMPTS, run
 
+from gircse.checkpoint import model_weights
 from gircse.export.exporter import export_bundle
 from gircse.export.options import ExportOptions
-from gircse.export.weights import external_data
 from gircse.runtime import CheckpointError
 
 LORA: dict[str, Any] = {"r": 4, "lora_alpha": 8, "init_lora_weights": False}
@@ -97,7 +97,7 @@ def test_blocks_of_rows_join_to_the_same_file(
     small_models: SmallModels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = small_models.bundle("mistral-window") / "fp32" / "weights.bin"
-    monkeypatch.setattr(external_data, "BLOCK_ELEMENTS", 1000)  # 20 rows of the vocabulary at a time
+    monkeypatch.setattr(model_weights, "BLOCK_ELEMENTS", 1000)  # 20 rows of the vocabulary at a time
     options = ExportOptions(
         output=tmp_path / "out", steps=5, model=str(small_models.checkpoint("mistral-window")), max_tokens=48
     )
