@@ -1,0 +1,12 @@
+# gircse.map lists what the library exports; a test compares it with the header.
+set(map ${CMAKE_CURRENT_SOURCE_DIR}/gircse.map)
+if(APPLE)
+  file(STRINGS ${map} symbols REGEX "^ +gircse_[a-z_]+;$")
+  list(TRANSFORM symbols REPLACE "^ +(gircse_[a-z_]+);$" "_\\1")
+  list(JOIN symbols "\n" symbols)
+  file(CONFIGURE OUTPUT gircse.exports CONTENT "${symbols}\n")
+  target_link_options(gircse PRIVATE LINKER:-exported_symbols_list,${CMAKE_CURRENT_BINARY_DIR}/gircse.exports)
+else()
+  target_link_options(gircse PRIVATE LINKER:--version-script=${map})
+endif()
+set_property(TARGET gircse PROPERTY LINK_DEPENDS ${map})
