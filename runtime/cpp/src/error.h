@@ -17,7 +17,7 @@ class Error : public std::exception {
         std::optional<std::string_view> expected = std::nullopt, std::optional<std::string_view> hint = std::nullopt);
 
   gircse_code code() const noexcept { return code_; }
-  const char *what() const noexcept override { return message_.c_str(); }
+  const char* what() const noexcept override { return message_.c_str(); }
 
  private:
   gircse_code code_;
@@ -32,6 +32,6 @@ std::string sentence(std::string_view where, std::string_view got, std::optional
 std::string readable(std::string_view part);
 
 // A value in quotes, for messages: what Python's repr shows of a simple string.
-std::string quoted(std::string_view value);
+std::string in_quotes(std::string_view value);
 
 }  // namespace gircse::core

@@ -1,0 +1,120 @@
+#include "error.h"
+
+#include <array>
+#include <cstdio>
+
+#include "utf8.h"
+
+namespace gircse::core {
+namespace {
+
+constexpr std::size_t max_part = 2000;  // bytes of a printed part; the commands in hints are shorter
+
+bool starts_line_break(std::string_view rest, std::size_t& length) {
+  constexpr std::array<std::string_view, 10> breaks = {"\r\n", "\n",   "\r",   "\v",           "\f",
+                                                       "\x1c", "\x1d", "\x1e", "\xe2\x80\xa8", "\xe2\x80\xa9"};
+  for (const std::string_view line_break : breaks) {
+    if (rest.substr(0, line_break.size()) == line_break) {
+      length = line_break.size();
+      return true;
+    }
+  }
+  return false;
+}
+
+// Whether a terminal would act on a character, or hide it: controls, and the marks that change a text's direction.
+bool printable(std::string_view character) {
+  const auto byte = [&](std::size_t i) { return static_cast<unsigned char>(character[i]); };
+  if (character.size() == 1) return byte(0) >= 0x20 && byte(0) < 0x7f;
+  if (character.size() == 2) return byte(0) != 0xc2 || byte(1) >= 0xa1;  // U+0080 to U+00A0
+  if (character.size() == 3 && byte(0) == 0xe2 && byte(1) == 0x80)
+    return byte(2) < 0x8b || (byte(2) > 0x8f && byte(2) < 0xaa);
+  if (character.size() == 3 && byte(0) == 0xe2 && byte(1) == 0x81) return byte(2) < 0xa0 || byte(2) > 0xaf;
+  return character != "\xef\xbb\xbf";  // the byte order mark
+}
+
+std::size_t sequence_length(std::string_view rest) {
+  const auto first = static_cast<unsigned char>(rest.front());
+  const std::size_t length = first < 0x80 ? 1 : first < 0xe0 ? 2 : first < 0xf0 ? 3 : 4;
+  if (length > rest.size() || invalid_utf8_offset(rest.substr(0, length))) return 0;
+  return length;
+}
+
+void append_escaped(std::string& text, std::string_view bytes) {
+  for (const char byte : bytes) {
+    std::array<char, 5> escape{};
+    std::snprintf(escape.data(), escape.size(), "\\x%02x", static_cast<unsigned>(static_cast<unsigned char>(byte)));
+    text += escape.data();
+  }
+}
+
+std::string shortened(std::string_view part) {
+  if (part.size() <= max_part) return std::string(part);
+  return std::string(part.substr(0, max_part / 2)) + " [...] " + std::string(part.substr(part.size() - max_part / 2));
+}
+
+std::string without_final_stop(std::string text) {
+  while (!text.empty() && text.back() == '.') text.pop_back();
+  return text;
+}
+
+}  // namespace
+
+Error::Error(gircse_code code, std::string_view where, std::string_view got, std::optional<std::string_view> expected,
+             std::optional<std::string_view> hint)
+    : code_(code), message_(sentence(where, got, expected, hint)) {}
+
+std::string sentence(std::string_view where, std::string_view got, std::optional<std::string_view> expected,
+                     std::optional<std::string_view> hint) {
+  std::string text = without_final_stop(readable(where) + " " + readable(got));
+  if (expected) text += "; " + without_final_stop(readable(*expected));
+  text += ".";
+  if (hint) text += " " + readable(*hint);
+  return text;
+}
+
+std::string readable(std::string_view part) {
+  const std::string whole = shortened(part);
+  std::string text;
+  for (std::string_view rest = whole; !rest.empty();) {
+    std::size_t length = 0;
+    if (starts_line_break(rest, length)) {
+      if (rest.size() > length) text += ' ';
+    } else if ((length = sequence_length(rest)) == 0) {
+      append_escaped(text, rest.substr(0, length = 1));
+    } else if (printable(rest.substr(0, length))) {
+      text += rest.substr(0, length);
+    } else {
+      append_escaped(text, rest.substr(0, length));
+    }
+    rest.remove_prefix(length);
+  }
+  return text;
+}
+
+std::string in_quotes(std::string_view value) {
+  const char quote = value.find('\'') != value.npos && value.find('"') == value.npos ? '"' : '\'';
+  std::string text(1, quote);
+  for (const char character : value) {
+    switch (character) {
+      case '\n':
+        text += "\\n";
+        break;
+      case '\r':
+        text += "\\r";
+        break;
+      case '\t':
+        text += "\\t";
+        break;
+      case '\\':
+        text += "\\\\";
+        break;
+      default:
+        if (character == quote) text += '\\';
+        text += character;
+    }
+  }
+  return text + quote;
+}
+
+}  // namespace gircse::core

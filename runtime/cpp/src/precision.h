@@ -1,0 +1,25 @@
+// What the runtime knows of each precision: the table of gircse.runtime.precision.
+#pragma once
+
+#include <string>
+#include <string_view>
+#include <vector>
+
+namespace gircse::core {
+
+struct PrecisionSpec {
+  std::string_view name;
+  bool calibrated;  // made from a calibration: has the stepwise graph alone
+  bool cpu;         // ONNX Runtime's CPU provider has kernels for it
+  bool cuda;        // ONNX Runtime's GPU providers run its graphs
+  double self_test_min_cosine;
+};
+
+// The row of a precision; throws Error where this version does not know it.
+const PrecisionSpec& precision_spec(std::string_view precision);
+
+// Which variant is taken when none is named, the best first.
+std::vector<std::string> cpu_order();
+std::vector<std::string> gpu_order();
+
+}  // namespace gircse::core
