@@ -6,7 +6,7 @@
 
 namespace gircse::core {
 
-std::vector<std::vector<std::size_t>> length_buckets(const std::vector<TokenIds>& prompts, std::size_t batch_size,
+std::vector<std::vector<std::size_t>> length_buckets(const std::vector<TokenIds> &prompts, std::size_t batch_size,
                                                      std::size_t batch_tokens) {
   std::vector<std::size_t> order(prompts.size());
   std::iota(order.begin(), order.end(), std::size_t{0});
@@ -23,7 +23,7 @@ std::vector<std::vector<std::size_t>> length_buckets(const std::vector<TokenIds>
   return buckets;
 }
 
-TokenBatch pad_batch(std::vector<std::size_t> rows, const std::vector<TokenIds>& prompts, std::int64_t pad_token_id) {
+TokenBatch pad_batch(std::vector<std::size_t> rows, const std::vector<TokenIds> &prompts, std::int64_t pad_token_id) {
   TokenBatch batch;
   for (const std::size_t row : rows) batch.tokens = std::max(batch.tokens, prompts[row].size());
   batch.input_ids.assign(rows.size() * batch.tokens, pad_token_id);

@@ -22,10 +22,10 @@ struct TokenBatch {
 
 // Groups prompts of similar length, longest first, under a limit of rows and a budget of padded tokens; a prompt that
 // alone exceeds the budget is a batch of its own. Prompts of equal length keep their order.
-std::vector<std::vector<std::size_t>> length_buckets(const std::vector<TokenIds>& prompts, std::size_t batch_size,
+std::vector<std::vector<std::size_t>> length_buckets(const std::vector<TokenIds> &prompts, std::size_t batch_size,
                                                      std::size_t batch_tokens);
 
 // Pads the prompts at `rows` to the longest of them.
-TokenBatch pad_batch(std::vector<std::size_t> rows, const std::vector<TokenIds>& prompts, std::int64_t pad_token_id);
+TokenBatch pad_batch(std::vector<std::size_t> rows, const std::vector<TokenIds> &prompts, std::int64_t pad_token_id);
 
 }  // namespace gircse::core

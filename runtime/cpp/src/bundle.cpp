@@ -15,18 +15,18 @@ namespace {
 
 namespace fs = std::filesystem;
 
-constexpr const char* copy_again = "Copy or export the bundle again.";
+constexpr const char *copy_again = "Copy or export the bundle again.";
 constexpr std::size_t block_bytes = 1 << 20;
 
-Error unreadable(const fs::path& path, const std::string& reason) {
+Error unreadable(const fs::path &path, const std::string &reason) {
   return {GIRCSE_ERROR_BUNDLE, path.string(), "cannot be read: " + reason, std::nullopt,
           "Check its path and its permissions."};
 }
 
 // Calls `use` with every block of a file.
 template <class Use>
-void read_blocks(const fs::path& path, Use use) {
-  const auto close = [](std::FILE* file) { std::fclose(file); };
+void read_blocks(const fs::path &path, Use use) {
+  const auto close = [](std::FILE *file) { std::fclose(file); };
   const std::unique_ptr<std::FILE, decltype(close)> file(std::fopen(path.c_str(), "rb"), close);
   if (!file) throw unreadable(path, std::strerror(errno));
   std::string block(block_bytes, '\0');
@@ -34,19 +34,19 @@ void read_blocks(const fs::path& path, Use use) {
   if (std::ferror(file.get()) != 0) throw unreadable(path, std::strerror(errno));
 }
 
-std::string content_of(const fs::path& path) {
+std::string content_of(const fs::path &path) {
   std::string content;
-  read_blocks(path, [&](const char* data, std::size_t size) { content.append(data, size); });
+  read_blocks(path, [&](const char *data, std::size_t size) { content.append(data, size); });
   return content;
 }
 
-bool is_inside(const fs::path& path, const fs::path& directory) {
+bool is_inside(const fs::path &path, const fs::path &directory) {
   return std::mismatch(directory.begin(), directory.end(), path.begin(), path.end()).first == directory.end();
 }
 
 }  // namespace
 
-Bundle::Bundle(const std::string& path) {
+Bundle::Bundle(const std::string &path) {
   std::error_code failed;
   const fs::path manifest_path = fs::path(path) / manifest_name;
   if (!fs::is_regular_file(manifest_path, failed)) {
@@ -56,10 +56,10 @@ Bundle::Bundle(const std::string& path) {
   manifest_ = Manifest::from_json(content_of(manifest_path));
   directory_ = fs::canonical(path, failed);
   if (failed) throw unreadable(path, failed.message());
-  for (const auto& [relative, entry] : manifest_.files) check_size(relative, entry);
+  for (const auto &[relative, entry] : manifest_.files) check_size(relative, entry);
 }
 
-fs::path Bundle::file(const std::string& relative) const {
+fs::path Bundle::file(const std::string &relative) const {
   std::error_code failed;
   fs::path path;
   if (relative.find('\0') != relative.npos) {
@@ -79,9 +79,9 @@ fs::path Bundle::file(const std::string& relative) const {
   return path;
 }
 
-std::string Bundle::read(const std::string& relative) const { return content_of(file(relative)); }
+std::string Bundle::read(const std::string &relative) const { return content_of(file(relative)); }
 
-const Variant& Bundle::variant(const std::string& precision) const {
+const Variant &Bundle::variant(const std::string &precision) const {
   const auto found = manifest_.variants.find(precision);
   if (found == manifest_.variants.end()) {
     throw Error(GIRCSE_ERROR_BUNDLE, directory_.string(), "has no precision " + in_quotes(precision),
@@ -90,8 +90,8 @@ const Variant& Bundle::variant(const std::string& precision) const {
   return found->second;
 }
 
-std::string Bundle::default_precision(const std::vector<std::string>& preferred) const {
-  for (const std::string& precision : preferred) {
+std::string Bundle::default_precision(const std::vector<std::string> &preferred) const {
+  for (const std::string &precision : preferred) {
     if (manifest_.variants.count(precision) > 0) return precision;
   }
   if (manifest_.variants.size() > 1) {
@@ -101,14 +101,14 @@ std::string Bundle::default_precision(const std::vector<std::string>& preferred)
   return manifest_.variants.begin()->first;
 }
 
-std::string Bundle::layout(const std::string& precision, const std::optional<std::string>& wanted) const {
+std::string Bundle::layout(const std::string &precision, const std::optional<std::string> &wanted) const {
   if (wanted) return *wanted;
-  const std::string& usual = manifest_.graph.layout;
+  const std::string &usual = manifest_.graph.layout;
   return variant(precision).graphs.count(usual) > 0 ? usual : "stepwise";
 }
 
-fs::path Bundle::graph(const std::string& precision, const std::string& layout) const {
-  const auto& graphs = variant(precision).graphs;
+fs::path Bundle::graph(const std::string &precision, const std::string &layout) const {
+  const auto &graphs = variant(precision).graphs;
   const auto found = graphs.find(layout);
   if (found == graphs.end()) {
     const bool calibrated = precision_spec(precision).calibrated;
@@ -119,15 +119,15 @@ fs::path Bundle::graph(const std::string& precision, const std::string& layout) 
   return file(found->second);
 }
 
-void Bundle::verify(const std::string& precision) const {
+void Bundle::verify(const std::string &precision) const {
   std::set<std::string> others;
-  for (const auto& [other, variant] : manifest_.variants) {
+  for (const auto &[other, variant] : manifest_.variants) {
     if (other != precision) others.insert(variant.files.begin(), variant.files.end());
   }
-  for (const auto& [relative, entry] : manifest_.files) {
+  for (const auto &[relative, entry] : manifest_.files) {
     if (others.count(relative) > 0) continue;
     Sha256 hash;
-    read_blocks(file(relative), [&](const char* data, std::size_t size) { hash.update(data, size); });
+    read_blocks(file(relative), [&](const char *data, std::size_t size) { hash.update(data, size); });
     const std::string digest = hash.hex_digest();
     if (digest != entry.sha256) {
       throw Error(GIRCSE_ERROR_BUNDLE, shown(relative), "was changed or damaged: its SHA-256 is " + digest,
@@ -136,7 +136,7 @@ void Bundle::verify(const std::string& precision) const {
   }
 }
 
-void Bundle::check_size(const std::string& relative, const FileEntry& entry) const {
+void Bundle::check_size(const std::string &relative, const FileEntry &entry) const {
   const fs::path path = file(relative);
   std::error_code failed;
   const bool regular = fs::is_regular_file(path, failed);

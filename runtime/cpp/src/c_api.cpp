@@ -51,12 +51,12 @@ gircse_encode_options default_encode_options() {
 namespace {
 
 // Made in advance: there is no memory left to make it when it is needed.
-gircse_error* memory_error() {
-  static auto* error = new gircse_error{GIRCSE_ERROR_MEMORY, "memory ran out. Use smaller batches."};
+gircse_error *memory_error() {
+  static auto *error = new gircse_error{GIRCSE_ERROR_MEMORY, "memory ran out. Use smaller batches."};
   return error;
 }
 
-gircse_error* new_error(gircse_code code, const char* message) noexcept {
+gircse_error *new_error(gircse_code code, const char *message) noexcept {
   try {
     return new gircse_error{code, message};
   } catch (...) {
@@ -65,27 +65,27 @@ gircse_error* new_error(gircse_code code, const char* message) noexcept {
 }
 
 template <class Work>
-gircse_error* guarded(Work work) noexcept {
+gircse_error *guarded(Work work) noexcept {
   memory_error();
   try {
     work();
     return nullptr;
-  } catch (const Error& err) {
+  } catch (const Error &err) {
     return new_error(err.code(), err.what());
-  } catch (const std::bad_alloc&) {
+  } catch (const std::bad_alloc &) {
     return memory_error();
-  } catch (const std::length_error&) {  // a container was asked for more than there can be
+  } catch (const std::length_error &) {  // a container was asked for more than there can be
     return memory_error();
-  } catch (const std::exception& err) {
+  } catch (const std::exception &err) {
     return new_error(GIRCSE_ERROR_INTERNAL, err.what());
   } catch (...) {
     return new_error(GIRCSE_ERROR_INTERNAL, "an unknown error.");
   }
 }
 
-gircse_embedder* new_handle(std::shared_ptr<const Embedder> embedder) {
+gircse_embedder *new_handle(std::shared_ptr<const Embedder> embedder) {
   static std::mutex mutex;
-  static auto* handles = new std::vector<std::unique_ptr<gircse_embedder>>;
+  static auto *handles = new std::vector<std::unique_ptr<gircse_embedder>>;
   const std::lock_guard<std::mutex> lock(mutex);
   handles->push_back(std::make_unique<gircse_embedder>());
   handles->back()->open = std::move(embedder);
@@ -93,8 +93,8 @@ gircse_embedder* new_handle(std::shared_ptr<const Embedder> embedder) {
 }
 
 // The embedder of a handle, which stays open for as long as the caller has it.
-std::shared_ptr<const Embedder> embedder_of(const gircse_embedder* handle) {
-  auto* shared = const_cast<gircse_embedder*>(handle);
+std::shared_ptr<const Embedder> embedder_of(const gircse_embedder *handle) {
+  auto *shared = const_cast<gircse_embedder *>(handle);
   std::shared_ptr<const Embedder> embedder;
   if (shared != nullptr) {
     const std::lock_guard<std::mutex> lock(shared->mutex);
@@ -104,11 +104,11 @@ std::shared_ptr<const Embedder> embedder_of(const gircse_embedder* handle) {
   return embedder;
 }
 
-std::optional<std::string> optional_text(const char* text) {
+std::optional<std::string> optional_text(const char *text) {
   return text == nullptr ? std::nullopt : std::optional<std::string>(text);
 }
 
-OpenOptions open_options(const gircse_open_options* given) {
+OpenOptions open_options(const gircse_open_options *given) {
   const gircse_open_options raw = read(given, default_open_options(), "open_options");
   OpenOptions options;
   options.precision = optional_text(raw.precision);
@@ -120,14 +120,14 @@ OpenOptions open_options(const gircse_open_options* given) {
   return options;
 }
 
-std::string_view view(const std::string& where, const gircse_text& text) {
+std::string_view view(const std::string &where, const gircse_text &text) {
   if (text.data == nullptr && text.size > 0) {
     throw Error(GIRCSE_ERROR_OPTION, where, "has no data, and " + std::to_string(text.size) + " bytes");
   }
   return {text.data == nullptr ? "" : text.data, text.size};
 }
 
-std::vector<std::string_view> views(const gircse_text* texts, std::size_t count) {
+std::vector<std::string_view> views(const gircse_text *texts, std::size_t count) {
   if (texts == nullptr && count > 0) throw Error(GIRCSE_ERROR_OPTION, "texts", "is NULL");
   std::vector<std::string_view> result;
   result.reserve(count);
@@ -141,7 +141,7 @@ struct EncodeOptions {
   RunOptions run;
 };
 
-EncodeOptions encode_options(const gircse_encode_options* given) {
+EncodeOptions encode_options(const gircse_encode_options *given) {
   const gircse_encode_options raw = read(given, default_encode_options(), "encode_options");
   EncodeOptions options;
   options.prompt.instruction = view("instruction", raw.instruction);
@@ -152,7 +152,7 @@ EncodeOptions encode_options(const gircse_encode_options* given) {
 }
 
 // Refuses an output of `capacity` elements that `count` rows of `row_size` do not fit into.
-void check_capacity(const char* name, const void* output, std::size_t capacity, std::size_t count,
+void check_capacity(const char *name, const void *output, std::size_t capacity, std::size_t count,
                     std::size_t row_size) {
   if (row_size > 0 && count > capacity / row_size) {
     throw Error(GIRCSE_ERROR_CAPACITY, name, "has room for " + std::to_string(capacity) + " elements",
@@ -161,7 +161,7 @@ void check_capacity(const char* name, const void* output, std::size_t capacity, 
   if (output == nullptr && count * row_size > 0) throw Error(GIRCSE_ERROR_OPTION, name, "is NULL");
 }
 
-std::vector<TokenIds> split_prompts(const Embedder& embedder, const std::int64_t* ids, const std::size_t* lengths,
+std::vector<TokenIds> split_prompts(const Embedder &embedder, const std::int64_t *ids, const std::size_t *lengths,
                                     std::size_t count) {
   if ((ids == nullptr || lengths == nullptr) && count > 0)
     throw Error(GIRCSE_ERROR_OPTION, "ids or lengths", "is NULL");
@@ -175,8 +175,8 @@ std::vector<TokenIds> split_prompts(const Embedder& embedder, const std::int64_t
   return prompts;
 }
 
-gircse_description describe(const Embedder& embedder) {
-  const GraphFacts& facts = embedder.manifest().graph;
+gircse_description describe(const Embedder &embedder) {
+  const GraphFacts &facts = embedder.manifest().graph;
   return {sizeof(gircse_description),
           static_cast<std::size_t>(facts.hidden_size),
           static_cast<std::size_t>(facts.steps),
@@ -196,17 +196,17 @@ using namespace gircse::core;
 
 uint32_t gircse_abi_version(void) { return GIRCSE_ABI_VERSION; }
 
-const char* gircse_version(void) { return GIRCSE_VERSION; }
+const char *gircse_version(void) { return GIRCSE_VERSION; }
 
-void gircse_open_options_init(gircse_open_options* options, size_t size) {
+void gircse_open_options_init(gircse_open_options *options, size_t size) {
   fill(options, size, default_open_options());
 }
 
-void gircse_encode_options_init(gircse_encode_options* options, size_t size) {
+void gircse_encode_options_init(gircse_encode_options *options, size_t size) {
   fill(options, size, default_encode_options());
 }
 
-gircse_error* gircse_open(const char* bundle, const gircse_open_options* options, gircse_embedder** embedder) {
+gircse_error *gircse_open(const char *bundle, const gircse_open_options *options, gircse_embedder **embedder) {
   return guarded([&] {
     if (embedder == nullptr) throw Error(GIRCSE_ERROR_OPTION, "embedder", "is NULL");
     *embedder = nullptr;
@@ -215,22 +215,22 @@ gircse_error* gircse_open(const char* bundle, const gircse_open_options* options
   });
 }
 
-void gircse_close(gircse_embedder* embedder) {
+void gircse_close(gircse_embedder *embedder) {
   if (embedder == nullptr) return;
   std::shared_ptr<const Embedder> last;  // freed outside the lock
   const std::lock_guard<std::mutex> lock(embedder->mutex);
   last.swap(embedder->open);
 }
 
-gircse_error* gircse_describe(const gircse_embedder* embedder, gircse_description* description) {
+gircse_error *gircse_describe(const gircse_embedder *embedder, gircse_description *description) {
   return guarded([&] {
     check_target(description, "description");
     fill(description, description->size, describe(*embedder_of(embedder)));
   });
 }
 
-gircse_error* gircse_encode(const gircse_embedder* embedder, const gircse_text* texts, size_t count,
-                            const gircse_encode_options* options, float* vectors, size_t capacity, size_t* truncated) {
+gircse_error *gircse_encode(const gircse_embedder *embedder, const gircse_text *texts, size_t count,
+                            const gircse_encode_options *options, float *vectors, size_t capacity, size_t *truncated) {
   return guarded([&] {
     const auto open = embedder_of(embedder);
     const EncodeOptions chosen = encode_options(options);
@@ -241,8 +241,8 @@ gircse_error* gircse_encode(const gircse_embedder* embedder, const gircse_text* 
   });
 }
 
-gircse_error* gircse_encode_tokens(const gircse_embedder* embedder, const int64_t* ids, const size_t* lengths,
-                                   size_t count, const gircse_encode_options* options, float* vectors,
+gircse_error *gircse_encode_tokens(const gircse_embedder *embedder, const int64_t *ids, const size_t *lengths,
+                                   size_t count, const gircse_encode_options *options, float *vectors,
                                    size_t capacity) {
   return guarded([&] {
     const auto open = embedder_of(embedder);
@@ -256,14 +256,14 @@ gircse_error* gircse_encode_tokens(const gircse_embedder* embedder, const int64_
   });
 }
 
-gircse_error* gircse_tokenize(const gircse_embedder* embedder, const gircse_text* texts, size_t count,
-                              const gircse_encode_options* options, int64_t* ids, size_t capacity, size_t* lengths,
-                              size_t* truncated) {
+gircse_error *gircse_tokenize(const gircse_embedder *embedder, const gircse_text *texts, size_t count,
+                              const gircse_encode_options *options, int64_t *ids, size_t capacity, size_t *lengths,
+                              size_t *truncated) {
   return guarded([&] {
     const auto open = embedder_of(embedder);
     const TokenizedTexts tokens = open->tokenizer().tokenize(views(texts, count), encode_options(options).prompt);
     std::size_t total = 0;
-    for (const TokenIds& prompt : tokens.ids) total += prompt.size();
+    for (const TokenIds &prompt : tokens.ids) total += prompt.size();
     check_capacity("ids", ids, capacity, 1, total);
     if (lengths == nullptr && count > 0) throw Error(GIRCSE_ERROR_OPTION, "lengths", "is NULL");
     for (std::size_t i = 0; i < count; ++i) {
@@ -274,7 +274,7 @@ gircse_error* gircse_tokenize(const gircse_embedder* embedder, const gircse_text
   });
 }
 
-gircse_error* gircse_self_test(const gircse_embedder* embedder, gircse_self_test_report* report) {
+gircse_error *gircse_self_test(const gircse_embedder *embedder, gircse_self_test_report *report) {
   return guarded([&] {
     check_target(report, "report");
     const SelfTest result = embedder_of(embedder)->self_test();
@@ -284,10 +284,10 @@ gircse_error* gircse_self_test(const gircse_embedder* embedder, gircse_self_test
   });
 }
 
-gircse_code gircse_error_code(const gircse_error* error) { return error == nullptr ? GIRCSE_OK : error->code; }
+gircse_code gircse_error_code(const gircse_error *error) { return error == nullptr ? GIRCSE_OK : error->code; }
 
-const char* gircse_error_message(const gircse_error* error) { return error == nullptr ? "" : error->message.c_str(); }
+const char *gircse_error_message(const gircse_error *error) { return error == nullptr ? "" : error->message.c_str(); }
 
-void gircse_error_free(gircse_error* error) {
+void gircse_error_free(gircse_error *error) {
   if (error != memory_error()) delete error;
 }

@@ -11,17 +11,17 @@
 namespace gircse::core {
 namespace {
 
-constexpr std::array<const char*, 4> providers = {"auto", "cpu", "cuda", "onnxruntime-tensorrt"};
+constexpr std::array<const char *, 4> providers = {"auto", "cpu", "cuda", "onnxruntime-tensorrt"};
 
 template <class Choices>
-void check_choice(const char* where, const std::string& value, const Choices& choices) {
+void check_choice(const char *where, const std::string &value, const Choices &choices) {
   if (std::find(choices.begin(), choices.end(), value) != choices.end()) return;
   std::string expected;
-  for (const char* choice : choices) expected += (expected.empty() ? "" : ", ") + std::string(choice);
+  for (const char *choice : choices) expected += (expected.empty() ? "" : ", ") + std::string(choice);
   throw Error(GIRCSE_ERROR_OPTION, where, "is " + in_quotes(value), "it has to be one of " + expected);
 }
 
-void check_open_options(const OpenOptions& options) {
+void check_open_options(const OpenOptions &options) {
   if (options.threads < 0) {
     throw Error(GIRCSE_ERROR_OPTION, "threads", "is " + std::to_string(options.threads), "it has to be at least 1",
                 "Leave it at 0 to use every physical core.");
@@ -34,7 +34,7 @@ void check_open_options(const OpenOptions& options) {
   if (options.layout) check_choice("layout", *options.layout, std::array{"unrolled", "stepwise"});
 }
 
-void check_runs_on_gpu(const std::string& precision, const std::string& provider) {
+void check_runs_on_gpu(const std::string &precision, const std::string &provider) {
   if (provider == "cpu" || precision_spec(precision).cuda) return;
   throw Error(GIRCSE_ERROR_PROVIDER, "provider " + provider, "does not run " + precision,
               "its graph is made for the CPU; ONNX Runtime on a GPU runs fp16, bf16, fp32",
@@ -43,12 +43,12 @@ void check_runs_on_gpu(const std::string& precision, const std::string& provider
 
 // Loads a graph while a second thread hashes the files; a wrong hash explains a failed load, so it wins.
 template <class Open>
-std::unique_ptr<Session> while_verifying(const Bundle& bundle, const std::string& precision, Open open_it) {
+std::unique_ptr<Session> while_verifying(const Bundle &bundle, const std::string &precision, Open open_it) {
   std::future<void> verification = std::async(std::launch::async, [&bundle, &precision] { bundle.verify(precision); });
   std::unique_ptr<Session> session;
   try {
     session = open_it();
-  } catch (const Error& err) {
+  } catch (const Error &err) {
     if (err.code() == GIRCSE_ERROR_BUNDLE) verification.get();
     throw;
   }
@@ -58,7 +58,7 @@ std::unique_ptr<Session> while_verifying(const Bundle& bundle, const std::string
 
 }  // namespace
 
-Embedder::Embedder(const std::string& path, const OpenOptions& options)
+Embedder::Embedder(const std::string &path, const OpenOptions &options)
     : bundle_((check_open_options(options), path)), tokenizer_(bundle_), runtime_(nullptr) {
   if (options.precision) bundle_.variant(*options.precision);
   runtime_ = &load_onnxruntime(options.onnxruntime);
@@ -66,18 +66,18 @@ Embedder::Embedder(const std::string& path, const OpenOptions& options)
   if (options.verify) check_golden_tokens(bundle_, tokenizer_);  // after the hashes, which explain damage better
 }
 
-void Embedder::open(const OpenOptions& options) {
+void Embedder::open(const OpenOptions &options) {
   if (options.provider != "auto") return open_on(options.provider, options);
   try {
     return open_on("cuda", options);
-  } catch (const Error& err) {
+  } catch (const Error &err) {
     if (err.code() != GIRCSE_ERROR_PROVIDER) throw;
     skipped_ = err.what();
   }
   open_on("cpu", options);
 }
 
-void Embedder::open_on(const std::string& provider, const OpenOptions& options) {
+void Embedder::open_on(const std::string &provider, const OpenOptions &options) {
   const std::string precision =
       options.precision ? *options.precision : bundle_.default_precision(provider == "cpu" ? cpu_order() : gpu_order());
   check_runs_on_gpu(precision, provider);
@@ -87,7 +87,7 @@ void Embedder::open_on(const std::string& provider, const OpenOptions& options) 
   precision_ = precision, provider_ = provider, layout_ = layout;
 }
 
-std::size_t Embedder::checked_steps(const RunOptions& options) const {
+std::size_t Embedder::checked_steps(const RunOptions &options) const {
   const std::int64_t most = manifest().graph.steps;
   if (options.steps < -1 || options.steps > most) {
     const bool possible = options.steps > most && options.steps <= max_steps;
@@ -96,14 +96,14 @@ std::size_t Embedder::checked_steps(const RunOptions& options) const {
                 possible ? "Choose one of these, or export with --steps " + std::to_string(options.steps)
                          : "Choose one of these.");
   }
-  for (const auto& [name, value] :
+  for (const auto &[name, value] :
        {std::pair("batch_size", options.batch_size), std::pair("batch_tokens", options.batch_tokens)}) {
     if (value == 0) throw Error(GIRCSE_ERROR_OPTION, name, "is 0", "it has to be at least 1");
   }
   return static_cast<std::size_t>(options.steps < 0 ? most : options.steps);
 }
 
-std::size_t Embedder::row_size(const RunOptions& options) const {
+std::size_t Embedder::row_size(const RunOptions &options) const {
   const std::size_t steps = checked_steps(options);
   return static_cast<std::size_t>(manifest().graph.hidden_size) * (options.all_steps ? steps : 1);
 }
@@ -115,7 +115,7 @@ void Embedder::check_length(std::size_t prompt, std::size_t tokens) const {
               "the bundle takes 1 to " + std::to_string(most));
 }
 
-void Embedder::check_tokens(std::size_t prompt, const TokenIds& ids) const {
+void Embedder::check_tokens(std::size_t prompt, const TokenIds &ids) const {
   const std::int64_t vocab_size = manifest().graph.vocab_size;
   for (const std::int64_t token : ids) {
     if (token >= 0 && token < vocab_size) continue;
@@ -124,10 +124,10 @@ void Embedder::check_tokens(std::size_t prompt, const TokenIds& ids) const {
   }
 }
 
-void Embedder::embed(const std::vector<TokenIds>& prompts, const RunOptions& options, float* vectors) const {
+void Embedder::embed(const std::vector<TokenIds> &prompts, const RunOptions &options, float *vectors) const {
   const std::size_t steps = checked_steps(options), row_floats = row_size(options);
   const std::size_t first = options.all_steps ? 1 : steps;
-  for (auto& rows : length_buckets(prompts, options.batch_size, options.batch_tokens)) {
+  for (auto &rows : length_buckets(prompts, options.batch_size, options.batch_tokens)) {
     const TokenBatch batch = pad_batch(std::move(rows), prompts, manifest().pad_token_id);
     const StepVectors outputs = session_->run(batch, steps);
     for (std::size_t i = 0; i < batch.size(); ++i) {
@@ -140,7 +140,7 @@ SelfTest Embedder::self_test() const {
   const std::vector<GoldenPrompt> golden = read_golden_prompts(bundle_);
   std::vector<TokenIds> prompts;
   std::vector<std::size_t> rows;
-  for (const GoldenPrompt& prompt : golden) {
+  for (const GoldenPrompt &prompt : golden) {
     rows.push_back(prompts.size());
     prompts.push_back(prompt.token_ids);
   }

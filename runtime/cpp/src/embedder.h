@@ -37,40 +37,40 @@ struct RunOptions {
 
 class Embedder {
  public:
-  Embedder(const std::string& path, const OpenOptions& options);
+  Embedder(const std::string &path, const OpenOptions &options);
 
-  const Manifest& manifest() const noexcept { return bundle_.manifest(); }
-  const std::string& precision() const noexcept { return precision_; }
-  const std::string& provider() const noexcept { return provider_; }
-  const std::string& layout() const noexcept { return layout_; }
-  const std::string& onnxruntime() const noexcept { return runtime_->version; }
+  const Manifest &manifest() const noexcept { return bundle_.manifest(); }
+  const std::string &precision() const noexcept { return precision_; }
+  const std::string &provider() const noexcept { return provider_; }
+  const std::string &layout() const noexcept { return layout_; }
+  const std::string &onnxruntime() const noexcept { return runtime_->version; }
 
   // Why "auto" passed over better providers, one per line.
-  const std::string& skipped() const noexcept { return skipped_; }
+  const std::string &skipped() const noexcept { return skipped_; }
 
-  const PromptTokenizer& tokenizer() const noexcept { return tokenizer_; }
+  const PromptTokenizer &tokenizer() const noexcept { return tokenizer_; }
 
   // Number of floats that one text gives.
-  std::size_t row_size(const RunOptions& options) const;
+  std::size_t row_size(const RunOptions &options) const;
 
   // Embeds prompts into (n, hidden) floats, or (n, steps, hidden) with all_steps; row i belongs to prompt i.
-  void embed(const std::vector<TokenIds>& prompts, const RunOptions& options, float* vectors) const;
+  void embed(const std::vector<TokenIds> &prompts, const RunOptions &options, float *vectors) const;
 
   // Throws Error where a prompt that did not come from the tokenizer has no tokens, too many, or unknown ones.
   void check_length(std::size_t prompt, std::size_t tokens) const;
-  void check_tokens(std::size_t prompt, const TokenIds& ids) const;
+  void check_tokens(std::size_t prompt, const TokenIds &ids) const;
 
   // Embeds the golden texts and compares every step with PyTorch.
   SelfTest self_test() const;
 
  private:
-  std::size_t checked_steps(const RunOptions& options) const;
-  void open(const OpenOptions& options);
-  void open_on(const std::string& provider, const OpenOptions& options);
+  std::size_t checked_steps(const RunOptions &options) const;
+  void open(const OpenOptions &options);
+  void open_on(const std::string &provider, const OpenOptions &options);
 
   Bundle bundle_;
   PromptTokenizer tokenizer_;
-  const OnnxRuntime* runtime_;
+  const OnnxRuntime *runtime_;
   std::unique_ptr<Session> session_;
   std::string precision_;
   std::string provider_;

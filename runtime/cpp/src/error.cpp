@@ -10,7 +10,7 @@ namespace {
 
 constexpr std::size_t max_part = 2000;  // bytes of a printed part; the commands in hints are shorter
 
-bool starts_line_break(std::string_view rest, std::size_t& length) {
+bool starts_line_break(std::string_view rest, std::size_t &length) {
   constexpr std::array<std::string_view, 10> breaks = {"\r\n", "\n",   "\r",   "\v",           "\f",
                                                        "\x1c", "\x1d", "\x1e", "\xe2\x80\xa8", "\xe2\x80\xa9"};
   for (const std::string_view line_break : breaks) {
@@ -40,7 +40,7 @@ std::size_t sequence_length(std::string_view rest) {
   return length;
 }
 
-void append_escaped(std::string& text, std::string_view bytes) {
+void append_escaped(std::string &text, std::string_view bytes) {
   for (const char byte : bytes) {
     std::array<char, 5> escape{};
     std::snprintf(escape.data(), escape.size(), "\\x%02x", static_cast<unsigned>(static_cast<unsigned char>(byte)));
@@ -97,18 +97,10 @@ std::string in_quotes(std::string_view value) {
   std::string text(1, quote);
   for (const char character : value) {
     switch (character) {
-      case '\n':
-        text += "\\n";
-        break;
-      case '\r':
-        text += "\\r";
-        break;
-      case '\t':
-        text += "\\t";
-        break;
-      case '\\':
-        text += "\\\\";
-        break;
+      case '\n': text += "\\n"; break;
+      case '\r': text += "\\r"; break;
+      case '\t': text += "\\t"; break;
+      case '\\': text += "\\\\"; break;
       default:
         if (character == quote) text += '\\';
         text += character;

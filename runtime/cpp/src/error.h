@@ -17,7 +17,7 @@ class Error : public std::exception {
         std::optional<std::string_view> expected = std::nullopt, std::optional<std::string_view> hint = std::nullopt);
 
   gircse_code code() const noexcept { return code_; }
-  const char* what() const noexcept override { return message_.c_str(); }
+  const char *what() const noexcept override { return message_.c_str(); }
 
  private:
   gircse_code code_;

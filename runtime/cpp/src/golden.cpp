@@ -12,21 +12,21 @@
 namespace gircse::core {
 namespace {
 
-constexpr const char* prompts_file = "golden.json";
-constexpr const char* vectors_file = "golden.safetensors";
-constexpr const char* copy_again = "Copy or export the bundle again.";
+constexpr const char *prompts_file = "golden.json";
+constexpr const char *vectors_file = "golden.safetensors";
+constexpr const char *copy_again = "Copy or export the bundle again.";
 
-Error damaged(const std::string& where, const std::string& got,
+Error damaged(const std::string &where, const std::string &got,
               std::optional<std::string_view> expected = std::nullopt) {
   return {GIRCSE_ERROR_BUNDLE, where, got, expected, copy_again};
 }
 
-void check_prompts(const std::vector<GoldenPrompt>& prompts, std::int64_t vocab_size, const std::string& path) {
-  const auto no_tokens = [](const GoldenPrompt& prompt) { return prompt.token_ids.empty(); };
+void check_prompts(const std::vector<GoldenPrompt> &prompts, std::int64_t vocab_size, const std::string &path) {
+  const auto no_tokens = [](const GoldenPrompt &prompt) { return prompt.token_ids.empty(); };
   if (prompts.empty() || std::any_of(prompts.begin(), prompts.end(), no_tokens)) {
     throw damaged(path, "has no text, or one without tokens");
   }
-  for (const GoldenPrompt& prompt : prompts) {
+  for (const GoldenPrompt &prompt : prompts) {
     for (const std::int64_t token : prompt.token_ids) {
       if (token < 0 || token >= vocab_size) {
         throw damaged(path, "has the token " + std::to_string(token),
@@ -37,8 +37,8 @@ void check_prompts(const std::vector<GoldenPrompt>& prompts, std::int64_t vocab_
 }
 
 // A float32 tensor of golden.safetensors, whose shape is checked.
-std::vector<float> read_tensor(const Safetensors& file, const std::string& path, const std::string& name,
-                               const std::vector<std::size_t>& shape) {
+std::vector<float> read_tensor(const Safetensors &file, const std::string &path, const std::string &name,
+                               const std::vector<std::size_t> &shape) {
   if (!file.has(name)) throw damaged(path, "has no " + name);
   if (file.dtype(name) != "F32" || file.shape(name) != shape) {
     throw damaged(path + ": " + name, "has type " + file.dtype(name) + " or a shape that does not fit",
@@ -53,7 +53,7 @@ struct StepCosines {
   bool failed = false;  // one is below the limit, or is not a number
 };
 
-StepCosines compare_step(const StepVectors& ours, const StepVectors& golden, std::size_t step, double limit) {
+StepCosines compare_step(const StepVectors &ours, const StepVectors &golden, std::size_t step, double limit) {
   StepCosines result;
   for (std::size_t row = 0; row < golden.batch; ++row) {
     const double value = cosine(ours.at(row, step), golden.at(row, step), golden.hidden);
@@ -65,8 +65,8 @@ StepCosines compare_step(const StepVectors& ours, const StepVectors& golden, std
 
 }  // namespace
 
-std::vector<GoldenPrompt> read_golden_prompts(const Bundle& bundle) {
-  const Manifest& manifest = bundle.manifest();
+std::vector<GoldenPrompt> read_golden_prompts(const Bundle &bundle) {
+  const Manifest &manifest = bundle.manifest();
   if (!manifest.golden) {
     throw Error(GIRCSE_ERROR_BUNDLE, bundle.directory().string(),
                 "has no golden vectors (" + manifest.golden_missing_reason.value_or("None") + ")", std::nullopt,
@@ -76,17 +76,17 @@ std::vector<GoldenPrompt> read_golden_prompts(const Bundle& bundle) {
   std::vector<GoldenPrompt> prompts;
   try {
     const nlohmann::json content = parse_json(bundle.read(prompts_file));
-    for (JsonRecord& record : JsonRecord(content, "$").records("cases")) {
+    for (JsonRecord &record : JsonRecord(content, "$").records("cases")) {
       prompts.push_back({record.text("instruction"), record.text("text"), record.integers("token_ids")});
     }
-  } catch (const std::runtime_error& err) {
+  } catch (const std::runtime_error &err) {
     throw damaged(path, std::string("cannot be read: ") + err.what());
   }
   check_prompts(prompts, manifest.graph.vocab_size, path);
   return prompts;
 }
 
-StepVectors read_golden_vectors(const Bundle& bundle, std::size_t prompts) {
+StepVectors read_golden_vectors(const Bundle &bundle, std::size_t prompts) {
   const std::string path = bundle.file(vectors_file).string();
   const auto steps = static_cast<std::size_t>(bundle.manifest().graph.steps);
   const auto hidden = static_cast<std::size_t>(bundle.manifest().graph.hidden_size);
@@ -99,19 +99,19 @@ StepVectors read_golden_vectors(const Bundle& bundle, std::size_t prompts) {
       std::copy_n(prompt.data() + row * hidden, hidden, golden.at(row, 0));
       if (steps > 0) std::copy_n(soft.data() + row * steps * hidden, steps * hidden, golden.at(row, 1));
     }
-  } catch (const std::runtime_error& err) {
+  } catch (const std::runtime_error &err) {
     throw damaged(path, std::string("cannot be read: ") + err.what());
   }
   return golden;
 }
 
-void check_golden_tokens(const Bundle& bundle, const PromptTokenizer& tokenizer) {
+void check_golden_tokens(const Bundle &bundle, const PromptTokenizer &tokenizer) {
   if (!bundle.manifest().golden) return;
   std::size_t number = 0;
-  for (const GoldenPrompt& golden : read_golden_prompts(bundle)) {
+  for (const GoldenPrompt &golden : read_golden_prompts(bundle)) {
     ++number;
     if (tokenizer.tokenize({golden.text}, {golden.instruction, std::nullopt, false}).ids.front() != golden.token_ids) {
-      const std::string& version = bundle.manifest().tokenizers_version;
+      const std::string &version = bundle.manifest().tokenizers_version;
       throw Error(GIRCSE_ERROR_BUNDLE, bundle.directory().string(),
                   "gives golden text " + std::to_string(number) + " other tokens than at the export",
                   "that was with tokenizers " + (version.empty() ? "of an unknown version" : version),
@@ -120,7 +120,7 @@ void check_golden_tokens(const Bundle& bundle, const PromptTokenizer& tokenizer)
   }
 }
 
-SelfTest compare_with_golden(const StepVectors& ours, const StepVectors& golden, double limit) {
+SelfTest compare_with_golden(const StepVectors &ours, const StepVectors &golden, double limit) {
   SelfTest result;
   result.texts = golden.batch;
   result.limit = limit;

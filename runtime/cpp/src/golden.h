@@ -19,14 +19,14 @@ struct GoldenPrompt {
 };
 
 // Reads golden.json; throws Error where the bundle has none, or it is damaged.
-std::vector<GoldenPrompt> read_golden_prompts(const Bundle& bundle);
+std::vector<GoldenPrompt> read_golden_prompts(const Bundle &bundle);
 
 // Reads golden.safetensors: h_0 normalized and z_1..z_K of every golden prompt.
-StepVectors read_golden_vectors(const Bundle& bundle, std::size_t prompts);
+StepVectors read_golden_vectors(const Bundle &bundle, std::size_t prompts);
 
 // Compares the token ids of the golden texts here with those of the export; without golden texts does nothing. Another
 // tokenizer, or another prompt template, gives other vectors without an error.
-void check_golden_tokens(const Bundle& bundle, const PromptTokenizer& tokenizer);
+void check_golden_tokens(const Bundle &bundle, const PromptTokenizer &tokenizer);
 
 struct SelfTest {
   std::size_t texts = 0;
@@ -41,6 +41,6 @@ struct SelfTest {
 
 // Compares vectors row by row. The worst step is the first one with a vector below the limit, or that with the smallest
 // cosine.
-SelfTest compare_with_golden(const StepVectors& ours, const StepVectors& golden, double limit);
+SelfTest compare_with_golden(const StepVectors &ours, const StepVectors &golden, double limit);
 
 }  // namespace gircse::core

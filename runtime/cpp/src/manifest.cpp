@@ -12,7 +12,7 @@ namespace {
 
 constexpr std::int64_t schema_version = 3;
 constexpr std::int64_t oldest_schema_version = 1;
-constexpr const char* export_again = "Export the bundle again.";
+constexpr const char *export_again = "Export the bundle again.";
 
 const std::vector<std::string_view> layout_names = {"unrolled", "stepwise"};
 
@@ -20,7 +20,7 @@ Error refusal(std::string_view got, std::optional<std::string_view> expected, st
   return {GIRCSE_ERROR_BUNDLE, manifest_name, got, expected, hint};
 }
 
-void check_schema_version(const nlohmann::json& content) {
+void check_schema_version(const nlohmann::json &content) {
   const std::int64_t version = JsonRecord(content, "$").integer("schema_version");
   if (version > schema_version) {
     throw refusal("has schema version " + std::to_string(version),
@@ -49,7 +49,7 @@ GraphFacts read_graph_facts(JsonRecord record) {
   return facts;
 }
 
-void check_graph_facts(const GraphFacts& facts) {
+void check_graph_facts(const GraphFacts &facts) {
   constexpr std::int64_t largest = 1 << 30;  // far above any model, and products of two of them cannot overflow
   const auto sizes = {facts.max_tokens, facts.hidden_size, facts.num_layers, facts.kv_size, facts.vocab_size};
   if (facts.steps < 0 || facts.steps > max_steps || std::min(sizes) < 1 || std::max(sizes) > largest ||
@@ -60,7 +60,7 @@ void check_graph_facts(const GraphFacts& facts) {
 }
 
 // Reads the fields that describe a source only to check them: nothing here depends on them.
-void check_sources(JsonRecord& manifest) {
+void check_sources(JsonRecord &manifest) {
   JsonRecord model = manifest.record("model");
   model.text("name"), model.text_or_null("revision"), model.text("config_sha256"), model.finish();
   if (std::optional<JsonRecord> adapter = manifest.record_or_null("adapter")) {
@@ -69,12 +69,12 @@ void check_sources(JsonRecord& manifest) {
   if (manifest.has("tokenizer")) manifest.one_of("tokenizer", {"json", "auto"});
 }
 
-void check_tensors(JsonRecord& graph, const std::string& field) {
-  for (JsonRecord& tensor : graph.records(field)) {
+void check_tensors(JsonRecord &graph, const std::string &field) {
+  for (JsonRecord &tensor : graph.records(field)) {
     tensor.text("name"), tensor.text("dtype");
-    const nlohmann::json& shape = tensor.raw("shape");
+    const nlohmann::json &shape = tensor.raw("shape");
     if (!shape.is_array()) refuse_type(shape, "array", tensor.path_of("shape"));
-    for (const nlohmann::json& dimension : shape) {
+    for (const nlohmann::json &dimension : shape) {
       if (!dimension.is_string() && !dimension.is_number_integer()) {
         refuse_type(dimension, "int | str", tensor.path_of("shape") + "[...]");
       }
@@ -92,23 +92,23 @@ std::string read_graph_path(JsonRecord graph) {
 }
 
 // A layout that stands as a key of an object.
-void check_layout_key(const std::string& key, const std::string& path) {
+void check_layout_key(const std::string &key, const std::string &path) {
   if (std::find(layout_names.begin(), layout_names.end(), key) == layout_names.end()) {
     throw std::runtime_error("Invalid enum value '" + key + "' - at `key` in `" + path + "`");
   }
 }
 
-void check_rewrites(JsonRecord& variant) {
+void check_rewrites(JsonRecord &variant) {
   if (!variant.has("rewrites")) return;
-  for (auto& [layout, counts] : variant.named_records("rewrites")) {
+  for (auto &[layout, counts] : variant.named_records("rewrites")) {
     check_layout_key(layout, variant.path_of("rewrites"));
-    for (const auto& item : variant.raw("rewrites")[layout].items()) counts.integer(item.key());
+    for (const auto &item : variant.raw("rewrites")[layout].items()) counts.integer(item.key());
   }
 }
 
 Variant read_variant(JsonRecord record) {
   Variant variant;
-  for (auto& [layout, graph] : record.named_records("graphs")) {
+  for (auto &[layout, graph] : record.named_records("graphs")) {
     check_layout_key(layout, record.path_of("graphs"));
     variant.files.insert(variant.graphs[layout] = read_graph_path(graph));
   }
@@ -131,15 +131,15 @@ Manifest read_manifest(JsonRecord record) {
   manifest.graph = read_graph_facts(record.record("graph"));
   manifest.prompt_template = record.text("prompt_template");
   manifest.pad_token_id = record.integer("pad_token_id");
-  for (auto& [precision, variant] : record.named_records("variants")) {
+  for (auto &[precision, variant] : record.named_records("variants")) {
     manifest.variants[precision] = read_variant(variant);
   }
   manifest.golden = record.boolean("golden");
   manifest.golden_missing_reason = record.text_or_null("golden_missing_reason");
-  for (auto& [tool, version] : record.named_texts("tools")) {
+  for (auto &[tool, version] : record.named_texts("tools")) {
     if (tool == "tokenizers") manifest.tokenizers_version = version;
   }
-  for (auto& [path, entry] : record.named_records("files")) {
+  for (auto &[path, entry] : record.named_records("files")) {
     manifest.files[path] = {entry.integer("bytes"), entry.text("sha256")};
     entry.finish();
   }
@@ -152,12 +152,12 @@ Manifest read_manifest(JsonRecord record) {
   return manifest;
 }
 
-void check_variants(const Manifest& manifest) {
+void check_variants(const Manifest &manifest) {
   const std::set<std::string> layouts = manifest.graph.layouts();
   if (manifest.variants.empty()) throw refusal("has no variants", "a bundle has one or more");
-  for (const auto& [precision, variant] : manifest.variants) {
+  for (const auto &[precision, variant] : manifest.variants) {
     const bool known = std::all_of(variant.graphs.begin(), variant.graphs.end(),
-                                   [&](const auto& graph) { return layouts.count(graph.first) > 0; });
+                                   [&](const auto &graph) { return layouts.count(graph.first) > 0; });
     if (!known || (variant.graphs.size() != layouts.size() && variant.graphs.count("stepwise") == 0)) {
       const std::string names = listed(variant.graphs);
       throw refusal("gives variant " + precision + " the graphs " + (names.empty() ? "none" : names),
@@ -166,23 +166,23 @@ void check_variants(const Manifest& manifest) {
   }
 }
 
-void check_files(const Manifest& manifest) {
+void check_files(const Manifest &manifest) {
   std::set<std::string> required = {"tokenizer.json"};
   if (manifest.golden) required.insert({"golden.json", "golden.safetensors"});
-  for (const auto& item : manifest.variants) required.insert(item.second.files.begin(), item.second.files.end());
-  for (const std::string& path : required) {
+  for (const auto &item : manifest.variants) required.insert(item.second.files.begin(), item.second.files.end());
+  for (const std::string &path : required) {
     if (manifest.files.count(path) == 0) {
       throw refusal("has no entry for " + path, "every file is listed under 'files' with its hash");
     }
   }
 }
 
-void check_prompt(const Manifest& manifest) {
+void check_prompt(const Manifest &manifest) {
   if (manifest.pad_token_id < 0 || manifest.pad_token_id >= manifest.graph.vocab_size) {
     throw refusal("has the padding token " + std::to_string(manifest.pad_token_id),
                   "the tokens of the model are 0 to " + std::to_string(manifest.graph.vocab_size - 1));
   }
-  const std::string& form = manifest.prompt_template;
+  const std::string &form = manifest.prompt_template;
   const std::size_t first = form.find("{text}");
   if (first == form.npos || form.find("{text}", first + 6) != form.npos) {
     throw refusal("has the prompt template " + in_quotes(form), "a template holds {text} exactly once");
@@ -205,8 +205,8 @@ std::string GraphFacts::to_json() const {
   return facts.dump(-1, ' ', false, nlohmann::json::error_handler_t::replace);
 }
 
-bool GraphFacts::operator==(const GraphFacts& other) const {
-  const auto fields = [](const GraphFacts& facts) {
+bool GraphFacts::operator==(const GraphFacts &other) const {
+  const auto fields = [](const GraphFacts &facts) {
     return std::tie(facts.architecture, facts.layout, facts.steps, facts.pooling, facts.temperature, facts.max_tokens,
                     facts.hidden_size, facts.num_layers, facts.kv_size, facts.vocab_size);
   };
@@ -223,7 +223,7 @@ Manifest Manifest::from_json(std::string_view content) {
     const nlohmann::json json = parse_json(content);
     check_schema_version(json);
     manifest = read_manifest(JsonRecord(json, "$"));
-  } catch (const std::runtime_error& err) {
+  } catch (const std::runtime_error &err) {
     throw refusal(std::string("cannot be read: ") + err.what(), std::nullopt);
   }
   check_graph_facts(manifest.graph);

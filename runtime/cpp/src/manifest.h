@@ -11,7 +11,7 @@
 
 namespace gircse::core {
 
-inline constexpr const char* manifest_name = "gircse.json";
+inline constexpr const char *manifest_name = "gircse.json";
 inline constexpr int max_steps = 64;
 
 // What the graphs compute. Every graph repeats it in its ONNX metadata; strings are those of Python's enums.
@@ -30,7 +30,7 @@ struct GraphFacts {
   // The facts as JSON, as gircse.json and the ONNX metadata hold them; throws std::runtime_error.
   static GraphFacts from_json(std::string_view content);
   std::string to_json() const;
-  bool operator==(const GraphFacts& other) const;
+  bool operator==(const GraphFacts &other) const;
 
   // The graphs of a variant.
   std::set<std::string> layouts() const;
@@ -66,9 +66,9 @@ struct Manifest {
 
 // Names of a map as one text, for messages.
 template <class Map>
-std::string listed(const Map& map) {
+std::string listed(const Map &map) {
   std::string text;
-  for (const auto& item : map) {
+  for (const auto &item : map) {
     if (!text.empty()) text += ", ";
     if constexpr (std::is_convertible_v<decltype(item), std::string_view>) {
       text += item;

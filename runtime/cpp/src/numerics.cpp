@@ -10,7 +10,7 @@ namespace {
 constexpr float l2_epsilon = 1e-12f;  // smallest norm that is divided by, as in torch.nn.functional.normalize
 
 // numpy's pairwise summation of squares: blocks of at most 128 in eight running sums, halves above that.
-float sum_of_squares(const float* values, std::size_t size) {
+float sum_of_squares(const float *values, std::size_t size) {
   if (size < 8) {
     float sum = 0;
     for (std::size_t i = 0; i < size; ++i) sum += values[i] * values[i];
@@ -33,12 +33,12 @@ float sum_of_squares(const float* values, std::size_t size) {
 
 }  // namespace
 
-void pool_and_normalize(StepVectors& states, bool mean) {
+void pool_and_normalize(StepVectors &states, bool mean) {
   std::vector<float> sum(states.hidden);
   for (std::size_t row = 0; row < states.batch; ++row) {
     std::fill(sum.begin(), sum.end(), 0.0f);
     for (std::size_t step = 0; step <= states.steps; ++step) {
-      float* state = states.at(row, step);
+      float *state = states.at(row, step);
       if (mean && step > 0) {
         for (std::size_t i = 0; i < states.hidden; ++i) {
           sum[i] += state[i];
@@ -50,12 +50,12 @@ void pool_and_normalize(StepVectors& states, bool mean) {
   }
 }
 
-void l2_normalize(float* vector, std::size_t size) {
+void l2_normalize(float *vector, std::size_t size) {
   const float norm = std::max(std::sqrt(sum_of_squares(vector, size)), l2_epsilon);
   for (std::size_t i = 0; i < size; ++i) vector[i] /= norm;
 }
 
-double cosine(const float* a, const float* b, std::size_t size) {
+double cosine(const float *a, const float *b, std::size_t size) {
   double dot = 0, aa = 0, bb = 0;
   for (std::size_t i = 0; i < size; ++i) {
     const double x = a[i], y = b[i];

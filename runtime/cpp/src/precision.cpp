@@ -17,8 +17,8 @@ constexpr std::array<PrecisionSpec, 5> specs = {{
 
 }  // namespace
 
-const PrecisionSpec& precision_spec(std::string_view precision) {
-  for (const PrecisionSpec& spec : specs) {
+const PrecisionSpec &precision_spec(std::string_view precision) {
+  for (const PrecisionSpec &spec : specs) {
     if (spec.name == precision) return spec;
   }
   throw Error(GIRCSE_ERROR_BUNDLE, "precision " + in_quotes(precision), "is not one that this libgircse knows",
@@ -27,7 +27,7 @@ const PrecisionSpec& precision_spec(std::string_view precision) {
 
 std::vector<std::string> cpu_order() {
   std::vector<std::string> names;
-  for (const PrecisionSpec& spec : specs) {
+  for (const PrecisionSpec &spec : specs) {
     if (spec.cpu) names.emplace_back(spec.name);
   }
   return names;

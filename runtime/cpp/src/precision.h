@@ -16,7 +16,7 @@ struct PrecisionSpec {
 };
 
 // The row of a precision; throws Error where this version does not know it.
-const PrecisionSpec& precision_spec(std::string_view precision);
+const PrecisionSpec &precision_spec(std::string_view precision);
 
 // Which variant is taken when none is named, the best first.
 std::vector<std::string> cpu_order();

@@ -8,18 +8,18 @@
 namespace gircse::core {
 namespace {
 
-Tokenizer load_tokenizer(const Bundle& bundle) {
+Tokenizer load_tokenizer(const Bundle &bundle) {
   const std::string content = bundle.read("tokenizer.json");
   try {
     return Tokenizer(content);
-  } catch (const std::runtime_error& err) {
+  } catch (const std::runtime_error &err) {
     throw Error(GIRCSE_ERROR_BUNDLE, bundle.file("tokenizer.json").string(),
                 std::string("is not a tokenizer.json that libgircse reads: ") + err.what(), std::nullopt,
                 "If the Python runtime reads it, use that one for this bundle.");
   }
 }
 
-void check_text(const std::string& where, std::string_view text) {
+void check_text(const std::string &where, std::string_view text) {
   if (const std::optional<std::size_t> offset = invalid_utf8_offset(text)) {
     throw Error(GIRCSE_ERROR_OPTION, where, "is not UTF-8 at byte " + std::to_string(*offset), std::nullopt,
                 "Repair the text.");
@@ -35,20 +35,20 @@ std::string replaced(std::string text, std::string_view what, std::string_view w
 
 }  // namespace
 
-PromptTokenizer::PromptTokenizer(const Bundle& bundle)
+PromptTokenizer::PromptTokenizer(const Bundle &bundle)
     : tokenizer_(load_tokenizer(bundle)),
       suffix_(bundle.manifest().prompt_suffix),
       pad_token_id_(bundle.manifest().pad_token_id),
       max_tokens_(static_cast<std::size_t>(bundle.manifest().graph.max_tokens)),
       truncate_left_(bundle.manifest().truncate_left) {
-  const std::string& form = bundle.manifest().prompt_template;
+  const std::string &form = bundle.manifest().prompt_template;
   const std::size_t at = form.find("{text}");
   before_text_ = form.substr(0, at);
   after_text_ = form.substr(at + std::string_view("{text}").size());
 }
 
-TokenizedTexts PromptTokenizer::tokenize(const std::vector<std::string_view>& texts,
-                                         const PromptOptions& options) const {
+TokenizedTexts PromptTokenizer::tokenize(const std::vector<std::string_view> &texts,
+                                         const PromptOptions &options) const {
   check_options(options);
   for (std::size_t row = 0; row < texts.size(); ++row) check_text("texts[" + std::to_string(row) + "]", texts[row]);
   TokenizedTexts result;
@@ -76,7 +76,7 @@ TokenizedTexts PromptTokenizer::tokenize(const std::vector<std::string_view>& te
   return result;
 }
 
-void PromptTokenizer::check_options(const PromptOptions& options) {
+void PromptTokenizer::check_options(const PromptOptions &options) {
   check_text("instruction", options.instruction);
   check_text("prompt", options.prompt.value_or(""));
   if (!options.instruction.empty() && options.prompt) {
@@ -86,11 +86,11 @@ void PromptTokenizer::check_options(const PromptOptions& options) {
   }
 }
 
-std::vector<std::int64_t> PromptTokenizer::prompt_ids(std::string_view text, const PromptOptions& options) const {
+std::vector<std::int64_t> PromptTokenizer::prompt_ids(std::string_view text, const PromptOptions &options) const {
   std::vector<std::uint32_t> ids;
   try {
     ids = tokenizer_.encode(format_prompt(text, options));
-  } catch (const std::runtime_error& err) {
+  } catch (const std::runtime_error &err) {
     throw Error(GIRCSE_ERROR_BUNDLE, "tokenizer.json", std::string("cannot tokenize a text: ") + err.what(),
                 std::nullopt, "Export the bundle with a complete tokenizer.");
   }
@@ -99,7 +99,7 @@ std::vector<std::int64_t> PromptTokenizer::prompt_ids(std::string_view text, con
 }
 
 // The prompt, when one is given; else, without instruction, the text alone.
-std::string PromptTokenizer::format_prompt(std::string_view text, const PromptOptions& options) const {
+std::string PromptTokenizer::format_prompt(std::string_view text, const PromptOptions &options) const {
   std::string prompt(options.prompt.value_or(""));
   if (options.instruction.empty()) return prompt.append(text) + suffix_;
   return replaced(before_text_, "{instruction}", options.instruction).append(text) + after_text_ + suffix_;

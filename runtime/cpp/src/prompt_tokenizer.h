@@ -28,18 +28,18 @@ struct TokenizedTexts {
 class PromptTokenizer {
  public:
   // Reads the tokenizer of a bundle; throws Error where it cannot be read, or has a part that libgircse does not know.
-  explicit PromptTokenizer(const Bundle& bundle);
+  explicit PromptTokenizer(const Bundle &bundle);
 
   // Token ids of each text; an empty prompt is the single padding token. Throws Error for a text that is not UTF-8,
   // and, with refuse_overflow, for one that is too long.
-  TokenizedTexts tokenize(const std::vector<std::string_view>& texts, const PromptOptions& options) const;
+  TokenizedTexts tokenize(const std::vector<std::string_view> &texts, const PromptOptions &options) const;
 
   // Throws Error where the options contradict each other or are not UTF-8.
-  static void check_options(const PromptOptions& options);
+  static void check_options(const PromptOptions &options);
 
  private:
-  std::vector<std::int64_t> prompt_ids(std::string_view text, const PromptOptions& options) const;
-  std::string format_prompt(std::string_view text, const PromptOptions& options) const;
+  std::vector<std::int64_t> prompt_ids(std::string_view text, const PromptOptions &options) const;
+  std::string format_prompt(std::string_view text, const PromptOptions &options) const;
 
   Tokenizer tokenizer_;
   std::string before_text_;

@@ -11,7 +11,7 @@ namespace {
 constexpr std::size_t largest_header = 100'000'000;  // as in the safetensors library
 constexpr std::size_t largest_dimension = std::size_t{1} << 30;
 
-std::size_t read_header_size(const std::string& content) {
+std::size_t read_header_size(const std::string &content) {
   if (content.size() < 8) throw std::runtime_error("the header is too small");
   std::uint64_t size = 0;
   for (std::size_t i = 8; i-- > 0;) size = (size << 8) | static_cast<unsigned char>(content[i]);
@@ -47,12 +47,12 @@ Safetensors::Safetensors(std::string content) : content_(std::move(content)) {
   data_start_ = 8 + header_size;
   header_ = parse_json(std::string_view(content_).substr(8, header_size));
   if (!header_.is_object()) refuse_type(header_, "object", "$");
-  for (const auto& item : header_.items()) {
+  for (const auto &item : header_.items()) {
     if (item.key() != "__metadata__") check_tensor({item.value(), item.key()}, content_.size() - data_start_);
   }
 }
 
-std::vector<float> Safetensors::floats(const std::string& name) const {
+std::vector<float> Safetensors::floats(const std::string &name) const {
   const std::vector<std::size_t> offsets = header_.at(name).at("data_offsets");
   std::vector<float> values((offsets[1] - offsets[0]) / sizeof(float));
   if (!values.empty()) std::memcpy(values.data(), content_.data() + data_start_ + offsets[0], offsets[1] - offsets[0]);

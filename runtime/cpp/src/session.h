@@ -13,7 +13,7 @@ class Session {
   virtual ~Session() = default;
 
   // Runs a batch through the prompt pass and the first `steps` refinement steps; safe to call from several threads.
-  virtual StepVectors run(const TokenBatch& batch, std::size_t steps) const = 0;
+  virtual StepVectors run(const TokenBatch &batch, std::size_t steps) const = 0;
 };
 
 }  // namespace gircse::core

@@ -25,11 +25,11 @@ alignas(16) constexpr std::array<std::uint32_t, 64> round_constants = {
 
 std::uint32_t rotate_right(std::uint32_t value, int count) { return (value >> count) | (value << (32 - count)); }
 
-std::uint32_t load_big_endian(const std::uint8_t* bytes) {
+std::uint32_t load_big_endian(const std::uint8_t *bytes) {
   return (std::uint32_t{bytes[0]} << 24) | (std::uint32_t{bytes[1]} << 16) | (std::uint32_t{bytes[2]} << 8) | bytes[3];
 }
 
-void compress_block(std::uint32_t* state, const std::uint8_t* block) {
+void compress_block(std::uint32_t *state, const std::uint8_t *block) {
   std::array<std::uint32_t, 64> w;
   for (std::size_t i = 0; i < 16; ++i) w[i] = load_big_endian(block + 4 * i);
   for (std::size_t i = 16; i < 64; ++i) {
@@ -39,7 +39,7 @@ void compress_block(std::uint32_t* state, const std::uint8_t* block) {
   }
   std::array<std::uint32_t, 8> v;
   std::copy_n(state, 8, v.begin());
-  auto& [a, b, c, d, e, f, g, h] = v;
+  auto &[a, b, c, d, e, f, g, h] = v;
   for (std::size_t i = 0; i < 64; ++i) {
     const std::uint32_t s1 = rotate_right(e, 6) ^ rotate_right(e, 11) ^ rotate_right(e, 25);
     const std::uint32_t t1 = h + s1 + ((e & f) ^ (~e & g)) + round_constants[i] + w[i];
@@ -52,7 +52,7 @@ void compress_block(std::uint32_t* state, const std::uint8_t* block) {
 
 }  // namespace
 
-void compress_portable(std::uint32_t* state, const std::uint8_t* blocks, std::size_t count) {
+void compress_portable(std::uint32_t *state, const std::uint8_t *blocks, std::size_t count) {
   for (std::size_t i = 0; i < count; ++i) compress_block(state, blocks + 64 * i);
 }
 
@@ -69,10 +69,10 @@ bool has_instructions() {
 
 // Intel keeps the state as (a, b, e, f) and (c, d, g, h), the first word highest, and does two rounds at a time; every
 // group of four rounds needs four words of the message schedule, which live in a ring of four registers.
-__attribute__((target("sha,sse4.1"))) void compress_instructions(std::uint32_t* state, const std::uint8_t* blocks,
+__attribute__((target("sha,sse4.1"))) void compress_instructions(std::uint32_t *state, const std::uint8_t *blocks,
                                                                  std::size_t count) {
   const __m128i byte_order = _mm_set_epi64x(0x0c0d0e0f08090a0b, 0x0405060700010203);
-  const auto load = [](const void* at) { return _mm_loadu_si128(static_cast<const __m128i*>(at)); };
+  const auto load = [](const void *at) { return _mm_loadu_si128(static_cast<const __m128i *>(at)); };
   const __m128i badc = _mm_shuffle_epi32(load(state), 0xb1);
   const __m128i hgfe = _mm_shuffle_epi32(load(state + 4), 0x1b);
   __m128i abef = _mm_alignr_epi8(badc, hgfe, 8);
@@ -82,7 +82,7 @@ __attribute__((target("sha,sse4.1"))) void compress_instructions(std::uint32_t* 
     __m128i w[4];
     for (int i = 0; i < 4; ++i) w[i] = _mm_shuffle_epi8(load(blocks + 16 * i), byte_order);
     for (int group = 0; group < 16; ++group) {
-      __m128i& words = w[group % 4];
+      __m128i &words = w[group % 4];
       if (group >= 4) {  // w[i-16] + s0(w[i-15]) + w[i-7] + s1(w[i-2])
         const __m128i &next = w[(group + 1) % 4], &last = w[(group + 3) % 4];
         const __m128i seventh = _mm_alignr_epi8(last, w[(group + 2) % 4], 4);
@@ -96,15 +96,15 @@ __attribute__((target("sha,sse4.1"))) void compress_instructions(std::uint32_t* 
     cdgh = _mm_add_epi32(cdgh, cdgh_before);
   }
   const __m128i feba = _mm_shuffle_epi32(abef, 0x1b), dchg = _mm_shuffle_epi32(cdgh, 0xb1);
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(state), _mm_blend_epi16(feba, dchg, 0xf0));
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(state + 4), _mm_alignr_epi8(dchg, feba, 8));
+  _mm_storeu_si128(reinterpret_cast<__m128i *>(state), _mm_blend_epi16(feba, dchg, 0xf0));
+  _mm_storeu_si128(reinterpret_cast<__m128i *>(state + 4), _mm_alignr_epi8(dchg, feba, 8));
 }
 
 #else
 
 bool has_instructions() { return false; }
 
-void compress_instructions(std::uint32_t* state, const std::uint8_t* blocks, std::size_t count) {
+void compress_instructions(std::uint32_t *state, const std::uint8_t *blocks, std::size_t count) {
   compress_portable(state, blocks, count);
 }
 
@@ -112,9 +112,9 @@ void compress_instructions(std::uint32_t* state, const std::uint8_t* blocks, std
 
 }  // namespace sha256
 
-void Sha256::update(const void* data, std::size_t size) {
+void Sha256::update(const void *data, std::size_t size) {
   const auto compress = sha256::has_instructions() ? sha256::compress_instructions : sha256::compress_portable;
-  const auto* bytes = static_cast<const std::uint8_t*>(data);
+  const auto *bytes = static_cast<const std::uint8_t *>(data);
   total_size_ += size;
   if (pending_size_ > 0) {
     const std::size_t taken = std::min(size, pending_.size() - pending_size_);

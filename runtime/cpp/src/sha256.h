@@ -11,7 +11,7 @@ namespace gircse::core {
 
 class Sha256 {
  public:
-  void update(const void* data, std::size_t size);
+  void update(const void *data, std::size_t size);
 
   // Hexadecimal digest of everything so far; ends the computation.
   std::string hex_digest();
@@ -27,9 +27,9 @@ class Sha256 {
 namespace sha256 {
 
 // Advances the state by whole blocks of 64 bytes; both give the same state.
-void compress_portable(std::uint32_t* state, const std::uint8_t* blocks, std::size_t count);
+void compress_portable(std::uint32_t *state, const std::uint8_t *blocks, std::size_t count);
 bool has_instructions();
-void compress_instructions(std::uint32_t* state, const std::uint8_t* blocks, std::size_t count);
+void compress_instructions(std::uint32_t *state, const std::uint8_t *blocks, std::size_t count);
 
 }  // namespace sha256
 }  // namespace gircse::core

@@ -47,16 +47,16 @@ typedef enum gircse_code {
 } gircse_code;
 
 typedef struct gircse_text {
-  const char* data; /* UTF-8; may be NULL where size is 0 */
+  const char *data; /* UTF-8; may be NULL where size is 0 */
   size_t size;      /* bytes */
 } gircse_text;
 
 typedef struct gircse_open_options {
   size_t size;             /* of this struct, in bytes */
-  const char* precision;   /* variant; NULL: FP32 on the CPU and FP16 on a GPU, where the bundle has them */
-  const char* provider;    /* "auto", "cpu", "cuda" or "onnxruntime-tensorrt"; NULL is "auto" */
-  const char* layout;      /* "stepwise" or "unrolled"; NULL: the bundle's own */
-  const char* onnxruntime; /* path of ONNX Runtime's library; NULL: $GIRCSE_ONNXRUNTIME, else the loader's search */
+  const char *precision;   /* variant; NULL: FP32 on the CPU and FP16 on a GPU, where the bundle has them */
+  const char *provider;    /* "auto", "cpu", "cuda" or "onnxruntime-tensorrt"; NULL is "auto" */
+  const char *layout;      /* "stepwise" or "unrolled"; NULL: the bundle's own */
+  const char *onnxruntime; /* path of ONNX Runtime's library; NULL: $GIRCSE_ONNXRUNTIME, else the loader's search */
   int32_t threads;         /* of one run on the CPU; 0: every physical core */
   int32_t verify;          /* not 0: compare the hashes of all files, and the tokens of the golden texts (default) */
 } gircse_open_options;
@@ -78,12 +78,12 @@ typedef struct gircse_description {
   size_t dimension;              /* length of a vector */
   size_t steps;                  /* K, the most refinement steps */
   size_t max_tokens;             /* longest prompt in tokens, the instruction included */
-  const char* precision;         /* the variant that runs */
-  const char* provider;          /* where it runs, never "auto" */
-  const char* layout;            /* the graph that runs */
-  const char* query_instruction; /* the bundle's instruction for queries; empty where it has none */
-  const char* onnxruntime;       /* version of ONNX Runtime */
-  const char* skipped;           /* why "auto" passed over better providers, one per line; empty otherwise */
+  const char *precision;         /* the variant that runs */
+  const char *provider;          /* where it runs, never "auto" */
+  const char *layout;            /* the graph that runs */
+  const char *query_instruction; /* the bundle's instruction for queries; empty where it has none */
+  const char *onnxruntime;       /* version of ONNX Runtime */
+  const char *skipped;           /* why "auto" passed over better providers, one per line; empty otherwise */
 } gircse_description;
 
 /* How far the golden texts are from the PyTorch reference, over every text and step. */
@@ -102,50 +102,50 @@ typedef struct gircse_self_test_report {
 GIRCSE_API uint32_t gircse_abi_version(void);
 
 /* Version of the library, such as "0.1.0". */
-GIRCSE_API const char* gircse_version(void);
+GIRCSE_API const char *gircse_version(void);
 
 /* Fill a struct of `size` bytes with the defaults: gircse_open_options_init(&options, sizeof options). */
-GIRCSE_API void gircse_open_options_init(gircse_open_options* options, size_t size);
-GIRCSE_API void gircse_encode_options_init(gircse_encode_options* options, size_t size);
+GIRCSE_API void gircse_open_options_init(gircse_open_options *options, size_t size);
+GIRCSE_API void gircse_encode_options_init(gircse_encode_options *options, size_t size);
 
 /* Open a bundle: check its manifest and files, load the tokenizer and a graph. `options` may be NULL. */
-GIRCSE_API gircse_error* gircse_open(const char* bundle, const gircse_open_options* options,
-                                     gircse_embedder** embedder);
+GIRCSE_API gircse_error *gircse_open(const char *bundle, const gircse_open_options *options,
+                                     gircse_embedder **embedder);
 
 /* Close an embedder. Calls that run in other threads finish as if nothing had happened, and the last one frees the
  * graph; later calls return GIRCSE_ERROR_CLOSED. NULL, and closing twice, do nothing. */
-GIRCSE_API void gircse_close(gircse_embedder* embedder);
+GIRCSE_API void gircse_close(gircse_embedder *embedder);
 
 /* Fill a description, whose `size` the caller has set. */
-GIRCSE_API gircse_error* gircse_describe(const gircse_embedder* embedder, gircse_description* description);
+GIRCSE_API gircse_error *gircse_describe(const gircse_embedder *embedder, gircse_description *description);
 
 /* Embed `count` texts into `vectors`: (count, dimension) unit vectors, or (count, steps, dimension) with all_steps.
  *
  * `capacity` is the size of `vectors` in floats. Row i belongs to text i. Nothing can be assumed of `vectors` after an
  * error. `truncated`, where it is not NULL, receives how many texts were cut. `options` may be NULL. */
-GIRCSE_API gircse_error* gircse_encode(const gircse_embedder* embedder, const gircse_text* texts, size_t count,
-                                       const gircse_encode_options* options, float* vectors, size_t capacity,
-                                       size_t* truncated);
+GIRCSE_API gircse_error *gircse_encode(const gircse_embedder *embedder, const gircse_text *texts, size_t count,
+                                       const gircse_encode_options *options, float *vectors, size_t capacity,
+                                       size_t *truncated);
 
 /* Embed prompts that are token ids already: `ids` holds them one after the other, `lengths[i]` of prompt i.
  * A prompt has 1 to max_tokens tokens. `instruction`, `prompt` and `refuse_overflow` have to be unset. */
-GIRCSE_API gircse_error* gircse_encode_tokens(const gircse_embedder* embedder, const int64_t* ids,
-                                              const size_t* lengths, size_t count, const gircse_encode_options* options,
-                                              float* vectors, size_t capacity);
+GIRCSE_API gircse_error *gircse_encode_tokens(const gircse_embedder *embedder, const int64_t *ids,
+                                              const size_t *lengths, size_t count, const gircse_encode_options *options,
+                                              float *vectors, size_t capacity);
 
 /* Give the token ids that the graph would see of `count` texts, one after the other, in the form that
  * gircse_encode_tokens takes. A capacity of count * max_tokens is always enough. */
-GIRCSE_API gircse_error* gircse_tokenize(const gircse_embedder* embedder, const gircse_text* texts, size_t count,
-                                         const gircse_encode_options* options, int64_t* ids, size_t capacity,
-                                         size_t* lengths, size_t* truncated);
+GIRCSE_API gircse_error *gircse_tokenize(const gircse_embedder *embedder, const gircse_text *texts, size_t count,
+                                         const gircse_encode_options *options, int64_t *ids, size_t capacity,
+                                         size_t *lengths, size_t *truncated);
 
 /* Embed the bundle's golden texts and compare every step with PyTorch. A failed test is no error: see `passed`. */
-GIRCSE_API gircse_error* gircse_self_test(const gircse_embedder* embedder, gircse_self_test_report* report);
+GIRCSE_API gircse_error *gircse_self_test(const gircse_embedder *embedder, gircse_self_test_report *report);
 
 /* Of NULL: GIRCSE_OK, and an empty text. The message is one line of UTF-8 that lives as long as its error. */
-GIRCSE_API gircse_code gircse_error_code(const gircse_error* error);
-GIRCSE_API const char* gircse_error_message(const gircse_error* error);
-GIRCSE_API void gircse_error_free(gircse_error* error);
+GIRCSE_API gircse_code gircse_error_code(const gircse_error *error);
+GIRCSE_API const char *gircse_error_message(const gircse_error *error);
+GIRCSE_API void gircse_error_free(gircse_error *error);
 
 #ifdef __cplusplus
 }

@@ -23,7 +23,7 @@ namespace gircse {
 
 class Error : public std::runtime_error {
  public:
-  Error(gircse_code code, const char* message) : std::runtime_error(message), code_(code) {}
+  Error(gircse_code code, const char *message) : std::runtime_error(message), code_(code) {}
 
   gircse_code code() const noexcept { return code_; }
 
@@ -54,7 +54,7 @@ struct EncodeOptions {
 
 namespace detail {
 
-inline void check(gircse_error* error) {
+inline void check(gircse_error *error) {
   if (error == nullptr) return;
   Error copy(gircse_error_code(error), gircse_error_message(error));
   gircse_error_free(error);
@@ -63,13 +63,13 @@ inline void check(gircse_error* error) {
 
 inline gircse_text text(std::string_view view) { return {view.data(), view.size()}; }
 
-inline const char* or_null(const std::string& value) { return value.empty() ? nullptr : value.c_str(); }
+inline const char *or_null(const std::string &value) { return value.empty() ? nullptr : value.c_str(); }
 
 }  // namespace detail
 
 class Embedder {
  public:
-  explicit Embedder(const std::string& bundle, const OpenOptions& options = {}) {
+  explicit Embedder(const std::string &bundle, const OpenOptions &options = {}) {
     gircse_open_options raw;
     gircse_open_options_init(&raw, sizeof raw);
     raw.precision = detail::or_null(options.precision);
@@ -88,9 +88,9 @@ class Embedder {
     }
   }
 
-  Embedder(Embedder&& other) noexcept
+  Embedder(Embedder &&other) noexcept
       : handle_(std::exchange(other.handle_, nullptr)), description_(std::exchange(other.description_, {})) {}
-  Embedder& operator=(Embedder&& other) noexcept {
+  Embedder &operator=(Embedder &&other) noexcept {
     std::swap(handle_, other.handle_);
     std::swap(description_, other.description_);
     return *this;
@@ -98,15 +98,15 @@ class Embedder {
   ~Embedder() { gircse_close(handle_); }
 
   // The strings of the description live as long as the embedder.
-  const gircse_description& description() const noexcept { return description_; }
+  const gircse_description &description() const noexcept { return description_; }
   std::size_t dimension() const noexcept { return description_.dimension; }
   int steps() const noexcept { return static_cast<int>(description_.steps); }
 
   // (texts, dimension) unit vectors, or (texts, steps, dimension) with all_steps. `texts` is any container of strings
   // or string views. `truncated`, where it is not null, receives how many texts were cut.
   template <class Texts>
-  std::vector<float> encode(const Texts& texts, const EncodeOptions& options = {},
-                            std::size_t* truncated = nullptr) const {
+  std::vector<float> encode(const Texts &texts, const EncodeOptions &options = {},
+                            std::size_t *truncated = nullptr) const {
     const gircse_encode_options raw = raw_options(options);
     const std::vector<gircse_text> raw_texts = views(texts);
     std::vector<float> vectors(raw_texts.size() * row_size(options));
@@ -114,15 +114,15 @@ class Embedder {
         gircse_encode(handle_, raw_texts.data(), raw_texts.size(), &raw, vectors.data(), vectors.size(), truncated));
     return vectors;
   }
-  std::vector<float> encode(std::initializer_list<std::string_view> texts, const EncodeOptions& options = {},
-                            std::size_t* truncated = nullptr) const {
+  std::vector<float> encode(std::initializer_list<std::string_view> texts, const EncodeOptions &options = {},
+                            std::size_t *truncated = nullptr) const {
     return encode<std::initializer_list<std::string_view>>(texts, options, truncated);
   }
 
   // The token ids of every text, as the graph sees them.
   template <class Texts>
-  std::vector<std::vector<std::int64_t>> tokenize(const Texts& texts, const EncodeOptions& options = {},
-                                                  std::size_t* truncated = nullptr) const {
+  std::vector<std::vector<std::int64_t>> tokenize(const Texts &texts, const EncodeOptions &options = {},
+                                                  std::size_t *truncated = nullptr) const {
     const gircse_encode_options raw = raw_options(options);
     const std::vector<gircse_text> raw_texts = views(texts);
     std::vector<std::int64_t> ids(raw_texts.size() * description_.max_tokens);
@@ -139,8 +139,8 @@ class Embedder {
     return rows;
   }
   std::vector<std::vector<std::int64_t>> tokenize(std::initializer_list<std::string_view> texts,
-                                                  const EncodeOptions& options = {},
-                                                  std::size_t* truncated = nullptr) const {
+                                                  const EncodeOptions &options = {},
+                                                  std::size_t *truncated = nullptr) const {
     return tokenize<std::initializer_list<std::string_view>>(texts, options, truncated);
   }
 
@@ -152,7 +152,7 @@ class Embedder {
   }
 
  private:
-  static gircse_encode_options raw_options(const EncodeOptions& options) {
+  static gircse_encode_options raw_options(const EncodeOptions &options) {
     if (options.steps && *options.steps < 0) throw Error(GIRCSE_ERROR_OPTION, "steps is negative.");
     gircse_encode_options raw;
     gircse_encode_options_init(&raw, sizeof raw);
@@ -167,20 +167,20 @@ class Embedder {
   }
 
   template <class Texts>
-  static std::vector<gircse_text> views(const Texts& texts) {
+  static std::vector<gircse_text> views(const Texts &texts) {
     std::vector<gircse_text> raw;
-    for (const auto& text : texts) raw.push_back(detail::text(text));
+    for (const auto &text : texts) raw.push_back(detail::text(text));
     return raw;
   }
 
   // Floats of one text; a number of steps that the bundle does not have is left to the library to refuse.
-  std::size_t row_size(const EncodeOptions& options) const {
+  std::size_t row_size(const EncodeOptions &options) const {
     if (!options.all_steps) return description_.dimension;
     const int wanted = options.steps.value_or(steps());
     return wanted < 0 || wanted > steps() ? 0 : static_cast<std::size_t>(wanted) * description_.dimension;
   }
 
-  gircse_embedder* handle_ = nullptr;
+  gircse_embedder *handle_ = nullptr;
   gircse_description description_{};
 };
 

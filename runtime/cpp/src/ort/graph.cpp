@@ -3,15 +3,17 @@
 #include <algorithm>
 
 #include "error.h"
+#include "manifest.h"
 #include "ort/providers.h"
+#include "precision.h"
 
 namespace gircse::core {
 namespace {
 
 // Calls a function of ONNX Runtime that creates an object, and owns it.
 template <class Object, class Create>
-OrtOwned<Object> create(const OrtApi& api, void(ORT_API_CALL* release)(Object*), Create call) {
-  Object* object = nullptr;
+OrtOwned<Object> create(const OrtApi &api, void(ORT_API_CALL *release)(Object *), Create call) {
+  Object *object = nullptr;
   check_status(api, call(&object));
   return {object, release};
 }
@@ -27,9 +29,9 @@ std::size_t elements(std::initializer_list<std::size_t> shape) {
 }
 
 template <class Text>
-std::vector<const char*> c_strings(const std::vector<Text>& names) {
-  std::vector<const char*> pointers;
-  for (const auto& name : names) {
+std::vector<const char *> c_strings(const std::vector<Text> &names) {
+  std::vector<const char *> pointers;
+  for (const auto &name : names) {
     if constexpr (std::is_same_v<Text, std::string>) {
       pointers.push_back(name.c_str());
     } else {
@@ -39,11 +41,11 @@ std::vector<const char*> c_strings(const std::vector<Text>& names) {
   return pointers;
 }
 
-Error load_error(const OrtFailure& err, const std::string& path, const std::string& provider) {
+Error load_error(const OrtFailure &err, const std::string &path, const std::string &provider) {
   if (err.out_of_memory()) return {GIRCSE_ERROR_MEMORY, path, std::string("cannot be loaded: ") + err.what()};
   if (err.code == ORT_NOT_IMPLEMENTED) {
     return {GIRCSE_ERROR_PROVIDER, "provider " + provider, "cannot run " + path + ": " + err.what(),
-            "the CPU has kernels for fp32, fp16, int8, int8-weights", "Choose another precision or provider."};
+            "the CPU has kernels for " + listed(cpu_order()), "Choose another precision or provider."};
   }
   return {GIRCSE_ERROR_BUNDLE, path, std::string("cannot be loaded by ONNX Runtime: ") + err.what(), std::nullopt,
           "Export again."};
@@ -51,7 +53,7 @@ Error load_error(const OrtFailure& err, const std::string& path, const std::stri
 
 }  // namespace
 
-OrtGraph::OrtGraph(const OnnxRuntime& runtime, const std::filesystem::path& path, const std::string& provider,
+OrtGraph::OrtGraph(const OnnxRuntime &runtime, const std::filesystem::path &path, const std::string &provider,
                    int threads)
     : runtime_(&runtime),
       path_(path),
@@ -60,29 +62,29 @@ OrtGraph::OrtGraph(const OnnxRuntime& runtime, const std::filesystem::path& path
       session_(nullptr, api().ReleaseSession) {
   const auto options = session_options(runtime, provider, threads);
   try {
-    host_memory_ = create(api(), api().ReleaseMemoryInfo, [&](OrtMemoryInfo** info) {
+    host_memory_ = create(api(), api().ReleaseMemoryInfo, [&](OrtMemoryInfo **info) {
       return api().CreateCpuMemoryInfo(OrtArenaAllocator, OrtMemTypeDefault, info);
     });
     if (provider != "cpu") {
-      device_memory_ = create(api(), api().ReleaseMemoryInfo, [&](OrtMemoryInfo** info) {
+      device_memory_ = create(api(), api().ReleaseMemoryInfo, [&](OrtMemoryInfo **info) {
         return api().CreateMemoryInfo("Cuda", OrtArenaAllocator, 0, OrtMemTypeDefault, info);
       });
     }
-    session_ = create(api(), api().ReleaseSession, [&](OrtSession** session) {
+    session_ = create(api(), api().ReleaseSession, [&](OrtSession **session) {
       return api().CreateSession(runtime.env, path.c_str(), options.get(), session);
     });
-  } catch (const OrtFailure& err) {
+  } catch (const OrtFailure &err) {
     throw load_error(err, path.string(), provider);
   }
 }
 
-std::string OrtGraph::metadata(const char* key) const {
-  const auto entries = create(api(), api().ReleaseModelMetadata, [&](OrtModelMetadata** found) {
+std::string OrtGraph::metadata(const char *key) const {
+  const auto entries = create(api(), api().ReleaseModelMetadata, [&](OrtModelMetadata **found) {
     return api().SessionGetModelMetadata(session_.get(), found);
   });
-  OrtAllocator* allocator = nullptr;
+  OrtAllocator *allocator = nullptr;
   check_status(api(), api().GetAllocatorWithDefaultOptions(&allocator));
-  char* value = nullptr;
+  char *value = nullptr;
   check_status(api(), api().ModelMetadataLookupCustomMetadataMap(entries.get(), allocator, key, &value));
   if (value == nullptr) return {};
   const std::string text = value;
@@ -90,21 +92,21 @@ std::string OrtGraph::metadata(const char* key) const {
   return text;
 }
 
-ONNXTensorElementDataType OrtGraph::input_type(const std::string& name) const {
-  OrtAllocator* allocator = nullptr;
+ONNXTensorElementDataType OrtGraph::input_type(const std::string &name) const {
+  OrtAllocator *allocator = nullptr;
   check_status(api(), api().GetAllocatorWithDefaultOptions(&allocator));
   std::size_t count = 0;
   check_status(api(), api().SessionGetInputCount(session_.get(), &count));
   for (std::size_t i = 0; i < count; ++i) {
-    char* found = nullptr;
+    char *found = nullptr;
     check_status(api(), api().SessionGetInputName(session_.get(), i, allocator, &found));
     const bool same = name == found;
     check_status(api(), api().AllocatorFree(allocator, found));
     if (!same) continue;
-    const auto info = create(api(), api().ReleaseTypeInfo, [&](OrtTypeInfo** type) {
+    const auto info = create(api(), api().ReleaseTypeInfo, [&](OrtTypeInfo **type) {
       return api().SessionGetInputTypeInfo(session_.get(), i, type);
     });
-    const OrtTensorTypeAndShapeInfo* tensor = nullptr;
+    const OrtTensorTypeAndShapeInfo *tensor = nullptr;
     ONNXTensorElementDataType type = ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED;
     check_status(api(), api().CastTypeInfoToTensorInfo(info.get(), &tensor));
     check_status(api(), api().GetTensorElementType(tensor, &type));
@@ -113,11 +115,11 @@ ONNXTensorElementDataType OrtGraph::input_type(const std::string& name) const {
   throw Error(GIRCSE_ERROR_BUNDLE, path_.string(), "has no input " + name, std::nullopt, "Export the bundle again.");
 }
 
-OrtTensor OrtGraph::tensor(float* data, std::initializer_list<std::size_t> shape) const {
+OrtTensor OrtGraph::tensor(float *data, std::initializer_list<std::size_t> shape) const {
   return host_tensor(data, elements(shape) * sizeof *data, signed_shape(shape), ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT);
 }
 
-OrtTensor OrtGraph::tensor(std::int64_t* data, std::initializer_list<std::size_t> shape) const {
+OrtTensor OrtGraph::tensor(std::int64_t *data, std::initializer_list<std::size_t> shape) const {
   return host_tensor(data, elements(shape) * sizeof *data, signed_shape(shape), ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64);
 }
 
@@ -125,20 +127,20 @@ OrtTensor OrtGraph::empty_tensor(ONNXTensorElementDataType type, std::initialize
   return host_tensor(nullptr, 0, signed_shape(shape), type);
 }
 
-OrtTensor OrtGraph::host_tensor(void* data, std::size_t bytes, const std::vector<std::int64_t>& shape,
+OrtTensor OrtGraph::host_tensor(void *data, std::size_t bytes, const std::vector<std::int64_t> &shape,
                                 ONNXTensorElementDataType type) const {
   static std::int64_t nothing = 0;  // a tensor of no elements needs an address too
-  return create(api(), api().ReleaseValue, [&](OrtValue** value) {
+  return create(api(), api().ReleaseValue, [&](OrtValue **value) {
     return api().CreateTensorWithDataAsOrtValue(host_memory_.get(), bytes > 0 ? data : &nothing, bytes, shape.data(),
                                                 shape.size(), type, value);
   });
 }
 
-std::vector<OrtTensor> OrtGraph::run(const std::vector<NamedTensor>& inputs, const std::vector<std::string>& outputs,
-                                     const TokenBatch& batch) const {
+std::vector<OrtTensor> OrtGraph::run(const std::vector<NamedTensor> &inputs, const std::vector<std::string> &outputs,
+                                     const TokenBatch &batch) const {
   try {
     return device_memory_ ? run_on_device(inputs, outputs) : run_on_host(inputs, outputs);
-  } catch (const OrtFailure& err) {
+  } catch (const OrtFailure &err) {
     throw Error(err.out_of_memory() ? GIRCSE_ERROR_MEMORY : GIRCSE_ERROR_PROVIDER, "ONNX Runtime",
                 "failed in a batch of " + std::to_string(batch.size()) + " texts of " + std::to_string(batch.tokens) +
                     " tokens: " + err.what(),
@@ -146,36 +148,36 @@ std::vector<OrtTensor> OrtGraph::run(const std::vector<NamedTensor>& inputs, con
   }
 }
 
-std::vector<OrtTensor> OrtGraph::run_on_host(const std::vector<NamedTensor>& inputs,
-                                             const std::vector<std::string>& outputs) const {
-  std::vector<const OrtValue*> values;
-  for (const NamedTensor& input : inputs) values.push_back(input.value);
-  std::vector<OrtValue*> results(outputs.size(), nullptr);
-  OrtStatus* status = api().Run(session_.get(), nullptr, c_strings(inputs).data(), values.data(), inputs.size(),
+std::vector<OrtTensor> OrtGraph::run_on_host(const std::vector<NamedTensor> &inputs,
+                                             const std::vector<std::string> &outputs) const {
+  std::vector<const OrtValue *> values;
+  for (const NamedTensor &input : inputs) values.push_back(input.value);
+  std::vector<OrtValue *> results(outputs.size(), nullptr);
+  OrtStatus *status = api().Run(session_.get(), nullptr, c_strings(inputs).data(), values.data(), inputs.size(),
                                 c_strings(outputs).data(), outputs.size(), results.data());
   std::vector<OrtTensor> owned;
-  for (OrtValue* result : results) owned.emplace_back(result, api().ReleaseValue);
+  for (OrtValue *result : results) owned.emplace_back(result, api().ReleaseValue);
   check_status(api(), status);
   return owned;
 }
 
-std::vector<OrtTensor> OrtGraph::run_on_device(const std::vector<NamedTensor>& inputs,
-                                               const std::vector<std::string>& outputs) const {
+std::vector<OrtTensor> OrtGraph::run_on_device(const std::vector<NamedTensor> &inputs,
+                                               const std::vector<std::string> &outputs) const {
   const auto binding = create(api(), api().ReleaseIoBinding,
-                              [&](OrtIoBinding** created) { return api().CreateIoBinding(session_.get(), created); });
-  for (const NamedTensor& input : inputs) {
+                              [&](OrtIoBinding **created) { return api().CreateIoBinding(session_.get(), created); });
+  for (const NamedTensor &input : inputs) {
     check_status(api(), api().BindInput(binding.get(), input.name.c_str(), input.value));
   }
-  const OrtMemoryInfo* place = host_memory_.get();  // of the first output
-  for (const std::string& output : outputs) {
+  const OrtMemoryInfo *place = host_memory_.get();  // of the first output
+  for (const std::string &output : outputs) {
     check_status(api(), api().BindOutputToDevice(binding.get(), output.c_str(), place));
     place = device_memory_.get();
   }
   check_status(api(), api().RunWithBinding(session_.get(), nullptr, binding.get()));
   check_status(api(), api().SynchronizeBoundOutputs(binding.get()));
-  OrtAllocator* allocator = nullptr;
+  OrtAllocator *allocator = nullptr;
   check_status(api(), api().GetAllocatorWithDefaultOptions(&allocator));
-  OrtValue** results = nullptr;
+  OrtValue **results = nullptr;
   std::size_t count = 0;
   check_status(api(), api().GetBoundOutputValues(binding.get(), allocator, &results, &count));
   std::vector<OrtTensor> owned;
@@ -184,8 +186,8 @@ std::vector<OrtTensor> OrtGraph::run_on_device(const std::vector<NamedTensor>& i
   return owned;
 }
 
-const float* OrtGraph::floats(const OrtTensor& tensor, std::initializer_list<std::size_t> shape) const {
-  const auto info = create(api(), api().ReleaseTensorTypeAndShapeInfo, [&](OrtTensorTypeAndShapeInfo** found) {
+const float *OrtGraph::floats(const OrtTensor &tensor, std::initializer_list<std::size_t> shape) const {
+  const auto info = create(api(), api().ReleaseTensorTypeAndShapeInfo, [&](OrtTensorTypeAndShapeInfo **found) {
     return api().GetTensorTypeAndShape(tensor.get(), found);
   });
   std::size_t dimensions = 0;
@@ -198,9 +200,9 @@ const float* OrtGraph::floats(const OrtTensor& tensor, std::initializer_list<std
     throw Error(GIRCSE_ERROR_BUNDLE, path_.string(), "gives tensors of another type or shape than its manifest says",
                 std::nullopt, "Export the bundle again.");
   }
-  void* data = nullptr;
+  void *data = nullptr;
   check_status(api(), api().GetTensorMutableData(tensor.get(), &data));
-  return static_cast<const float*>(data);
+  return static_cast<const float *>(data);
 }
 
 }  // namespace gircse::core

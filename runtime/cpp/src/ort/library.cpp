@@ -20,59 +20,59 @@ constexpr std::uint32_t api_version = 21;
 
 using Version = std::array<int, 3>;
 constexpr Version oldest_version = {1, 24, 4};
-constexpr const char* oldest_version_text = "1.24.4";
+constexpr const char *oldest_version_text = "1.24.4";
 
 #if defined(__APPLE__)
-constexpr std::array<const char*, 2> usual_names = {"libonnxruntime.1.dylib", "libonnxruntime.dylib"};
+constexpr std::array<const char *, 2> usual_names = {"libonnxruntime.1.dylib", "libonnxruntime.dylib"};
 #else
-constexpr std::array<const char*, 2> usual_names = {"libonnxruntime.so.1", "libonnxruntime.so"};
+constexpr std::array<const char *, 2> usual_names = {"libonnxruntime.so.1", "libonnxruntime.so"};
 #endif
 
-constexpr const char* how_to_find =
+constexpr const char *how_to_find =
     "Install ONNX Runtime and name its library in GIRCSE_ONNXRUNTIME or in the option onnxruntime.";
 
-using GetApiBase = const OrtApiBase*(ORT_API_CALL*)();
+using GetApiBase = const OrtApiBase *(ORT_API_CALL *)();
 
 Error refusal(std::string_view where, std::string_view got) {
   return {GIRCSE_ERROR_PROVIDER, where, got, std::string("version ") + oldest_version_text + " or later is needed",
           how_to_find};
 }
 
-std::vector<std::string> candidates(const std::string& path) {
+std::vector<std::string> candidates(const std::string &path) {
   if (!path.empty()) return {path};
-  const char* named = std::getenv("GIRCSE_ONNXRUNTIME");
+  const char *named = std::getenv("GIRCSE_ONNXRUNTIME");
   if (named != nullptr && *named != '\0') return {named};
   return {usual_names.begin(), usual_names.end()};
 }
 
-void* open_library(const std::string& path) {
+void *open_library(const std::string &path) {
   std::string reasons;
-  for (const std::string& candidate : candidates(path)) {
-    if (void* library = dlopen(candidate.c_str(), RTLD_NOW | RTLD_LOCAL)) return library;
-    const char* reason = dlerror();
+  for (const std::string &candidate : candidates(path)) {
+    if (void *library = dlopen(candidate.c_str(), RTLD_NOW | RTLD_LOCAL)) return library;
+    const char *reason = dlerror();
     reasons += (reasons.empty() ? "" : "; ") + std::string(reason != nullptr ? reason : candidate);
   }
   throw refusal("ONNX Runtime", "cannot be loaded: " + reasons);
 }
 
-bool at_least(const std::string& version, const Version& oldest) {
+bool at_least(const std::string &version, const Version &oldest) {
   Version found = {0, 0, 0};
   std::sscanf(version.c_str(), "%d.%d.%d", &found[0], &found[1], &found[2]);
   return found >= oldest;
 }
 
-std::string file_of(const void* symbol, const std::string& otherwise) {
+std::string file_of(const void *symbol, const std::string &otherwise) {
   Dl_info info{};
   return dladdr(symbol, &info) != 0 && info.dli_fname != nullptr ? info.dli_fname : otherwise;
 }
 
-void ORT_API_CALL discard(void*, OrtLoggingLevel, const char*, const char*, const char*, const char*) {}
+void ORT_API_CALL discard(void *, OrtLoggingLevel, const char *, const char *, const char *, const char *) {}
 
-OnnxRuntime load(const std::string& path) {
-  void* library = open_library(path);
-  void* symbol = dlsym(library, "OrtGetApiBase");
+OnnxRuntime load(const std::string &path) {
+  void *library = open_library(path);
+  void *symbol = dlsym(library, "OrtGetApiBase");
   if (symbol == nullptr) throw refusal(candidates(path).front(), "is not ONNX Runtime: it has no OrtGetApiBase");
-  const OrtApiBase* base = reinterpret_cast<GetApiBase>(symbol)();
+  const OrtApiBase *base = reinterpret_cast<GetApiBase>(symbol)();
   OnnxRuntime runtime{nullptr, nullptr, file_of(symbol, path), base->GetVersionString()};
   if (at_least(runtime.version, oldest_version)) runtime.api = base->GetApi(api_version);
   if (runtime.api == nullptr) throw refusal(runtime.path, "is ONNX Runtime " + runtime.version);
@@ -80,22 +80,22 @@ OnnxRuntime load(const std::string& path) {
     // A library has no business with stdout and stderr; errors come back as status.
     check_status(*runtime.api, runtime.api->CreateEnvWithCustomLogger(discard, nullptr, ORT_LOGGING_LEVEL_FATAL,
                                                                       "gircse", &runtime.env));
-  } catch (const OrtFailure& err) {
+  } catch (const OrtFailure &err) {
     throw Error(GIRCSE_ERROR_PROVIDER, runtime.path, std::string("cannot start: ") + err.what());
   }
   return runtime;
 }
 
-bool same_file(const std::string& a, const std::string& b) {
+bool same_file(const std::string &a, const std::string &b) {
   std::error_code failed;
   return std::filesystem::equivalent(a, b, failed) && !failed;
 }
 
 }  // namespace
 
-const OnnxRuntime& load_onnxruntime(const std::string& path) {
+const OnnxRuntime &load_onnxruntime(const std::string &path) {
   static std::mutex mutex;
-  static OnnxRuntime* loaded = nullptr;  // never freed: sessions may outlive static objects
+  static OnnxRuntime *loaded = nullptr;  // never freed: sessions may outlive static objects
   const std::lock_guard<std::mutex> lock(mutex);
   if (loaded == nullptr) loaded = new OnnxRuntime(load(path));
   if (!path.empty() && !same_file(path, loaded->path)) {
@@ -107,13 +107,13 @@ const OnnxRuntime& load_onnxruntime(const std::string& path) {
 
 bool OrtFailure::out_of_memory() const {
   const std::string reason = what();
-  for (const char* sign : {"bad_alloc", "allocate memory", "out of memory", "Failed to allocate"}) {
+  for (const char *sign : {"bad_alloc", "allocate memory", "out of memory", "Failed to allocate"}) {
     if (reason.find(sign) != reason.npos) return true;
   }
   return false;
 }
 
-void check_status(const OrtApi& api, OrtStatus* status) {
+void check_status(const OrtApi &api, OrtStatus *status) {
   if (status == nullptr) return;
   const OrtOwned<OrtStatus> owned(status, api.ReleaseStatus);
   const std::string message = api.GetErrorMessage(status);

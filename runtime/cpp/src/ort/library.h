@@ -12,20 +12,20 @@ namespace gircse::core {
 
 // One library per process: ONNX Runtime cannot be unloaded, nor can two of them share a process safely.
 struct OnnxRuntime {
-  const OrtApi* api;
-  OrtEnv* env;  // lives until the process ends
+  const OrtApi *api;
+  OrtEnv *env;  // lives until the process ends
   std::string path;
   std::string version;
 };
 
 // Loads the library on the first call: `path`, else $GIRCSE_ONNXRUNTIME, else what the loader finds. Throws Error where
 // there is none, it is too old, or another one is loaded already.
-const OnnxRuntime& load_onnxruntime(const std::string& path);
+const OnnxRuntime &load_onnxruntime(const std::string &path);
 
 // What ONNX Runtime says of a call that failed, in its first line.
 class OrtFailure : public std::runtime_error {
  public:
-  OrtFailure(OrtErrorCode error_code, const std::string& reason) : std::runtime_error(reason), code(error_code) {}
+  OrtFailure(OrtErrorCode error_code, const std::string &reason) : std::runtime_error(reason), code(error_code) {}
 
   bool out_of_memory() const;
 
@@ -33,10 +33,10 @@ class OrtFailure : public std::runtime_error {
 };
 
 // Throws OrtFailure unless a call has succeeded.
-void check_status(const OrtApi& api, OrtStatus* status);
+void check_status(const OrtApi &api, OrtStatus *status);
 
 // An object of ONNX Runtime and the function that releases it.
 template <class Object>
-using OrtOwned = std::unique_ptr<Object, void(ORT_API_CALL*)(Object*)>;
+using OrtOwned = std::unique_ptr<Object, void(ORT_API_CALL *)(Object *)>;
 
 }  // namespace gircse::core

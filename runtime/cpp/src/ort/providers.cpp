@@ -9,8 +9,8 @@
 namespace gircse::core {
 namespace {
 
-std::set<std::string> available_providers(const OrtApi& api) {
-  char** names = nullptr;
+std::set<std::string> available_providers(const OrtApi &api) {
+  char **names = nullptr;
   int count = 0;
   check_status(api, api.GetAvailableProviders(&names, &count));
   const std::set<std::string> found(names, names + count);
@@ -18,7 +18,7 @@ std::set<std::string> available_providers(const OrtApi& api) {
   return found;
 }
 
-void require_provider(const OnnxRuntime& runtime, const std::string& provider, const char* wanted) {
+void require_provider(const OnnxRuntime &runtime, const std::string &provider, const char *wanted) {
   const std::set<std::string> available = available_providers(*runtime.api);
   if (available.count(wanted) > 0) return;
   throw Error(GIRCSE_ERROR_PROVIDER, "provider " + provider, std::string("needs ") + wanted,
@@ -26,32 +26,32 @@ void require_provider(const OnnxRuntime& runtime, const std::string& provider, c
               "Name ONNX Runtime's GPU build in GIRCSE_ONNXRUNTIME or in the option onnxruntime.");
 }
 
-void append_tensorrt(const OrtApi& api, OrtSessionOptions* options) {
-  OrtTensorRTProviderOptionsV2* created = nullptr;
+void append_tensorrt(const OrtApi &api, OrtSessionOptions *options) {
+  OrtTensorRTProviderOptionsV2 *created = nullptr;
   check_status(api, api.CreateTensorRTProviderOptions(&created));
   const OrtOwned<OrtTensorRTProviderOptionsV2> tensorrt(created, api.ReleaseTensorRTProviderOptions);
   check_status(api, api.SessionOptionsAppendExecutionProvider_TensorRT_V2(options, tensorrt.get()));
 }
 
 // By default the CUDA provider computes FP32 products in TF32, whose vectors are not those of FP32.
-void append_cuda(const OrtApi& api, OrtSessionOptions* options) {
-  OrtCUDAProviderOptionsV2* created = nullptr;
+void append_cuda(const OrtApi &api, OrtSessionOptions *options) {
+  OrtCUDAProviderOptionsV2 *created = nullptr;
   check_status(api, api.CreateCUDAProviderOptions(&created));
   const OrtOwned<OrtCUDAProviderOptionsV2> cuda(created, api.ReleaseCUDAProviderOptions);
-  const std::array<const char*, 1> keys = {"use_tf32"}, values = {"0"};
+  const std::array<const char *, 1> keys = {"use_tf32"}, values = {"0"};
   check_status(api, api.UpdateCUDAProviderOptions(cuda.get(), keys.data(), values.data(), keys.size()));
   check_status(api, api.SessionOptionsAppendExecutionProvider_CUDA_V2(options, cuda.get()));
 }
 
 // The providers in the order of preference; the later ones take what the first does not run.
-void append_providers(const OnnxRuntime& runtime, OrtSessionOptions* options, const std::string& provider) {
+void append_providers(const OnnxRuntime &runtime, OrtSessionOptions *options, const std::string &provider) {
   if (provider == "cpu") return;
   const bool tensorrt = provider == "onnxruntime-tensorrt";
   require_provider(runtime, provider, tensorrt ? "TensorrtExecutionProvider" : "CUDAExecutionProvider");
   try {
     if (tensorrt) append_tensorrt(*runtime.api, options);
     append_cuda(*runtime.api, options);
-  } catch (const OrtFailure& err) {
+  } catch (const OrtFailure &err) {
     throw Error(GIRCSE_ERROR_PROVIDER, "provider " + provider, std::string("did not start: ") + err.what(),
                 "ONNX Runtime " + runtime.version + " needs a GPU with its driver and " +
                     (tensorrt ? "CUDA, cuDNN and TensorRT" : "CUDA and cuDNN"),
@@ -61,9 +61,9 @@ void append_providers(const OnnxRuntime& runtime, OrtSessionOptions* options, co
 
 }  // namespace
 
-OrtOwned<OrtSessionOptions> session_options(const OnnxRuntime& runtime, const std::string& provider, int threads) {
-  const OrtApi& api = *runtime.api;
-  OrtSessionOptions* created = nullptr;
+OrtOwned<OrtSessionOptions> session_options(const OnnxRuntime &runtime, const std::string &provider, int threads) {
+  const OrtApi &api = *runtime.api;
+  OrtSessionOptions *created = nullptr;
   check_status(api, api.CreateSessionOptions(&created));
   OrtOwned<OrtSessionOptions> options(created, api.ReleaseSessionOptions);
   // Weight-only INT8 computes in float; by default ONNX Runtime would round the activations to int8 as well.

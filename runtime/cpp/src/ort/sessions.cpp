@@ -10,25 +10,25 @@
 namespace gircse::core {
 namespace {
 
-constexpr const char* graph_identity_key = "gircse";
+constexpr const char *graph_identity_key = "gircse";
 
 // The arrays of a batch are inputs only; ONNX Runtime's interface has no pointers to constants.
-std::int64_t* data_of(const std::vector<std::int64_t>& values) { return const_cast<std::int64_t*>(values.data()); }
+std::int64_t *data_of(const std::vector<std::int64_t> &values) { return const_cast<std::int64_t *>(values.data()); }
 
 // One graph with all K steps; a run costs K steps whatever it is asked for.
 class UnrolledSession : public Session {
  public:
-  UnrolledSession(OrtGraph graph, const GraphFacts& facts) : graph_(std::move(graph)), facts_(facts) {}
+  UnrolledSession(OrtGraph graph, const GraphFacts &facts) : graph_(std::move(graph)), facts_(facts) {}
 
-  StepVectors run(const TokenBatch& batch, std::size_t steps) const override {
+  StepVectors run(const TokenBatch &batch, std::size_t steps) const override {
     const auto most = static_cast<std::size_t>(facts_.steps), hidden = static_cast<std::size_t>(facts_.hidden_size);
     const OrtTensor ids = graph_.tensor(data_of(batch.input_ids), {batch.size(), batch.tokens});
     const OrtTensor mask = graph_.tensor(data_of(batch.attention_mask), {batch.size(), batch.tokens});
     const std::vector<NamedTensor> inputs = {{"input_ids", ids.get()}, {"attention_mask", mask.get()}};
     StepVectors vectors{batch.size(), steps, hidden, std::vector<float>(batch.size() * (steps + 1) * hidden)};
     const auto prompt = graph_.run(inputs, outputs(), batch);
-    const float* prompts = graph_.floats(prompt.front(), {batch.size(), hidden});
-    const float* all_steps = most > 0 ? graph_.floats(prompt.back(), {batch.size(), most, hidden}) : nullptr;
+    const float *prompts = graph_.floats(prompt.front(), {batch.size(), hidden});
+    const float *all_steps = most > 0 ? graph_.floats(prompt.back(), {batch.size(), most, hidden}) : nullptr;
     for (std::size_t row = 0; row < batch.size(); ++row) {
       std::copy_n(prompts + row * hidden, hidden, vectors.at(row, 0));
       if (steps > 0) std::copy_n(all_steps + row * most * hidden, steps * hidden, vectors.at(row, 1));
@@ -49,23 +49,23 @@ class UnrolledSession : public Session {
 // One graph, run once for the prompt and once per step; a run costs only the steps that it is asked for.
 class StepwiseSession : public Session {
  public:
-  StepwiseSession(OrtGraph graph, const GraphFacts& facts)
+  StepwiseSession(OrtGraph graph, const GraphFacts &facts)
       : graph_(std::move(graph)), facts_(facts), cache_type_(graph_.input_type("past.0.key")) {
     for (std::int64_t layer = 0; layer < facts.num_layers; ++layer) {
-      for (const char* kind : {".key", ".value"}) {
+      for (const char *kind : {".key", ".value"}) {
         past_.push_back("past." + std::to_string(layer) + kind);
         present_.push_back("present." + std::to_string(layer) + kind);
       }
     }
   }
 
-  StepVectors run(const TokenBatch& batch, std::size_t steps) const override {
+  StepVectors run(const TokenBatch &batch, std::size_t steps) const override {
     const auto hidden = static_cast<std::size_t>(facts_.hidden_size);
     StepVectors vectors{batch.size(), steps, hidden, std::vector<float>(batch.size() * (steps + 1) * hidden)};
     std::vector<OrtTensor> state;  // h_{k-1} and, but for the last step, the cache
     for (std::size_t k = 0; k <= steps; ++k) {
       state = run_step(batch, k, k == steps, std::move(state));
-      const float* next = graph_.floats(state.front(), {batch.size(), 1, hidden});
+      const float *next = graph_.floats(state.front(), {batch.size(), 1, hidden});
       for (std::size_t row = 0; row < batch.size(); ++row) std::copy_n(next + row * hidden, hidden, vectors.at(row, k));
     }
     pool_and_normalize(vectors, facts_.pooling == "mean");
@@ -74,7 +74,7 @@ class StepwiseSession : public Session {
 
  private:
   // The prompt (k = 0) or a refinement step; takes and gives next_hidden and the cache.
-  std::vector<OrtTensor> run_step(const TokenBatch& batch, std::size_t k, bool last,
+  std::vector<OrtTensor> run_step(const TokenBatch &batch, std::size_t k, bool last,
                                   std::vector<OrtTensor> state) const {
     const auto hidden = static_cast<std::size_t>(facts_.hidden_size), kv = static_cast<std::size_t>(facts_.kv_size);
     const std::size_t rows = batch.size();
@@ -94,7 +94,7 @@ class StepwiseSession : public Session {
   }
 
   // The prompt's mask, then a 1 for every soft token: (batch, tokens + k).
-  static std::vector<std::int64_t> extended_mask(const TokenBatch& batch, std::size_t k) {
+  static std::vector<std::int64_t> extended_mask(const TokenBatch &batch, std::size_t k) {
     std::vector<std::int64_t> mask(batch.size() * (batch.tokens + k), 1);
     for (std::size_t row = 0; row < batch.size(); ++row) {
       std::copy_n(batch.attention_mask.data() + row * batch.tokens, batch.tokens,
@@ -111,12 +111,12 @@ class StepwiseSession : public Session {
 };
 
 // Every graph repeats the facts of its bundle, so that a foreign one is found out.
-void check_identity(const OrtGraph& graph, const GraphFacts& facts, const std::string& path) {
+void check_identity(const OrtGraph &graph, const GraphFacts &facts, const std::string &path) {
   const std::string identity = graph.metadata(graph_identity_key);
   bool same = false;
   try {
     same = GraphFacts::from_json(identity) == facts;
-  } catch (const std::runtime_error&) {  // not even facts
+  } catch (const std::runtime_error &) {  // not even facts
   }
   if (!same) {
     throw Error(GIRCSE_ERROR_BUNDLE, path,
@@ -127,9 +127,9 @@ void check_identity(const OrtGraph& graph, const GraphFacts& facts, const std::s
 
 }  // namespace
 
-std::unique_ptr<Session> open_session(const Bundle& bundle, const OnnxRuntime& runtime, const std::string& precision,
-                                      const std::string& layout, const std::string& provider, int threads) {
-  const GraphFacts& facts = bundle.manifest().graph;
+std::unique_ptr<Session> open_session(const Bundle &bundle, const OnnxRuntime &runtime, const std::string &precision,
+                                      const std::string &layout, const std::string &provider, int threads) {
+  const GraphFacts &facts = bundle.manifest().graph;
   const std::filesystem::path path = bundle.graph(precision, layout);
   OrtGraph graph(runtime, path, provider, threads);
   check_identity(graph, facts, path.string());

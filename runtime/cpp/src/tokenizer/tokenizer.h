@@ -15,7 +15,7 @@ class Tokenizer {
   // names the construct that is not supported or what is wrong.
   explicit Tokenizer(std::string_view json);
   ~Tokenizer();
-  Tokenizer(Tokenizer&&) noexcept;
+  Tokenizer(Tokenizer &&) noexcept;
 
   // Token ids of a text, which is valid UTF-8, without special tokens around it. Safe to call from several threads.
   // Throws std::runtime_error where the tokenizer has no token for a part of the text and no unknown token.
