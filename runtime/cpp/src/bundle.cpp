@@ -15,8 +15,8 @@ namespace {
 
 namespace fs = std::filesystem;
 
-constexpr const char *copy_again = "Copy or export the bundle again.";
-constexpr std::size_t block_bytes = 1 << 20;
+constexpr const char *kCopyAgain = "Copy or export the bundle again.";
+constexpr std::size_t kBlockBytes = 1 << 20;
 
 Error unreadable(const fs::path &path, const std::string &reason) {
   return {GIRCSE_ERROR_BUNDLE, path.string(), "cannot be read: " + reason, std::nullopt,
@@ -29,7 +29,7 @@ void read_blocks(const fs::path &path, Use use) {
   const auto close = [](std::FILE *file) { std::fclose(file); };
   const std::unique_ptr<std::FILE, decltype(close)> file(std::fopen(path.c_str(), "rb"), close);
   if (!file) throw unreadable(path, std::strerror(errno));
-  std::string block(block_bytes, '\0');
+  std::string block(kBlockBytes, '\0');
   while (const std::size_t size = std::fread(block.data(), 1, block.size(), file.get())) use(block.data(), size);
   if (std::ferror(file.get()) != 0) throw unreadable(path, std::strerror(errno));
 }
@@ -48,9 +48,9 @@ bool is_inside(const fs::path &path, const fs::path &directory) {
 
 Bundle::Bundle(const std::string &path) {
   std::error_code failed;
-  const fs::path manifest_path = fs::path(path) / manifest_name;
+  const fs::path manifest_path = fs::path(path) / kManifestName;
   if (!fs::is_regular_file(manifest_path, failed)) {
-    throw Error(GIRCSE_ERROR_BUNDLE, path, "is not a bundle", std::string("it has no ") + manifest_name,
+    throw Error(GIRCSE_ERROR_BUNDLE, path, "is not a bundle", std::string("it has no ") + kManifestName,
                 "Make one: gircse-export --steps 8 --output " + path);
   }
   manifest_ = Manifest::from_json(content_of(manifest_path));
@@ -68,12 +68,12 @@ fs::path Bundle::file(const std::string &relative) const {
     path = fs::weakly_canonical(directory_ / relative, failed);
   }
   if (failed) {
-    throw Error(GIRCSE_ERROR_BUNDLE, manifest_name,
+    throw Error(GIRCSE_ERROR_BUNDLE, kManifestName,
                 "has the path " + in_quotes(relative) + ", which cannot be one: " + failed.message(), std::nullopt,
                 "Export the bundle again.");
   }
   if (fs::path(relative).is_absolute() || !is_inside(path, directory_)) {
-    throw Error(GIRCSE_ERROR_BUNDLE, manifest_name, "has the path " + in_quotes(relative) + ", which leaves the bundle",
+    throw Error(GIRCSE_ERROR_BUNDLE, kManifestName, "has the path " + in_quotes(relative) + ", which leaves the bundle",
                 "every path has to stay inside " + directory_.string(), "Do not use this bundle; export it again.");
   }
   return path;
@@ -131,7 +131,7 @@ void Bundle::verify(const std::string &precision) const {
     const std::string digest = hash.hex_digest();
     if (digest != entry.sha256) {
       throw Error(GIRCSE_ERROR_BUNDLE, shown(relative), "was changed or damaged: its SHA-256 is " + digest,
-                  "the manifest says " + entry.sha256, copy_again);
+                  "the manifest says " + entry.sha256, kCopyAgain);
     }
   }
 }
@@ -146,7 +146,7 @@ void Bundle::check_size(const std::string &relative, const FileEntry &entry) con
   const auto size = regular ? static_cast<std::int64_t>(fs::file_size(path, failed)) : -1;
   if (!regular || size != entry.bytes) {
     throw Error(GIRCSE_ERROR_BUNDLE, shown(relative), regular ? "has " + std::to_string(size) + " bytes" : "is missing",
-                "the manifest says " + std::to_string(entry.bytes) + " bytes", copy_again);
+                "the manifest says " + std::to_string(entry.bytes) + " bytes", kCopyAgain);
   }
 }
 

@@ -11,7 +11,7 @@
 namespace gircse::core {
 namespace {
 
-constexpr std::array<const char *, 4> providers = {"auto", "cpu", "cuda", "onnxruntime-tensorrt"};
+constexpr std::array<const char *, 4> kProviders = {"auto", "cpu", "cuda", "onnxruntime-tensorrt"};
 
 template <class Choices>
 void check_choice(const char *where, const std::string &value, const Choices &choices) {
@@ -30,7 +30,7 @@ void check_open_options(const OpenOptions &options) {
     throw Error(GIRCSE_ERROR_PROVIDER, "provider " + options.provider, "is not in libgircse",
                 "it has cpu, cuda, onnxruntime-tensorrt", "Use the Python runtime for engines.");
   }
-  check_choice("provider", options.provider, providers);
+  check_choice("provider", options.provider, kProviders);
   if (options.layout) check_choice("layout", *options.layout, std::array{"unrolled", "stepwise"});
 }
 
@@ -90,7 +90,7 @@ void Embedder::open_on(const std::string &provider, const OpenOptions &options) 
 std::size_t Embedder::checked_steps(const RunOptions &options) const {
   const std::int64_t most = manifest().graph.steps;
   if (options.steps < -1 || options.steps > most) {
-    const bool possible = options.steps > most && options.steps <= max_steps;
+    const bool possible = options.steps > most && options.steps <= kMaxSteps;
     throw Error(GIRCSE_ERROR_OPTION, "steps", "is " + std::to_string(options.steps),
                 "this bundle has 0 to " + std::to_string(most),
                 possible ? "Choose one of these, or export with --steps " + std::to_string(options.steps)

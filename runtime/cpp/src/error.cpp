@@ -8,7 +8,7 @@
 namespace gircse::core {
 namespace {
 
-constexpr std::size_t max_part = 2000;  // bytes of a printed part; the commands in hints are shorter
+constexpr std::size_t kMaxPart = 2000;  // bytes of a printed part; the commands in hints are shorter
 
 bool starts_line_break(std::string_view rest, std::size_t &length) {
   constexpr std::array<std::string_view, 10> breaks = {"\r\n", "\n",   "\r",   "\v",           "\f",
@@ -49,8 +49,8 @@ void append_escaped(std::string &text, std::string_view bytes) {
 }
 
 std::string shortened(std::string_view part) {
-  if (part.size() <= max_part) return std::string(part);
-  return std::string(part.substr(0, max_part / 2)) + " [...] " + std::string(part.substr(part.size() - max_part / 2));
+  if (part.size() <= kMaxPart) return std::string(part);
+  return std::string(part.substr(0, kMaxPart / 2)) + " [...] " + std::string(part.substr(part.size() - kMaxPart / 2));
 }
 
 std::string without_final_stop(std::string text) {

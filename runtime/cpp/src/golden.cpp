@@ -12,13 +12,13 @@
 namespace gircse::core {
 namespace {
 
-constexpr const char *prompts_file = "golden.json";
-constexpr const char *vectors_file = "golden.safetensors";
-constexpr const char *copy_again = "Copy or export the bundle again.";
+constexpr const char *kPromptsFile = "golden.json";
+constexpr const char *kVectorsFile = "golden.safetensors";
+constexpr const char *kCopyAgain = "Copy or export the bundle again.";
 
 Error damaged(const std::string &where, const std::string &got,
               std::optional<std::string_view> expected = std::nullopt) {
-  return {GIRCSE_ERROR_BUNDLE, where, got, expected, copy_again};
+  return {GIRCSE_ERROR_BUNDLE, where, got, expected, kCopyAgain};
 }
 
 void check_prompts(const std::vector<GoldenPrompt> &prompts, std::int64_t vocab_size, const std::string &path) {
@@ -72,10 +72,10 @@ std::vector<GoldenPrompt> read_golden_prompts(const Bundle &bundle) {
                 "has no golden vectors (" + manifest.golden_missing_reason.value_or("None") + ")", std::nullopt,
                 "Export again on a machine where the PyTorch reference can run.");
   }
-  const std::string path = bundle.file(prompts_file).string();
+  const std::string path = bundle.file(kPromptsFile).string();
   std::vector<GoldenPrompt> prompts;
   try {
-    const nlohmann::json content = parse_json(bundle.read(prompts_file));
+    const nlohmann::json content = parse_json(bundle.read(kPromptsFile));
     for (JsonRecord &record : JsonRecord(content, "$").records("cases")) {
       prompts.push_back({record.text("instruction"), record.text("text"), record.integers("token_ids")});
     }
@@ -87,12 +87,12 @@ std::vector<GoldenPrompt> read_golden_prompts(const Bundle &bundle) {
 }
 
 StepVectors read_golden_vectors(const Bundle &bundle, std::size_t prompts) {
-  const std::string path = bundle.file(vectors_file).string();
+  const std::string path = bundle.file(kVectorsFile).string();
   const auto steps = static_cast<std::size_t>(bundle.manifest().graph.steps);
   const auto hidden = static_cast<std::size_t>(bundle.manifest().graph.hidden_size);
   StepVectors golden{prompts, steps, hidden, std::vector<float>(prompts * (steps + 1) * hidden)};
   try {
-    const Safetensors file(bundle.read(vectors_file));
+    const Safetensors file(bundle.read(kVectorsFile));
     const std::vector<float> prompt = read_tensor(file, path, "prompt_embedding", {prompts, hidden});
     const std::vector<float> soft = read_tensor(file, path, "step_embeddings", {prompts, steps, hidden});
     for (std::size_t row = 0; row < prompts; ++row) {
@@ -115,7 +115,7 @@ void check_golden_tokens(const Bundle &bundle, const PromptTokenizer &tokenizer)
       throw Error(GIRCSE_ERROR_BUNDLE, bundle.directory().string(),
                   "gives golden text " + std::to_string(number) + " other tokens than at the export",
                   "that was with tokenizers " + (version.empty() ? "of an unknown version" : version),
-                  std::string("If ") + manifest_name + " was changed, export the bundle again; otherwise report it.");
+                  std::string("If ") + kManifestName + " was changed, export the bundle again; otherwise report it.");
     }
   }
 }

@@ -10,33 +10,33 @@
 namespace gircse::core {
 namespace {
 
-constexpr std::int64_t schema_version = 3;
-constexpr std::int64_t oldest_schema_version = 1;
-constexpr const char *export_again = "Export the bundle again.";
+constexpr std::int64_t kSchemaVersion = 3;
+constexpr std::int64_t kOldestSchemaVersion = 1;
+constexpr const char *kExportAgain = "Export the bundle again.";
 
-const std::vector<std::string_view> layout_names = {"unrolled", "stepwise"};
+const std::vector<std::string_view> kLayoutNames = {"unrolled", "stepwise"};
 
-Error refusal(std::string_view got, std::optional<std::string_view> expected, std::string_view hint = export_again) {
-  return {GIRCSE_ERROR_BUNDLE, manifest_name, got, expected, hint};
+Error refusal(std::string_view got, std::optional<std::string_view> expected, std::string_view hint = kExportAgain) {
+  return {GIRCSE_ERROR_BUNDLE, kManifestName, got, expected, hint};
 }
 
 void check_schema_version(const nlohmann::json &content) {
   const std::int64_t version = JsonRecord(content, "$").integer("schema_version");
-  if (version > schema_version) {
+  if (version > kSchemaVersion) {
     throw refusal("has schema version " + std::to_string(version),
-                  "this libgircse reads up to " + std::to_string(schema_version), "Upgrade libgircse.");
+                  "this libgircse reads up to " + std::to_string(kSchemaVersion), "Upgrade libgircse.");
   }
-  if (version < oldest_schema_version) {
+  if (version < kOldestSchemaVersion) {
     throw refusal(
         "has schema version " + std::to_string(version),
-        "this libgircse reads " + std::to_string(oldest_schema_version) + " to " + std::to_string(schema_version));
+        "this libgircse reads " + std::to_string(kOldestSchemaVersion) + " to " + std::to_string(kSchemaVersion));
   }
 }
 
 GraphFacts read_graph_facts(JsonRecord record) {
   GraphFacts facts;
   facts.architecture = record.text("architecture");
-  facts.layout = record.one_of("layout", layout_names);
+  facts.layout = record.one_of("layout", kLayoutNames);
   facts.steps = record.integer("steps");
   facts.pooling = record.one_of("pooling", {"mean", "last"});
   facts.temperature = record.number("temperature");
@@ -52,7 +52,7 @@ GraphFacts read_graph_facts(JsonRecord record) {
 void check_graph_facts(const GraphFacts &facts) {
   constexpr std::int64_t largest = 1 << 30;  // far above any model, and products of two of them cannot overflow
   const auto sizes = {facts.max_tokens, facts.hidden_size, facts.num_layers, facts.kv_size, facts.vocab_size};
-  if (facts.steps < 0 || facts.steps > max_steps || std::min(sizes) < 1 || std::max(sizes) > largest ||
+  if (facts.steps < 0 || facts.steps > kMaxSteps || std::min(sizes) < 1 || std::max(sizes) > largest ||
       !(facts.temperature > 0)) {
     throw refusal("has values that no export writes: " + facts.to_json(),
                   "there are 0 to 64 steps, sizes are at least 1, and the temperature is above 0");
@@ -93,7 +93,7 @@ std::string read_graph_path(JsonRecord graph) {
 
 // A layout that stands as a key of an object.
 void check_layout_key(const std::string &key, const std::string &path) {
-  if (std::find(layout_names.begin(), layout_names.end(), key) == layout_names.end()) {
+  if (std::find(kLayoutNames.begin(), kLayoutNames.end(), key) == kLayoutNames.end()) {
     throw std::runtime_error("Invalid enum value '" + key + "' - at `key` in `" + path + "`");
   }
 }

@@ -11,8 +11,8 @@
 
 namespace gircse::core {
 
-inline constexpr const char *manifest_name = "gircse.json";
-inline constexpr int max_steps = 64;
+inline constexpr const char *kManifestName = "gircse.json";
+inline constexpr int kMaxSteps = 64;
 
 // What the graphs compute. Every graph repeats it in its ONNX metadata; strings are those of Python's enums.
 struct GraphFacts {

@@ -7,7 +7,7 @@
 namespace gircse::core {
 namespace {
 
-constexpr float l2_epsilon = 1e-12f;  // smallest norm that is divided by, as in torch.nn.functional.normalize
+constexpr float kL2Epsilon = 1e-12f;  // smallest norm that is divided by, as in torch.nn.functional.normalize
 
 // numpy's pairwise summation of squares: blocks of at most 128 in eight running sums, halves above that.
 float sum_of_squares(const float *values, std::size_t size) {
@@ -51,7 +51,7 @@ void pool_and_normalize(StepVectors &states, bool mean) {
 }
 
 void l2_normalize(float *vector, std::size_t size) {
-  const float norm = std::max(std::sqrt(sum_of_squares(vector, size)), l2_epsilon);
+  const float norm = std::max(std::sqrt(sum_of_squares(vector, size)), kL2Epsilon);
   for (std::size_t i = 0; i < size; ++i) vector[i] /= norm;
 }
 

@@ -7,7 +7,7 @@
 namespace gircse::core {
 namespace {
 
-constexpr std::array<PrecisionSpec, 5> specs = {{
+constexpr std::array<PrecisionSpec, 5> kSpecs = {{
     {"fp32", false, true, true, 0.9999},
     {"fp16", false, true, true, 0.999},
     {"bf16", false, false, true, 0.999},
@@ -18,7 +18,7 @@ constexpr std::array<PrecisionSpec, 5> specs = {{
 }  // namespace
 
 const PrecisionSpec &precision_spec(std::string_view precision) {
-  for (const PrecisionSpec &spec : specs) {
+  for (const PrecisionSpec &spec : kSpecs) {
     if (spec.name == precision) return spec;
   }
   throw Error(GIRCSE_ERROR_BUNDLE, "precision " + in_quotes(precision), "is not one that this libgircse knows",
@@ -27,7 +27,7 @@ const PrecisionSpec &precision_spec(std::string_view precision) {
 
 std::vector<std::string> cpu_order() {
   std::vector<std::string> names;
-  for (const PrecisionSpec &spec : specs) {
+  for (const PrecisionSpec &spec : kSpecs) {
     if (spec.cpu) names.emplace_back(spec.name);
   }
   return names;

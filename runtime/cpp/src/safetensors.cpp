@@ -8,14 +8,14 @@
 namespace gircse::core {
 namespace {
 
-constexpr std::size_t largest_header = 100'000'000;  // as in the safetensors library
-constexpr std::size_t largest_dimension = std::size_t{1} << 30;
+constexpr std::size_t kLargestHeader = 100'000'000;  // as in the safetensors library
+constexpr std::size_t kLargestDimension = std::size_t{1} << 30;
 
 std::size_t read_header_size(const std::string &content) {
   if (content.size() < 8) throw std::runtime_error("the header is too small");
   std::uint64_t size = 0;
   for (std::size_t i = 8; i-- > 0;) size = (size << 8) | static_cast<unsigned char>(content[i]);
-  if (size > largest_header) throw std::runtime_error("the header is too large");
+  if (size > kLargestHeader) throw std::runtime_error("the header is too large");
   if (size > content.size() - 8) throw std::runtime_error("the header is longer than the file");
   return static_cast<std::size_t>(size);
 }
@@ -24,8 +24,8 @@ void check_tensor(JsonRecord tensor, std::size_t data_size) {
   const std::string dtype = tensor.text("dtype");
   std::size_t elements = 1;
   for (const std::int64_t dimension : tensor.integers("shape")) {
-    if (dimension < 0 || static_cast<std::size_t>(dimension) > largest_dimension ||
-        (elements *= static_cast<std::size_t>(dimension)) > largest_dimension) {
+    if (dimension < 0 || static_cast<std::size_t>(dimension) > kLargestDimension ||
+        (elements *= static_cast<std::size_t>(dimension)) > kLargestDimension) {
       throw std::runtime_error("a tensor has an impossible shape");
     }
   }

@@ -13,7 +13,7 @@ namespace gircse::core {
 namespace sha256 {
 namespace {
 
-alignas(16) constexpr std::array<std::uint32_t, 64> round_constants = {
+alignas(16) constexpr std::array<std::uint32_t, 64> kRoundConstants = {
     0x428a2f98, 0x71374491, 0xb5c0fbcf, 0xe9b5dba5, 0x3956c25b, 0x59f111f1, 0x923f82a4, 0xab1c5ed5,
     0xd807aa98, 0x12835b01, 0x243185be, 0x550c7dc3, 0x72be5d74, 0x80deb1fe, 0x9bdc06a7, 0xc19bf174,
     0xe49b69c1, 0xefbe4786, 0x0fc19dc6, 0x240ca1cc, 0x2de92c6f, 0x4a7484aa, 0x5cb0a9dc, 0x76f988da,
@@ -42,7 +42,7 @@ void compress_block(std::uint32_t *state, const std::uint8_t *block) {
   auto &[a, b, c, d, e, f, g, h] = v;
   for (std::size_t i = 0; i < 64; ++i) {
     const std::uint32_t s1 = rotate_right(e, 6) ^ rotate_right(e, 11) ^ rotate_right(e, 25);
-    const std::uint32_t t1 = h + s1 + ((e & f) ^ (~e & g)) + round_constants[i] + w[i];
+    const std::uint32_t t1 = h + s1 + ((e & f) ^ (~e & g)) + kRoundConstants[i] + w[i];
     const std::uint32_t s0 = rotate_right(a, 2) ^ rotate_right(a, 13) ^ rotate_right(a, 22);
     const std::uint32_t t2 = s0 + ((a & b) ^ (a & c) ^ (b & c));
     h = g, g = f, f = e, e = d + t1, d = c, c = b, b = a, a = t1 + t2;
@@ -88,7 +88,7 @@ __attribute__((target("sha,sse4.1"))) void compress_instructions(std::uint32_t *
         const __m128i seventh = _mm_alignr_epi8(last, w[(group + 2) % 4], 4);
         words = _mm_sha256msg2_epu32(_mm_add_epi32(_mm_sha256msg1_epu32(words, next), seventh), last);
       }
-      const __m128i keyed = _mm_add_epi32(words, load(&round_constants[static_cast<std::size_t>(4 * group)]));
+      const __m128i keyed = _mm_add_epi32(words, load(&kRoundConstants[static_cast<std::size_t>(4 * group)]));
       cdgh = _mm_sha256rnds2_epu32(cdgh, abef, keyed);
       abef = _mm_sha256rnds2_epu32(abef, cdgh, _mm_shuffle_epi32(keyed, 0x0e));
     }

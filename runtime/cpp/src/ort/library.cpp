@@ -16,33 +16,33 @@ namespace gircse::core {
 namespace {
 
 // Of the C interface, which newer libraries keep; a newer header is no reason to ask for more.
-constexpr std::uint32_t api_version = 21;
+constexpr std::uint32_t kApiVersion = 21;
 
 using Version = std::array<int, 3>;
-constexpr Version oldest_version = {1, 24, 4};
-constexpr const char *oldest_version_text = "1.24.4";
+constexpr Version kOldestVersion = {1, 24, 4};
+constexpr const char *kOldestVersionText = "1.24.4";
 
 #if defined(__APPLE__)
-constexpr std::array<const char *, 2> usual_names = {"libonnxruntime.1.dylib", "libonnxruntime.dylib"};
+constexpr std::array<const char *, 2> kUsualNames = {"libonnxruntime.1.dylib", "libonnxruntime.dylib"};
 #else
-constexpr std::array<const char *, 2> usual_names = {"libonnxruntime.so.1", "libonnxruntime.so"};
+constexpr std::array<const char *, 2> kUsualNames = {"libonnxruntime.so.1", "libonnxruntime.so"};
 #endif
 
-constexpr const char *how_to_find =
+constexpr const char *kHowToFind =
     "Install ONNX Runtime and name its library in GIRCSE_ONNXRUNTIME or in the option onnxruntime.";
 
 using GetApiBase = const OrtApiBase *(ORT_API_CALL *)();
 
 Error refusal(std::string_view where, std::string_view got) {
-  return {GIRCSE_ERROR_PROVIDER, where, got, std::string("version ") + oldest_version_text + " or later is needed",
-          how_to_find};
+  return {GIRCSE_ERROR_PROVIDER, where, got, std::string("version ") + kOldestVersionText + " or later is needed",
+          kHowToFind};
 }
 
 std::vector<std::string> candidates(const std::string &path) {
   if (!path.empty()) return {path};
   const char *named = std::getenv("GIRCSE_ONNXRUNTIME");
   if (named != nullptr && *named != '\0') return {named};
-  return {usual_names.begin(), usual_names.end()};
+  return {kUsualNames.begin(), kUsualNames.end()};
 }
 
 void *open_library(const std::string &path) {
@@ -74,7 +74,7 @@ OnnxRuntime load(const std::string &path) {
   if (symbol == nullptr) throw refusal(candidates(path).front(), "is not ONNX Runtime: it has no OrtGetApiBase");
   const OrtApiBase *base = reinterpret_cast<GetApiBase>(symbol)();
   OnnxRuntime runtime{nullptr, nullptr, file_of(symbol, path), base->GetVersionString()};
-  if (at_least(runtime.version, oldest_version)) runtime.api = base->GetApi(api_version);
+  if (at_least(runtime.version, kOldestVersion)) runtime.api = base->GetApi(kApiVersion);
   if (runtime.api == nullptr) throw refusal(runtime.path, "is ONNX Runtime " + runtime.version);
   try {
     // A library has no business with stdout and stderr; errors come back as status.

@@ -10,7 +10,7 @@
 namespace gircse::core {
 namespace {
 
-constexpr const char *graph_identity_key = "gircse";
+constexpr const char *kGraphIdentityKey = "gircse";
 
 // The arrays of a batch are inputs only; ONNX Runtime's interface has no pointers to constants.
 std::int64_t *data_of(const std::vector<std::int64_t> &values) { return const_cast<std::int64_t *>(values.data()); }
@@ -112,7 +112,7 @@ class StepwiseSession : public Session {
 
 // Every graph repeats the facts of its bundle, so that a foreign one is found out.
 void check_identity(const OrtGraph &graph, const GraphFacts &facts, const std::string &path) {
-  const std::string identity = graph.metadata(graph_identity_key);
+  const std::string identity = graph.metadata(kGraphIdentityKey);
   bool same = false;
   try {
     same = GraphFacts::from_json(identity) == facts;
