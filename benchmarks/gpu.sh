@@ -58,5 +58,17 @@ for provider in cuda onnxruntime-tensorrt tensorrt tensorrt-rtx; do
             --precision fp16 --against torch --device cuda --dtype fp16 --batch 1,8,32 --tokens 24,128 --steps 1,4,8
     done
 done
+if command -v gircse-embed-cpp >/dev/null; then # docs/cpp.md; CUDA and cuDNN from pip lie where the loader does not look
+    site=$(python -c 'import site; print(site.getsitepackages()[0])')
+    LD_LIBRARY_PATH=$(printf '%s:' "$site"/nvidia/*/lib)${LD_LIBRARY_PATH:-}
+    GIRCSE_ONNXRUNTIME=$(echo "$site"/onnxruntime/capi/libonnxruntime.so.1*)
+    export LD_LIBRARY_PATH GIRCSE_ONNXRUNTIME
+    for provider in cuda onnxruntime-tensorrt; do
+        for precision in fp32 fp16 bf16; do
+            record "C++, $provider $precision" gircse-embed-cpp "$bundle" --provider "$provider" \
+                --precision "$precision" --self-test
+        done
+    done
+fi
 record "Tests marked gpu" python -m pytest -q -m gpu
 echo "$results"

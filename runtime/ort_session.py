@@ -208,6 +208,10 @@ def load_graph(
         BundleError: the graph does not load.
     """
     ort = import_onnxruntime(provider)
+    if provider is not Provider.CPU:
+        # CUDA and cuDNN from pip lie where the loader does not look. What it misses it prints, which is not for stdout.
+        with contextlib.redirect_stdout(sys.stderr):
+            ort.preload_dlls()
     wanted = EXECUTION_PROVIDERS[provider]
     options = ort.SessionOptions()
     # The planner that reuses activation buffers is quadratic in nodes (minutes for an unrolled graph); the arena
@@ -267,10 +271,6 @@ def import_onnxruntime(provider: Provider) -> Any:
             f"this onnxruntime has {', '.join(onnxruntime.get_available_providers())}",
             f"Replace it: pip uninstall onnxruntime && pip install 'gircse-deploy[{extra}]'",
         )
-    if provider is not Provider.CPU:
-        # CUDA and cuDNN from pip lie where the loader does not look. What it misses it prints, which is not for stdout.
-        with contextlib.redirect_stdout(sys.stderr):
-            onnxruntime.preload_dlls()
     return onnxruntime
 
 

@@ -14,7 +14,7 @@ std::size_t sequence_size(std::string_view text) {
   if (lead < 0x80) return 1;
   const std::size_t size = lead < 0xC2 ? 0 : lead < 0xE0 ? 2 : lead < 0xF0 ? 3 : lead < 0xF5 ? 4 : 0;
   if (size == 0 || text.size() < size) return 0;
-  const std::uint8_t low = lead == 0xE0 ? 0xA0 : lead == 0xF0 ? 0x90 : 0x80;    // shorter forms
+  const std::uint8_t low = lead == 0xE0 ? 0xA0 : lead == 0xF0 ? 0x90 : 0x80;   // shorter forms
   const std::uint8_t high = lead == 0xED ? 0x9F : lead == 0xF4 ? 0x8F : 0xBF;  // surrogates, above U+10FFFF
   if (byte(1) < low || byte(1) > high) return 0;
   for (std::size_t at = 2; at < size; ++at) {

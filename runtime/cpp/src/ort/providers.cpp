@@ -9,6 +9,8 @@
 namespace gircse::core {
 namespace {
 
+constexpr const char *kTensorrt = "onnxruntime-tensorrt";
+
 std::set<std::string> available_providers(const OrtApi &api) {
   char **names = nullptr;
   int count = 0;
@@ -16,14 +18,6 @@ std::set<std::string> available_providers(const OrtApi &api) {
   const std::set<std::string> found(names, names + count);
   check_status(api, api.ReleaseAvailableProviders(names, count));
   return found;
-}
-
-void require_provider(const OnnxRuntime &runtime, const std::string &provider, const char *wanted) {
-  const std::set<std::string> available = available_providers(*runtime.api);
-  if (available.count(wanted) > 0) return;
-  throw Error(GIRCSE_ERROR_PROVIDER, "provider " + provider, std::string("needs ") + wanted,
-              runtime.path + " has " + listed(available),
-              "Name ONNX Runtime's GPU build in GIRCSE_ONNXRUNTIME or in the option onnxruntime.");
 }
 
 void append_tensorrt(const OrtApi &api, OrtSessionOptions *options) {
@@ -46,8 +40,7 @@ void append_cuda(const OrtApi &api, OrtSessionOptions *options) {
 // The providers in the order of preference; the later ones take what the first does not run.
 void append_providers(const OnnxRuntime &runtime, OrtSessionOptions *options, const std::string &provider) {
   if (provider == "cpu") return;
-  const bool tensorrt = provider == "onnxruntime-tensorrt";
-  require_provider(runtime, provider, tensorrt ? "TensorrtExecutionProvider" : "CUDAExecutionProvider");
+  const bool tensorrt = provider == kTensorrt;
   try {
     if (tensorrt) append_tensorrt(*runtime.api, options);
     append_cuda(*runtime.api, options);
@@ -60,6 +53,16 @@ void append_providers(const OnnxRuntime &runtime, OrtSessionOptions *options, co
 }
 
 }  // namespace
+
+void require_provider(const OnnxRuntime &runtime, const std::string &provider) {
+  if (provider == "cpu") return;
+  const char *wanted = provider == kTensorrt ? "TensorrtExecutionProvider" : "CUDAExecutionProvider";
+  const std::set<std::string> available = available_providers(*runtime.api);
+  if (available.count(wanted) > 0) return;
+  throw Error(GIRCSE_ERROR_PROVIDER, "provider " + provider, std::string("needs ") + wanted,
+              runtime.path + " has " + listed(available),
+              "Name ONNX Runtime's GPU build in GIRCSE_ONNXRUNTIME or in the option onnxruntime.");
+}
 
 OrtOwned<OrtSessionOptions> session_options(const OnnxRuntime &runtime, const std::string &provider, int threads) {
   const OrtApi &api = *runtime.api;

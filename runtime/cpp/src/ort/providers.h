@@ -7,8 +7,11 @@
 
 namespace gircse::core {
 
-// Options of a session on a provider: "cpu", "cuda" or "onnxruntime-tensorrt". Throws Error where the library was built
-// without it, or it cannot start.
+// Throws Error where the library was built without a provider.
+void require_provider(const OnnxRuntime &runtime, const std::string &provider);
+
+// Options of a session on a provider: "cpu", "cuda" or "onnxruntime-tensorrt". Throws Error where it cannot
+// start.
 OrtOwned<OrtSessionOptions> session_options(const OnnxRuntime &runtime, const std::string &provider, int threads);
 
 }  // namespace gircse::core
