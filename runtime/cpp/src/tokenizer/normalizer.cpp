@@ -1,44 +1,49 @@
 #include "tokenizer/normalizer.h"
 
-#include <optional>
+#include <algorithm>
 
+#include "tokenizer/code_points.h"
 #include "tokenizer/nfc.h"
 
 namespace gircse::core {
 
 namespace {
 
-// Each returns the changed text, or nothing where it stays as it is.
+// Each changes the text in `memory` and returns what it is then, or the text that it was given.
 
-std::optional<std::string> changed(const NfcStep &, std::string_view text) {
-  if (plainly_nfc(text)) return std::nullopt;
-  return nfc(text);
+Normalized changed(const NfcStep &, Normalized given, std::string &memory) {
+  if (plainly_nfc(given.text)) return given;
+  memory = nfc(given.text);
+  return {memory, given.start};
 }
 
-std::optional<std::string> changed(const PrependStep &step, std::string_view text) {
-  if (text.empty()) return std::nullopt;
-  return step.text + std::string(text);
+Normalized changed(const PrependStep &step, Normalized given, std::string &memory) {
+  if (given.text.empty()) return given;
+  memory = step.text + std::string(given.text);
+  return {memory, given.start == 0 ? 0 : given.start + step.text.size()};
 }
 
-std::optional<std::string> changed(const ReplaceStep &step, std::string_view text) {
+Normalized changed(const ReplaceStep &step, Normalized given, std::string &memory) {
   std::string out;
-  out.reserve(text.size() + text.size() / 2);
-  step.pattern.split(text, [&](std::size_t begin, std::size_t end, bool is_match) {
-    out += is_match ? std::string_view(step.content) : text.substr(begin, end - begin);
+  out.reserve(given.text.size() + given.text.size() / 2);
+  std::size_t start = 0;
+  step.pattern.split(given.text, [&](std::size_t begin, std::size_t end, bool is_match) {
+    out += is_match ? std::string_view(step.content) : given.text.substr(begin, end - begin);
+    if (is_match && end <= given.start) start += step.content.size();
+    if (!is_match && begin < given.start) start += std::min(end, given.start) - begin;
   });
-  return out;
+  memory = std::move(out);
+  return {memory, start};
 }
 
 }  // namespace
 
-std::string_view Normalizer::apply(std::string_view text, std::string &memory) const {
+Normalized Normalizer::apply(std::string_view text, std::string &memory) const {
+  Normalized normalized{text, text.empty() ? 0 : code_point_at(text, 0).size};
   for (const NormalizerStep &step : steps_) {
-    std::optional<std::string> next = std::visit([text](const auto &known) { return changed(known, text); }, step);
-    if (!next) continue;
-    memory = std::move(*next);
-    text = memory;
+    normalized = std::visit([&](const auto &known) { return changed(known, normalized, memory); }, step);
   }
-  return text;
+  return normalized;
 }
 
 }  // namespace gircse::core

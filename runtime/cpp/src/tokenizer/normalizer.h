@@ -1,7 +1,7 @@
 // What is done to a text before it is split into words.
 #pragma once
 
-#include <memory>
+#include <cstddef>
 #include <string>
 #include <string_view>
 #include <variant>
@@ -24,14 +24,18 @@ struct ReplaceStep {
 
 using NormalizerStep = std::variant<NfcStep, PrependStep, ReplaceStep>;
 
+struct Normalized {
+  std::string_view text;
+  std::size_t start;  // bytes at the front that stem from the first character
+};
+
 class Normalizer {
  public:
   explicit Normalizer(std::vector<NormalizerStep> steps) : steps_(std::move(steps)) {}
 
-  bool empty() const { return steps_.empty(); }
-
-  // The normalized text: the text itself where nothing changes, else one that `memory` holds.
-  std::string_view apply(std::string_view text, std::string &memory) const;
+  // The normalized text, which is not empty: the text itself where nothing changes, else one that `memory` holds.
+  // What NFC makes of the first character is not followed.
+  Normalized apply(std::string_view text, std::string &memory) const;
 
  private:
   std::vector<NormalizerStep> steps_;

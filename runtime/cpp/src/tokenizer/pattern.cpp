@@ -13,7 +13,7 @@ namespace gircse::core {
 namespace {
 
 constexpr std::size_t kNoMatch = std::numeric_limits<std::size_t>::max();
-constexpr std::size_t kMaxBranches = 64;
+constexpr std::size_t kOthers = 128;  // index of the characters that are not ASCII
 
 // What comes after a group: the rest of the sequence that it is in, and of those around it.
 struct Rest {
@@ -33,7 +33,9 @@ class Matcher {
     for (; index < sequence.size(); ++index) {
       const PatternItem &item = sequence[index];
       if (item.kind == PatternItem::Kind::kGroup) return match_group(sequence, index, at, rest);
-      if (item.kind == PatternItem::Kind::kLookahead) {
+      if (item.kind == PatternItem::Kind::kTextStart) {
+        if (at != 0) return kNoMatch;
+      } else if (item.kind == PatternItem::Kind::kLookahead) {
         if (looks(item, at) == item.negative) return kNoMatch;
       } else if (item.least == 1 && item.most == 1) {
         if (at == text_.size()) return kNoMatch;
@@ -119,25 +121,16 @@ class Matcher {
 };
 
 // The ASCII characters that a match may begin with, and whether others may.
-struct Starts {
-  std::array<bool, 128> ascii{};
-  bool others = false;
-
-  void add(const Starts &more) {
-    for (std::size_t i = 0; i < ascii.size(); ++i) ascii[i] = ascii[i] || more.ascii[i];
-    others = others || more.others;
-  }
-};
+using Starts = std::array<bool, kOthers + 1>;
 
 // Adds how a sequence may begin; returns whether it can also match nothing.
 bool add_starts(const PatternSequence &sequence, Starts &starts) {
   for (const PatternItem &item : sequence) {
-    bool skipped = item.least == 0 || item.kind == PatternItem::Kind::kLookahead;
+    const bool empty = item.kind == PatternItem::Kind::kLookahead || item.kind == PatternItem::Kind::kTextStart;
+    bool skipped = empty || item.least == 0;
     if (item.kind == PatternItem::Kind::kSet) {
-      for (char32_t code = 0; code < 128; ++code) {
-        if (item.set.contains(code)) starts.ascii[code] = true;
-      }
-      starts.others = starts.others || item.set.holds_others();
+      for (char32_t code = 0; code < kOthers; ++code) starts[code] = starts[code] || item.set.contains(code);
+      starts[kOthers] = starts[kOthers] || item.set.holds_others();
     } else if (item.kind == PatternItem::Kind::kGroup) {
       for (const PatternSequence &branch : item.branches) skipped = add_starts(branch, starts) || skipped;
     }
@@ -169,7 +162,6 @@ Pattern Pattern::regex(std::string_view source) {
   Pattern pattern;
   pattern.branches_ = parse_pattern(source);
   const std::string named = "the pattern '" + std::string(source) + "'";
-  if (pattern.branches_.size() > kMaxBranches) throw std::runtime_error(named + " has more than 64 alternatives");
   for (const PatternSequence &branch : pattern.branches_) {
     if (least_size(branch) == 0) throw std::runtime_error(named + " can match nothing, which is not supported");
   }
@@ -184,12 +176,12 @@ Pattern Pattern::literal(std::string_view text) {
 }
 
 void Pattern::index_starts() {
-  for (std::size_t i = 0; i < branches_.size(); ++i) {
-    Starts starts;
+  for (std::uint32_t i = 0; i < branches_.size(); ++i) {
+    Starts starts{};
     add_starts(branches_[i], starts);
-    const std::uint64_t bit = std::uint64_t{1} << i;
-    for (std::size_t code = 0; code < starts.ascii.size(); ++code) ascii_starts_[code] |= starts.ascii[code] ? bit : 0;
-    other_starts_ |= starts.others ? bit : 0;
+    for (std::size_t code = 0; code < starts.size(); ++code) {
+      if (starts[code]) starts_[code].push_back(i);
+    }
   }
 }
 
@@ -199,11 +191,10 @@ void Pattern::split(std::string_view text, const SpanVisitor &visit) const {
   std::size_t done = 0;
   for (std::size_t at = 0; at < text.size();) {
     const auto [code, size] = code_point_at(text, at);
-    const std::uint64_t starts = code < 128 ? ascii_starts_[code] : other_starts_;
     std::size_t end = kNoMatch;
-    for (std::size_t i = 0; end == kNoMatch && starts >> i != 0; ++i) {
-      if ((starts >> i & 1U) != 0) end = matcher.match(branches_[i], 0, at, nullptr);
-      if (i + 1 == kMaxBranches) break;
+    for (const std::uint32_t branch : starts_[code < kOthers ? code : kOthers]) {
+      end = matcher.match(branches_[branch], 0, at, nullptr);
+      if (end != kNoMatch) break;
     }
     if (end == kNoMatch) {
       at += size;

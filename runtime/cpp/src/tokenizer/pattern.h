@@ -1,7 +1,7 @@
 // The regular expressions of tokenizers: the part of Oniguruma's syntax that they use, and what it matches.
 //
 // A class, a literal or a group of alternatives, each once, or a class or literal with a quantifier (greedy, lazy or
-// possessive), or an optional group; lookahead; (?i:) for ASCII. Anything else is refused when the pattern is read.
+// possessive), or an optional group; lookahead; \A; (?i:) for ASCII. Anything else is refused when the pattern is read.
 #pragma once
 
 #include <array>
@@ -51,7 +51,7 @@ using PatternSequence = std::vector<PatternItem>;
 
 // One part of a pattern, and how often it comes.
 struct PatternItem {
-  enum class Kind { kSet, kGroup, kLookahead } kind = Kind::kSet;
+  enum class Kind { kSet, kGroup, kLookahead, kTextStart } kind = Kind::kSet;
   CharSet set;                            // kSet
   std::vector<PatternSequence> branches;  // kGroup, kLookahead
   bool negative = false;                  // kLookahead
@@ -80,8 +80,7 @@ class Pattern {
 
   std::string literal_;
   std::vector<PatternSequence> branches_;
-  std::array<std::uint64_t, 128> ascii_starts_{};  // bit i: branches_[i] may match from this character on
-  std::uint64_t other_starts_ = 0;                 // from one that is not ASCII
+  std::array<std::vector<std::uint32_t>, 129> starts_;  // branches that may match from an ASCII character on; others
 };
 
 }  // namespace gircse::core

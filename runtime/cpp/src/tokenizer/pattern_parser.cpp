@@ -14,7 +14,7 @@ namespace gircse::core {
 namespace {
 
 constexpr int kMaxDepth = 16;
-constexpr std::size_t kMaxSource = 16384;
+constexpr std::size_t kMaxSource = 65536;
 constexpr std::uint32_t kUnlimited = std::numeric_limits<std::uint32_t>::max();
 constexpr std::uint32_t kMaxRepeat = 1000;
 constexpr std::uint64_t kAllCategories = (std::uint64_t{1} << unicode::kCategoryCount) - 1;
@@ -26,7 +26,7 @@ class Parser {
   explicit Parser(std::string_view source) : source_(source) {}
 
   std::vector<PatternSequence> parse() {
-    if (source_.size() > kMaxSource) fail("a pattern of more than 16384 bytes");
+    if (source_.size() > kMaxSource) fail("a pattern of more than 65536 bytes");
     std::vector<PatternSequence> branches = alternatives();
     if (!done()) fail("a ')' without '('");
     return branches;
@@ -103,6 +103,10 @@ class Parser {
 
   PatternItem single() {
     PatternItem item;
+    if (take("\\A")) {
+      item.kind = PatternItem::Kind::kTextStart;
+      return item;
+    }
     const char32_t code = next();
     if (code == '[') {
       item.set = bracket();
@@ -138,7 +142,9 @@ class Parser {
     }
     if (follows("*") || follows("+") || follows("?") || follows("{")) fail("a quantifier of a quantifier");
     const bool optional = item.least == 0 && item.most == 1 && item.greed == Greed::kGreedy;
-    if (item.kind == PatternItem::Kind::kLookahead) fail("a quantifier of a lookahead");
+    if (item.kind == PatternItem::Kind::kLookahead || item.kind == PatternItem::Kind::kTextStart) {
+      fail("a quantifier of an assertion");
+    }
     if (item.kind == PatternItem::Kind::kGroup && !optional) fail("a quantifier of a group other than '?'");
   }
 

@@ -96,12 +96,12 @@ void split_digits(std::string_view text, const SpanVisitor &visit) {
   if (done < text.size()) visit(done, text.size(), false);
 }
 
-// Runs one step: gives each piece, and whether it is at the start.
+// Runs one step: gives each piece, and what of it stems from the first character.
 class Runner {
  public:
-  using Visitor = std::function<void(std::string_view piece, bool at_start)>;
+  using Visitor = std::function<void(std::string_view piece, std::size_t start)>;
 
-  Runner(std::string_view text, bool at_start, Visitor visit) : text_(text), at_start_(at_start), visit_(std::move(visit)) {}
+  Runner(std::string_view text, std::size_t start, Visitor visit) : text_(text), start_(start), visit_(std::move(visit)) {}
 
   void operator()(const SplitStep &step) const {
     split_spans(step.behavior, step.invert, [&](const SpanVisitor &visit) { step.pattern.split(text_, visit); }, pieces());
@@ -116,39 +116,36 @@ class Runner {
     std::string text;
     text.reserve(text_.size() * 2);
     for (const char c : text_) c == ' ' ? text.append(step.replacement) : text.append(1, c);
-    const bool wanted = step.prepend == PrependScheme::kAlways || (step.prepend == PrependScheme::kFirst && at_start_);
+    const bool wanted = step.prepend == PrependScheme::kAlways || (step.prepend == PrependScheme::kFirst && start_ > 0);
     if (wanted && !starts_with(text, step.replacement)) text.insert(0, step.replacement);
-    const Runner replaced(text, at_start_, visit_);
-    if (!step.split) return visit_(text, at_start_);
+    const Runner replaced(text, start_, visit_);
+    if (!step.split) return visit_(text, start_);
     split_spans(SplitBehavior::kMergedWithNext, false,
                 [&](const SpanVisitor &visit) { step.replacement_pattern.split(text, visit); }, replaced.pieces());
   }
 
   void operator()(const PrefixSpaceStep &) const {
-    if (starts_with(text_, " ")) return visit_(text_, at_start_);
-    visit_(" " + std::string(text_), at_start_);
+    if (starts_with(text_, " ")) return visit_(text_, start_);
+    visit_(" " + std::string(text_), start_);
   }
 
  private:
   PieceVisitor pieces() const {
-    return [this](std::size_t begin, std::size_t end) { visit_(text_.substr(begin, end - begin), at_start_ && begin == 0); };
+    return [this](std::size_t begin, std::size_t end) { visit_(text_.substr(begin, end - begin), start_ - std::min(start_, begin)); };
   }
 
   std::string_view text_;
-  bool at_start_;
+  std::size_t start_;
   Visitor visit_;
 };
 
 }  // namespace
 
-void PreTokenizer::split(std::string_view text, bool at_start, const WordVisitor &visit) const {
-  run(0, text, at_start, visit);
-}
-
-void PreTokenizer::run(std::size_t step, std::string_view text, bool at_start, const WordVisitor &visit) const {
+void PreTokenizer::run(std::size_t step, std::string_view text, std::size_t start, const WordVisitor &visit) const {
   if (step == steps_.size()) return visit(text);
-  const Runner runner(text, at_start,
-                      [&, step](std::string_view piece, bool start) { run(step + 1, piece, start, visit); });
+  const Runner runner(text, start, [&, step](std::string_view piece, std::size_t piece_start) {
+    run(step + 1, piece, piece_start, visit);
+  });
   std::visit(runner, steps_[step]);
 }
 

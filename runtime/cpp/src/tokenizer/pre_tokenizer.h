@@ -43,11 +43,12 @@ class PreTokenizer {
  public:
   explicit PreTokenizer(std::vector<PreTokenizerStep> steps) : steps_(std::move(steps)) {}
 
-  // Visits the words of a text, none of them empty. `at_start`: the text is at the start of what the user gave.
-  void split(std::string_view text, bool at_start, const WordVisitor &visit) const;
+  // Visits the words of a text, none of them empty. `start`: bytes at its front that stem from the first character of
+  // all that is encoded.
+  void split(std::string_view text, std::size_t start, const WordVisitor &visit) const { run(0, text, start, visit); }
 
  private:
-  void run(std::size_t step, std::string_view text, bool at_start, const WordVisitor &visit) const;
+  void run(std::size_t step, std::string_view text, std::size_t start, const WordVisitor &visit) const;
 
   std::vector<PreTokenizerStep> steps_;
 };

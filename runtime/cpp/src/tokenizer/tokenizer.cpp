@@ -44,14 +44,14 @@ struct Tokenizer::Impl {
     for (const auto &[id, token] : with_ids(tokens, model)) {
       if (token.normalized != normalized) continue;
       std::string memory;
-      const std::string_view pattern = normalized ? normalizer.apply(token.content, memory) : token.content;
+      const std::string_view pattern = normalized ? normalizer.apply(token.content, memory).text : token.content;
       entries.push_back({std::string(pattern), token, id});
     }
     return AddedTokens(std::move(entries));
   }
 
-  void encode_words(std::string_view text, bool at_start, BpeMemory &memory, std::vector<std::uint32_t> &ids) const {
-    pre_tokenizer.split(text, at_start, [&](std::string_view word) { model.encode(word, memory, ids); });
+  void encode_words(std::string_view text, std::size_t start, BpeMemory &memory, std::vector<std::uint32_t> &ids) const {
+    pre_tokenizer.split(text, start, [&](std::string_view word) { model.encode(word, memory, ids); });
   }
 
   Normalizer normalizer;
@@ -72,10 +72,10 @@ std::vector<std::uint32_t> Tokenizer::encode(std::string_view text) const {
   std::string normalized;
   impl_->raw_tokens.split(text, [&](std::string_view part, std::size_t begin, std::optional<std::uint32_t> id) {
     if (id) return ids.push_back(*id);
-    const std::string_view plain = impl_->normalizer.apply(part, normalized);
-    impl_->normalized_tokens.split(plain, [&](std::string_view inner, std::size_t inner_begin, std::optional<std::uint32_t> inner_id) {
+    const Normalized plain = impl_->normalizer.apply(part, normalized);
+    impl_->normalized_tokens.split(plain.text, [&](std::string_view inner, std::size_t inner_begin, std::optional<std::uint32_t> inner_id) {
       if (inner_id) return ids.push_back(*inner_id);
-      impl_->encode_words(inner, begin == 0 && inner_begin == 0, memory, ids);
+      impl_->encode_words(inner, begin == 0 ? plain.start - std::min(plain.start, inner_begin) : 0, memory, ids);
     });
   });
   return ids;

@@ -167,8 +167,8 @@ class PreTokenizerReader {
  private:
   void add_metaspace(const Fields &fields) {
     MetaspaceStep step = read_metaspace(fields);
-    if (step.prepend == PrependScheme::kFirst && (changed_ || !spec_.normalizer.empty())) {
-      fields.fail("has the prepend_scheme 'first' after the text was changed, which is not supported");
+    if (step.prepend == PrependScheme::kFirst && (changed_ || has_nfc())) {
+      fields.fail("has the prepend_scheme 'first' after NFC or Metaspace, which is not supported");
     }
     changed_ = true;
     spec_.pre_tokenizer.emplace_back(std::move(step));
@@ -182,6 +182,11 @@ class PreTokenizerReader {
       spec_.pre_tokenizer.emplace_back(SplitStep{Pattern::regex(kGpt2Pattern), SplitBehavior::kIsolated, false});
     }
     spec_.byte_level = true;
+  }
+
+  bool has_nfc() const {
+    return std::any_of(spec_.normalizer.begin(), spec_.normalizer.end(),
+                       [](const NormalizerStep &step) { return std::holds_alternative<NfcStep>(step); });
   }
 
   TokenizerSpec &spec_;
