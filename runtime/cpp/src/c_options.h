@@ -10,6 +10,8 @@
 
 namespace gircse::core {
 
+inline constexpr std::size_t kLargestStruct = 4096;  // a size above is one that nobody has set
+
 gircse_open_options default_open_options();
 gircse_encode_options default_encode_options();
 
@@ -28,7 +30,7 @@ template <class Struct>
 Struct read(const Struct *given, Struct defaults, const char *name) {
   if (given == nullptr) return defaults;
   const std::size_t size = given->size;
-  if (size < sizeof(given->size) || size % alignof(Struct) != 0) {
+  if (size < sizeof(given->size) || size > kLargestStruct || size % alignof(Struct) != 0) {
     throw Error(GIRCSE_ERROR_OPTION, name, "have the size " + std::to_string(size), "it is the size of the struct",
                 std::string("Call gircse_") + name + "_init first.");
   }
@@ -46,7 +48,7 @@ Struct read(const Struct *given, Struct defaults, const char *name) {
 template <class Struct>
 void check_target(const Struct *target, const char *name) {
   if (target == nullptr) throw Error(GIRCSE_ERROR_OPTION, name, "is NULL");
-  if (target->size < sizeof(target->size)) {
+  if (target->size < sizeof(target->size) || target->size > kLargestStruct) {
     throw Error(GIRCSE_ERROR_OPTION, name, "has the size " + std::to_string(target->size),
                 "the caller sets it to the size of the struct");
   }
