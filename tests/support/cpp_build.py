@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 SOURCES = ROOT / "runtime" / "cpp"
-BUILD = ROOT / "build" / "cpp"
+BUILD = ROOT / "build" / "cpp-tests"
 TOOLS = (os.environ.get("CXX", "c++"), "cmake", "ninja", "pkg-config")
 
 
@@ -34,9 +34,14 @@ def build_once() -> Path:
     if absent := [tool for tool in TOOLS if shutil.which(tool) is None]:
         pytest.skip(f"no {', '.join(absent)} here: scripts/install_cpp_tools.sh installs what C++ needs")
     BUILD.parent.mkdir(exist_ok=True)
-    with (BUILD.parent / "cpp.lock").open("w") as lock:
+    with (BUILD.parent / "cpp-tests.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        configure(BUILD, "-DGIRCSE_BUILD_TESTS=ON", "-DCMAKE_COMPILE_WARNING_AS_ERROR=ON")
+        try:
+            configure(BUILD, "-DGIRCSE_BUILD_TESTS=ON", "-DCMAKE_COMPILE_WARNING_AS_ERROR=ON")
+        except pytest.fail.Exception as err:
+            if "Each download failed" in str(err):
+                pytest.skip("a header is not here and cannot be downloaded: scripts/install_cpp_tools.sh installs it")
+            raise
         run("cmake", "--build", BUILD, "--parallel", "2")
     return BUILD
 

@@ -1,10 +1,14 @@
 # What the library is built from: the system's own packages first, otherwise a release that a hash pins.
 include(FetchContent)
+if(POLICY CMP0135) # what is unpacked has the time of unpacking, so that another version is built again
+  cmake_policy(SET CMP0135 NEW)
+endif()
 
 find_package(Threads REQUIRED)
 
 find_package(nlohmann_json 3.9 QUIET)
 if(NOT nlohmann_json_FOUND)
+  message(STATUS "nlohmann_json is downloaded: it is not installed (nlohmann-json3-dev)")
   FetchContent_Declare(
     nlohmann_json
     URL https://github.com/nlohmann/json/releases/download/v3.11.3/json.tar.xz
@@ -20,6 +24,8 @@ find_path(
   PATH_SUFFIXES onnxruntime onnxruntime/core/session
   DOC "Folder of ONNX Runtime's onnxruntime_c_api.h")
 if(NOT ONNXRUNTIME_INCLUDE_DIR)
+  message(STATUS "onnxruntime_c_api.h is downloaded: it is not installed (libonnxruntime-dev), and "
+                 "ONNXRUNTIME_INCLUDE_DIR does not name its folder")
   # The header is the same on every platform, and the archive has no CMakeLists.txt that would be added here.
   FetchContent_Declare(
     onnxruntime_headers

@@ -94,12 +94,8 @@ def test_an_array_of_several_windows_is_the_file_of_np_save(start: Start, tmp_pa
 def test_texts_are_the_lines_of_stdin(start: Start) -> None:
     code, stdout, stderr = finish(start("--steps", "0"), "\ufeffone\r\n\n two\u2028\x0c\r\r\n\ufeff\r".encode())
     assert (code, stderr) == (0, "")
-    assert [json.loads(line)["text"] for line in stdout.decode().split("\n")[:-1]] == [
-        "one",
-        "",
-        " two\u2028\x0c\r",
-        "\ufeff",
-    ]
+    texts = [json.loads(line)["text"] for line in stdout.decode().split("\n")[:-1]]
+    assert texts == ["one", "", " two\u2028\x0c\r", "\ufeff"]
 
 
 @pytest.mark.parametrize("data", [b"", b"\xef\xbb\xbf"])
@@ -140,9 +136,6 @@ def python_error(
     except SystemExit as err:
         code = int(err.code or 0)
     return code, capsys.readouterr().err.splitlines()[-1]
-
-
-LATE_LONG_LINE = numbered_lines(WINDOW + 9) + b"word " * 300
 
 
 @pytest.mark.parametrize(
@@ -194,8 +187,6 @@ LATE_LONG_LINE = numbered_lines(WINDOW + 9) + b"word " * 300
         ("BUNDLE", b"surrogate \xed\xa0\x80"),
         ("BUNDLE", b"above \xf4\x90\x80\x80"),
         ("BUNDLE", b"\xf0\x9f\x98 cut in the line"),
-        ("BUNDLE --on-overflow error", b"fine\n" + b"word " * 300),
-        ("BUNDLE --on-overflow error --batch-size 2", LATE_LONG_LINE),
     ],
 )
 def test_errors_are_those_of_python(
@@ -221,6 +212,15 @@ def test_errors_are_those_of_python(
     assert (done.returncode, done.stdout) == (code, b"")
     assert done.stderr.decode().splitlines()[-1] == said.replace("gircse-embed:", "gircse-embed-cpp:", 1)
     assert set(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("row", [1, WINDOW + 9])
+def test_a_text_that_is_too_long_is_numbered_in_the_whole_input(start: Start, row: int) -> None:
+    arguments = ["--steps", "0", "--batch-size", "2", "--on-overflow", "error"]
+    code, stdout, stderr = finish(start(*arguments), numbered_lines(row) + b"word " * 300)
+    assert (code, stdout.count(b"\n")) == (2, row // WINDOW * WINDOW)
+    assert stderr.startswith(f"gircse-embed-cpp: error: texts[{row}] has ")
+    assert " tokens; the bundle takes at most 48, the instruction included." in stderr
 
 
 def test_the_flags_are_those_of_python(cpp_command: Path) -> None:
