@@ -4,7 +4,10 @@ import os
 import re
 import shutil
 import subprocess
+import sys
+import tarfile
 import tomllib
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -163,3 +166,23 @@ def test_the_example_explains_an_error(example_by_cmake: Path, tmp_path: Path) -
 
 def test_the_unit_tests_pass(cpp_build: Path) -> None:
     run(cpp_build / "tests" / "gircse_tests")
+
+
+def test_the_source_distribution_has_the_cpp_runtime_and_the_wheel_does_not(tmp_path: Path) -> None:
+    """Built from a copy, because setuptools leaves files behind."""
+    copy = tmp_path / "copy"
+    for folder in ("runtime", "examples", "scripts", "reporting", "checkpoint", "calibration", "export", "evaluation"):
+        shutil.copytree(ROOT / folder, copy / folder, ignore=shutil.ignore_patterns("build", "__pycache__"))
+    for name in ("pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, copy / name)
+    (copy / "runtime" / "cpp" / "build").mkdir()
+    (copy / "runtime" / "cpp" / "build" / "leftover.o").touch()
+    build = "from setuptools import build_meta as b; b.build_sdist('..'); b.build_wheel('..')"
+    run(sys.executable, "-c", build, cwd=copy)
+    (sdist,), (wheel,) = tmp_path.glob("*.tar.gz"), tmp_path.glob("*.whl")
+    with tarfile.open(sdist) as archive:
+        sources = {member.name.partition("/")[2] for member in archive if member.isfile()}
+    assert {"runtime/cpp/CMakeLists.txt", "runtime/cpp/src/c_api.cpp", "examples/cpp/cosine.cpp"} <= sources
+    assert not any("leftover" in name for name in sources)
+    with zipfile.ZipFile(wheel) as archive:
+        assert not [name for name in archive.namelist() if "/cpp/" in name]
