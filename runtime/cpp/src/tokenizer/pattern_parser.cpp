@@ -145,7 +145,11 @@ class Parser {
     if (item.kind == PatternItem::Kind::kLookahead || item.kind == PatternItem::Kind::kTextStart) {
       fail("a quantifier of an assertion");
     }
-    if (item.kind == PatternItem::Kind::kGroup && !optional) fail("a quantifier of a group other than '?'");
+    if (item.kind != PatternItem::Kind::kGroup) return;
+    if (!optional) fail("a quantifier of a group other than '?'");
+    for (const PatternSequence &branch : item.branches) {
+      if (least_size(branch) == 0) fail("an optional group that can match nothing");
+    }
   }
 
   void read_interval(PatternItem &item) {

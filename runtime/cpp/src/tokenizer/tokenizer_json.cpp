@@ -98,6 +98,7 @@ NormalizerStep read_normalizer(const json &object) {
   }
   if (type == "Prepend") {
     fields.allow({"type", "prepend"});
+    if (fields.text("prepend").empty()) fields.fail("prepends nothing, which is not supported");
     return PrependStep{fields.text("prepend")};
   }
   if (type == "Replace") {
