@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from safetensors.numpy import save
+from safetensors.numpy import load_file, save
 from support.small_models import SmallModels, edit_manifest, rehash
 
 from gircse.runtime import BundleError, Embedder, SelfTestReport
@@ -51,6 +51,17 @@ def test_self_test_fails_on_wrong_weights(small_bundle: Path) -> None:
     report = Embedder(small_bundle, verify=False).self_test()
     assert not report.passed
     assert report.min_cosine < SPECS[Precision.FP32].self_test_min_cosine
+
+
+@pytest.mark.parametrize("text", [0, 5, 11])
+def test_the_worst_text_is_numbered_as_in_golden_json(small_bundle: Path, text: int) -> None:
+    """The texts run longest first, which is not their order in the file."""
+    path = small_bundle / "golden.safetensors"
+    tensors = load_file(path)
+    tensors["step_embeddings"][text, 1] *= -1
+    path.write_bytes(save(tensors))
+    report = Embedder(small_bundle, verify=False).self_test()
+    assert (report.worst_step, report.worst_text, report.passed) == (2, text, False)
 
 
 def test_self_test_does_not_pass_nan() -> None:
