@@ -80,6 +80,7 @@ class EncodeOptions(ctypes.Structure):
         ("batch_size", c_size_t),
         ("batch_tokens", c_size_t),
         ("refuse_overflow", c_int32),
+        ("first_text", c_size_t),
     ]
 
 

@@ -11,13 +11,11 @@
 #include <unistd.h>
 
 #include <algorithm>
-#include <charconv>
 #include <cstdio>
 #include <filesystem>
 #include <functional>
 #include <limits>
 #include <string>
-#include <string_view>
 #include <vector>
 
 namespace gircse::command {
@@ -96,33 +94,17 @@ void show_progress(std::size_t done) {
   if (isatty(STDERR_FILENO) != 0) write_stderr("\r" + std::to_string(done) + " texts");
 }
 
-// The library counts the texts of one call, and the user those of the whole input, of which `before` came earlier.
-Error renumbered(const Error &error, std::size_t before) {
-  constexpr std::string_view kStart = "texts[";
-  const std::string message = error.what();
-  if (message.compare(0, kStart.size(), kStart) != 0) return error;
-  std::size_t row = 0;
-  const char *const number = message.data() + kStart.size();
-  const char *const rest = std::from_chars(number, message.data() + message.size(), row).ptr;
-  return {error.code(), (std::string(kStart) + std::to_string(before + row) + rest).c_str()};
-}
-
 // Embeds some texts at a time, in flat memory, and hands them over with their vectors.
 void embed_windows(const Embedder &embedder, const Arguments &arguments, const Write &write_window) {
-  const EncodeOptions options = encode_options(arguments, embedder);
+  EncodeOptions options = encode_options(arguments, embedder);
   embedder.encode(Texts(), options);  // a wrong option shows now, not with the first window
   TextLines lines(arguments.input);
   std::size_t done = 0;
   std::size_t cut = 0;
   for (Texts texts; !(texts = read_window(lines, options.batch_size)).empty(); done += texts.size()) {
     std::size_t truncated = 0;
-    Vectors vectors;
-    try {
-      vectors = embedder.encode(texts, options, &truncated);
-    } catch (const Error &error) {
-      throw renumbered(error, done);
-    }
-    write_window(texts, vectors);
+    options.first_text = done;
+    write_window(texts, embedder.encode(texts, options, &truncated));
     cut += truncated;
     show_progress(done + texts.size());
   }

@@ -147,6 +147,7 @@ EncodeOptions encode_options(const gircse_encode_options *given) {
   options.prompt.instruction = view("instruction", raw.instruction);
   if (raw.prompt.data != nullptr || raw.prompt.size > 0) options.prompt.prompt = view("prompt", raw.prompt);
   options.prompt.refuse_overflow = raw.refuse_overflow != 0;
+  options.prompt.first_text = raw.first_text;
   options.run = {raw.steps, raw.all_steps != 0, raw.batch_size, raw.batch_tokens};
   return options;
 }

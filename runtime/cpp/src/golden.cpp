@@ -110,7 +110,8 @@ void check_golden_tokens(const Bundle &bundle, const PromptTokenizer &tokenizer)
   std::size_t number = 0;
   for (const GoldenPrompt &golden : read_golden_prompts(bundle)) {
     ++number;
-    if (tokenizer.tokenize({golden.text}, {golden.instruction, std::nullopt, false}).ids.front() != golden.token_ids) {
+    if (tokenizer.tokenize({golden.text}, {golden.instruction, std::nullopt, false, 0}).ids.front() !=
+        golden.token_ids) {
       const std::string &version = bundle.manifest().tokenizers_version;
       throw Error(GIRCSE_ERROR_BUNDLE, bundle.directory().string(),
                   "gives golden text " + std::to_string(number) + " other tokens than at the export",

@@ -1,5 +1,6 @@
 #include "prompt_tokenizer.h"
 
+#include <algorithm>
 #include <stdexcept>
 
 #include "error.h"
@@ -26,6 +27,10 @@ void check_text(const std::string &where, std::string_view text) {
   }
 }
 
+std::string name_of(std::size_t row, const PromptOptions &options) {
+  return "texts[" + std::to_string(options.first_text + row) + "]";
+}
+
 std::string replaced(std::string text, std::string_view what, std::string_view with) {
   for (std::size_t at = text.find(what); at != text.npos; at = text.find(what, at + with.size())) {
     text.replace(at, what.size(), with);
@@ -50,30 +55,33 @@ PromptTokenizer::PromptTokenizer(const Bundle &bundle)
 TokenizedTexts PromptTokenizer::tokenize(const std::vector<std::string_view> &texts,
                                          const PromptOptions &options) const {
   check_options(options);
-  for (std::size_t row = 0; row < texts.size(); ++row) check_text("texts[" + std::to_string(row) + "]", texts[row]);
+  for (std::size_t row = 0; row < texts.size(); ++row) check_text(name_of(row, options), texts[row]);
   TokenizedTexts result;
   result.ids.reserve(texts.size());
-  for (const std::string_view text : texts) {
-    std::vector<std::int64_t> ids = prompt_ids(text, options);
-    if (ids.size() > max_tokens_) {
-      if (options.refuse_overflow) {
-        throw Error(GIRCSE_ERROR_OPTION, "texts[" + std::to_string(result.ids.size()) + "]",
-                    "has " + std::to_string(ids.size()) + " tokens",
-                    "the bundle takes at most " + std::to_string(max_tokens_) + ", the instruction included",
-                    "Shorten the texts, or allow truncation.");
-      }
-      const auto excess = static_cast<std::ptrdiff_t>(ids.size() - max_tokens_);
-      if (truncate_left_) {
-        ids.erase(ids.begin(), ids.begin() + excess);
-      } else {
-        ids.resize(max_tokens_);
-      }
-      ids.shrink_to_fit();
-      ++result.truncated;
-    }
-    result.ids.push_back(std::move(ids));
-  }
+  for (const std::string_view text : texts) result.ids.push_back(prompt_ids(text, options));
+  truncate(result, options);
   return result;
+}
+
+void PromptTokenizer::truncate(TokenizedTexts &texts, const PromptOptions &options) const {
+  const auto too_long = [this](const std::vector<std::int64_t> &ids) { return ids.size() > max_tokens_; };
+  const auto first = std::find_if(texts.ids.begin(), texts.ids.end(), too_long);
+  texts.truncated = static_cast<std::size_t>(std::count_if(first, texts.ids.end(), too_long));
+  if (texts.truncated > 0 && options.refuse_overflow) {
+    const std::string more = texts.truncated > 1 ? ", and " + std::to_string(texts.truncated - 1) + " more of these " +
+                                                       std::to_string(texts.ids.size()) + " texts are too long"
+                                                 : "";
+    throw Error(GIRCSE_ERROR_OPTION, name_of(static_cast<std::size_t>(first - texts.ids.begin()), options),
+                "has " + std::to_string(first->size()) + " tokens" + more,
+                "the bundle takes at most " + std::to_string(max_tokens_) + ", the instruction included",
+                "Shorten the texts, or allow truncation.");
+  }
+  for (std::vector<std::int64_t> &ids : texts.ids) {
+    if (!too_long(ids)) continue;
+    if (truncate_left_) ids.erase(ids.begin(), ids.end() - static_cast<std::ptrdiff_t>(max_tokens_));
+    ids.resize(max_tokens_);
+    ids.shrink_to_fit();
+  }
 }
 
 void PromptTokenizer::check_options(const PromptOptions &options) {

@@ -18,6 +18,7 @@ struct PromptOptions {
   std::string_view instruction;
   std::optional<std::string_view> prompt;
   bool refuse_overflow = false;
+  std::size_t first_text = 0;
 };
 
 struct TokenizedTexts {
@@ -38,6 +39,7 @@ class PromptTokenizer {
   static void check_options(const PromptOptions &options);
 
  private:
+  void truncate(TokenizedTexts &texts, const PromptOptions &options) const;
   std::vector<std::int64_t> prompt_ids(std::string_view text, const PromptOptions &options) const;
   std::string format_prompt(std::string_view text, const PromptOptions &options) const;
 

@@ -70,6 +70,7 @@ typedef struct gircse_encode_options {
   size_t batch_size;       /* maximum texts per batch (default 32) */
   size_t batch_tokens;     /* maximum tokens per batch, padding included (default 4096) */
   int32_t refuse_overflow; /* not 0: a prompt that is too long is an error; 0: it is cut (default) */
+  size_t first_text;       /* number of the first text, for errors of a text (default 0) */
 } gircse_encode_options;
 
 /* Facts of an open embedder. The strings live until it is closed. */

@@ -50,6 +50,7 @@ struct EncodeOptions {
   std::size_t batch_size = 32;
   std::size_t batch_tokens = 4096;
   bool refuse_overflow = false;
+  std::size_t first_text = 0;
 };
 
 namespace detail {
@@ -163,6 +164,7 @@ class Embedder {
     raw.batch_size = options.batch_size;
     raw.batch_tokens = options.batch_tokens;
     raw.refuse_overflow = options.refuse_overflow;
+    raw.first_text = options.first_text;
     return raw;
   }
 
