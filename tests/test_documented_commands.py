@@ -22,11 +22,21 @@ from gircse.runtime import embed_command
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 PAGES = [README, ROOT / "CONTRIBUTING.md", ROOT / "benchmarks" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def embed_cpp_parser() -> argparse.ArgumentParser:
+    """Return the flags of the C++ command: those of gircse-embed and one more."""
+    parser = embed_command.build_parser()
+    parser.add_argument("--onnxruntime", help="library of ONNX Runtime")
+    return parser
+
+
 PARSERS: dict[str, Callable[[], argparse.ArgumentParser]] = {
     "gircse-calibrate": calibrate_command.build_parser,
     "gircse-export": export_command.build_parser,
     "gircse-build": build_command.build_parser,
     "gircse-embed": embed_command.build_parser,
+    "gircse-embed-cpp": embed_cpp_parser,
     "gircse-parity": parity_command.build_parser,
     "gircse-bench": bench_command.build_parser,
 }

@@ -16,9 +16,8 @@ if(NOT nlohmann_json_FOUND)
   FetchContent_MakeAvailable(nlohmann_json)
 endif()
 
-# ONNX Runtime is opened by dlopen and never linked: its symbols carry the version of the release, so that a program that
-# was linked to one release starts with no other. Only its C header is needed. An old header serves every newer library,
-# a new one no older library, hence not the newest.
+# ONNX Runtime is opened by dlopen and never linked: its symbols carry the version of the release, so that a program
+# linked to one release starts with no other. Of its package only the C header is needed, of any release since 1.21.
 find_path(
   ONNXRUNTIME_INCLUDE_DIR onnxruntime_c_api.h
   PATH_SUFFIXES onnxruntime onnxruntime/core/session

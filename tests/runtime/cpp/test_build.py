@@ -164,6 +164,7 @@ def test_the_example_explains_an_error(example_by_cmake: Path, tmp_path: Path) -
     assert done.stderr.startswith(f"cosine: {tmp_path} is not a bundle")
 
 
+@pytest.mark.usefixtures("find_onnxruntime")
 def test_the_unit_tests_pass(cpp_build: Path) -> None:
     run(cpp_build / "tests" / "gircse_tests")
 

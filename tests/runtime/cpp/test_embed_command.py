@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 from support.small_models import SmallModels
-from support.tolerances import CPP_MAX_DIFFERENCE
+from support.tolerances import CPP_MAX_DIFFERENCE, SMALL_MODEL_MAX_DIFFERENCE
 
 from gircse.runtime import Embedder, embed_command
 from gircse.runtime.vector_files import json_lines
@@ -340,6 +340,31 @@ def test_texts_that_are_cut_are_counted_over_all_windows_in_the_words_of_python(
     said = subprocess.run(python, input=data, capture_output=True, check=True).stderr.decode()
     assert stderr == said.replace("gircse-embed:", "gircse-embed-cpp:")
     assert "2 of 67 texts were cut" in said
+
+
+@pytest.mark.parametrize(
+    ("release", "tolerance"),
+    [("onnxruntime_library", CPP_MAX_DIFFERENCE), ("oldest_onnxruntime_library", SMALL_MODEL_MAX_DIFFERENCE)],
+)
+def test_the_flag_onnxruntime_names_the_library(
+    start: Start,
+    bundle: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
+    release: str,
+    tolerance: float,
+) -> None:
+    monkeypatch.setenv("GIRCSE_ONNXRUNTIME", "/nowhere/libonnxruntime.so")
+    library: Path = request.getfixturevalue(release)
+    done = finish(start("--output", tmp_path / "x.npy", "--onnxruntime", library), numbered_lines(3))
+    assert done == (0, f"{tmp_path / 'x.npy'}\n".encode(), "")
+    with Embedder(bundle, threads=1) as embedder:
+        wanted = embedder.encode(numbered_lines(3).decode().splitlines())
+    np.testing.assert_allclose(np.load(tmp_path / "x.npy"), wanted, rtol=0, atol=tolerance)
+    code, _, stderr = finish(start())
+    assert code == 2
+    assert "/nowhere/libonnxruntime.so" in stderr
 
 
 def test_the_self_test_says_what_python_says(
