@@ -10,6 +10,7 @@ namespace {
 using nlohmann::json;
 
 constexpr std::size_t kMaxDepth = 100;
+constexpr json::value_t kCompact = json::value_t::discarded;  // in place of what is kept elsewhere; no JSON gives it
 
 // Builds the document as the parser reads it. Vocabularies are large: as trees they would take most of the time.
 class Reader final : public nlohmann::json_sax<json> {
@@ -46,7 +47,7 @@ class Reader final : public nlohmann::json_sax<json> {
     if (begins("vocab")) {
       document_.vocabulary = {};
       document_.ids.clear();
-      return value(nullptr), enter(Place::kVocabulary);
+      return value(kCompact), enter(Place::kVocabulary);
     }
     return open(json::object());
   }
@@ -68,7 +69,7 @@ class Reader final : public nlohmann::json_sax<json> {
     if (begins("merges")) {
       document_.merges = {};
       legacy_ = Legacy::kUnknown;
-      return value(nullptr), enter(Place::kMerges);
+      return value(kCompact), enter(Place::kMerges);
     }
     return open(json::array());
   }

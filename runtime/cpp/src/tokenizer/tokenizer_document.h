@@ -11,7 +11,7 @@
 namespace gircse::core {
 
 struct TokenizerDocument {
-  nlohmann::json rest;  // model.vocab and model.merges are null
+  nlohmann::json rest;  // model.vocab and model.merges are `discarded` where they have the right type
   TokenTable vocabulary;
   std::vector<std::uint32_t> ids;  // of the vocabulary's strings
   StringList merges;               // two strings each

@@ -36,6 +36,8 @@ class Fields {
     }
   }
 
+  bool has(const char *name) const { return object_.contains(name); }
+
   // Null where the field is missing.
   const json &value(const char *name) const {
     static const json null;
@@ -125,7 +127,7 @@ SplitStep read_split(const Fields &fields) {
 }
 
 PrependScheme read_prepend_scheme(const Fields &fields) {
-  const std::string name = fields.value("prepend_scheme").is_null() ? "always" : fields.text("prepend_scheme");
+  const std::string name = fields.has("prepend_scheme") ? fields.text("prepend_scheme") : "always";
   const bool never = name == "never";
   if (!never && name != "first" && name != "always") fields.fail("has the prepend_scheme '" + name + "', which is not supported");
   if (!never && !fields.flag("add_prefix_space", true)) fields.fail("has an add_prefix_space that its prepend_scheme contradicts");
@@ -179,7 +181,7 @@ class PreTokenizerReader {
     fields.allow({"type", "add_prefix_space", "trim_offsets", "use_regex"});
     fields.flag("trim_offsets");  // of no effect on ids
     if (fields.flag("add_prefix_space")) spec_.pre_tokenizer.emplace_back(PrefixSpaceStep{});
-    if (fields.flag("use_regex", true)) {
+    if (!fields.has("use_regex") || fields.flag("use_regex")) {
       spec_.pre_tokenizer.emplace_back(SplitStep{Pattern::regex(kGpt2Pattern), SplitBehavior::kIsolated, false});
     }
     spec_.byte_level = true;
@@ -210,12 +212,12 @@ void refuse_clashes(const BpeSpec &model) {
 BpeSpec read_model(TokenizerDocument &document) {
   const json &object = document.rest["model"];
   const Fields fields(object, "the model");
-  if (!fields.value("type").is_null() && fields.text("type") != "BPE") fields.fail("is a " + fields.text("type") + ", which is not supported");
+  if (fields.has("type") && fields.text("type") != "BPE") fields.fail("is a " + fields.text("type") + ", which is not supported");
   fields.allow({"type", "dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix", "fuse_unk", "byte_fallback",
                 "ignore_merges", "vocab", "merges"});
   for (const char *name : {"vocab", "merges"}) {
-    if (!object.contains(name)) fields.fail("has no '" + std::string(name) + "'");
-    if (!object[name].is_null()) fields.fail("has a '" + std::string(name) + "' of a wrong type");
+    if (!fields.has(name)) fields.fail("has no '" + std::string(name) + "'");
+    if (!object[name].is_discarded()) fields.fail("has a '" + std::string(name) + "' of a wrong type");
   }
   const json &dropout = fields.value("dropout");
   if (!dropout.is_null() && !(dropout.is_number() && dropout.get<double>() == 0)) fields.fail("has a dropout, which is not supported");
@@ -251,12 +253,15 @@ TokenizerSpec read_tokenizer(std::string_view text) {
   TokenizerDocument document = parse_document(text);
   const Fields fields(document.rest, "it");
   fields.allow({"version", "truncation", "padding", "added_tokens", "normalizer", "pre_tokenizer", "post_processor", "decoder", "model"});
-  if (document.rest.contains("version") && fields.text("version") != "1.0") fields.fail("has the version '" + fields.text("version") + "', which is not supported");
+  if (fields.has("version") && fields.text("version") != "1.0") fields.fail("has the version '" + fields.text("version") + "', which is not supported");
+  for (const char *name : {"truncation", "padding", "post_processor", "decoder"}) {  // of no effect on ids
+    if (!fields.value(name).is_null() && !fields.value(name).is_object()) fields.fail("has a '" + std::string(name) + "' of a wrong type");
+  }
   TokenizerSpec spec;
   for_each_step(fields.value("normalizer"), "the normalizer", "normalizers",
                 [&](const json &step) { spec.normalizer.push_back(read_normalizer(step)); });
   for_each_step(fields.value("pre_tokenizer"), "the pre-tokenizer", "pretokenizers", PreTokenizerReader(spec));
-  if (document.rest.contains("added_tokens")) spec.added_tokens = read_added_tokens(fields.value("added_tokens"));
+  if (fields.has("added_tokens")) spec.added_tokens = read_added_tokens(fields.value("added_tokens"));
   spec.model = read_model(document);
   return spec;
 }
