@@ -1,7 +1,8 @@
-"""Texts on which tokenizers differ where they differ at all: some 6,000 of them, of every script and of no other source.
+"""Texts on which tokenizers differ where they differ at all: more than 7,000, of every script.
 
 They are drawn with a seed, so that every machine has the same.
 """
+# ruff: noqa: RUF001 - characters that look like others are the point
 
 import random
 import unicodedata
@@ -46,7 +47,10 @@ BLOCKS = (
     (0x1F300, 0x1F9FF),  # emoji
 )
 
-SPACES = "\t\n\x0b\x0c\r\x1c\x1d\x1e\x1f \x85\xa0\u1680\u180e\u2000\u2003\u2009\u200a\u200b\u2028\u2029\u202f\u205f\u2060\u3000\ufeff"
+SPACES = (
+    "\t\n\x0b\x0c\r\x1c\x1d\x1e\x1f \x85\xa0\u1680\u180e\u2000"
+    "\u2003\u2009\u200a\u200b\u2028\u2029\u202f\u205f\u2060\u3000\ufeff"
+)
 DIGITS = "0123456789\u0660\u0661\u0669\u0966\u096f\uff10\uff19\u2160\u00b2\u00bd\u2460\U0001d7ce\U0001d2c3"
 SUFFIXES = ("'s", "'S", "'t", "'re", "'RE", "'ve", "'m", "'ll", "'d", "'\u017f", "\u2019s", "'", "''s")
 TOKENS = ("<s>", "</s>", "<unk>", "<|endoftext|>", "<|im_start|>", "<|im_end|>", "[INST]", "<0x0A>", "<bos>", "\u2581")
@@ -54,31 +58,31 @@ EMOJI = ("\U0001f468", "\U0001f469", "\U0001f467", "\U0001f3fd", "\u200d", "\ufe
 
 SENTENCES = (
     "All human beings are born free and equal in dignity and rights.",
-    "Alle Menschen sind frei und gleich an W\u00fcrde und Rechten geboren.",
-    "Tous les \u00eatres humains naissent libres et \u00e9gaux en dignit\u00e9 et en droits.",
+    "Alle Menschen sind frei und gleich an Würde und Rechten geboren.",
+    "Tous les êtres humains naissent libres et égaux en dignité et en droits.",
     "Todos los seres humanos nacen libres e iguales en dignidad y derechos.",
-    "\u0412\u0441\u0435 \u043b\u044e\u0434\u0438 \u0440\u043e\u0436\u0434\u0430\u044e\u0442\u0441\u044f \u0441\u0432\u043e\u0431\u043e\u0434\u043d\u044b\u043c\u0438.",
-    "\u038c\u03bb\u03bf\u03b9 \u03bf\u03b9 \u03ac\u03bd\u03b8\u03c1\u03c9\u03c0\u03bf\u03b9 \u03b3\u03b5\u03bd\u03bd\u03b9\u03bf\u03cd\u03bd\u03c4\u03b1\u03b9 \u03b5\u03bb\u03b5\u03cd\u03b8\u03b5\u03c1\u03bf\u03b9.",
-    "\u4eba\u4eba\u751f\u800c\u81ea\u7531\uff0c\u5728\u5c0a\u4e25\u548c\u6743\u5229\u4e0a\u4e00\u5f8b\u5e73\u7b49\u3002",
-    "\u3059\u3079\u3066\u306e\u4eba\u9593\u306f\u3001\u751f\u307e\u308c\u306a\u304c\u3089\u306b\u3057\u3066\u81ea\u7531\u3067\u3042\u308b\u3002",
-    "\ubaa8\ub4e0 \uc778\uac04\uc740 \ud0dc\uc5b4\ub0a0 \ub54c\ubd80\ud130 \uc790\uc720\ub85c\uc6b0\uba70.",
-    "\u064a\u0648\u0644\u062f \u062c\u0645\u064a\u0639 \u0627\u0644\u0646\u0627\u0633 \u0623\u062d\u0631\u0627\u0631\u064b\u0627.",
-    "\u05db\u05dc \u05d1\u05e0\u05d9 \u05d4\u05d0\u05d3\u05dd \u05e0\u05d5\u05dc\u05d3\u05d5 \u05d1\u05e0\u05d9 \u05d7\u05d5\u05e8\u05d9\u05df.",
-    "\u0938\u092d\u0940 \u092e\u0928\u0941\u0937\u094d\u092f \u091c\u0928\u094d\u092e \u0938\u0947 \u0938\u094d\u0935\u0924\u0902\u0924\u094d\u0930 \u0939\u0948\u0902\u0964",
-    "\u0e21\u0e19\u0e38\u0e29\u0e22\u0e4c\u0e17\u0e31\u0e49\u0e07\u0e2b\u0e25\u0e32\u0e22\u0e40\u0e01\u0e34\u0e14\u0e21\u0e32\u0e21\u0e35\u0e2d\u0e34\u0e2a\u0e23\u0e30",
-    "T\u1ea5t c\u1ea3 m\u1ecdi ng\u01b0\u1eddi sinh ra \u0111\u1ec1u \u0111\u01b0\u1ee3c t\u1ef1 do.",
-    "B\u00fct\u00fcn insanlar h\u00fcr, haysiyet ve haklar bak\u0131m\u0131ndan e\u015fit do\u011farlar.",
-    "Wszyscy ludzie rodz\u0105 si\u0119 wolni i r\u00f3wni pod wzgl\u0119dem swej godno\u015bci.",
-    "V\u0161ichni lid\u00e9 rod\u00ed se svobodn\u00ed a sob\u011b rovn\u00ed.",
-    "Minden emberi l\u00e9ny szabadon sz\u00fcletik.",
-    "\u0baa\u0bbf\u0bb1\u0baa\u0bcd\u0baa\u0bc1\u0bb0\u0bbf\u0bae\u0bc8\u0baf\u0bbf\u0bb2\u0bcd \u0b9a\u0b95\u0bb2\u0bb0\u0bc1\u0bae\u0bcd",
-    "\u1798\u1793\u17bb\u179f\u17d2\u179f\u1791\u17b6\u17c6\u1784\u17a2\u179f\u17cb\u1780\u17be\u178f\u1798\u1780",
+    "Все люди рождаются свободными.",
+    "Όλοι οι άνθρωποι γεννιούνται ελεύθεροι.",
+    "人人生而自由，在尊严和权利上一律平等。",
+    "すべての人間は、生まれながらにして自由である。",
+    "모든 인간은 태어날 때부터 자유로우며.",
+    "يولد جميع الناس أحرارًا.",
+    "כל בני האדם נולדו בני חורין.",
+    "सभी मनुष्य जन्म से स्वतंत्र हैं।",
+    "มนุษย์ทั้งหลายเกิดมามีอิสระ",
+    "Tất cả mọi người sinh ra đều được tự do.",
+    "Bütün insanlar hür, haysiyet ve haklar bakımından eşit doğarlar.",
+    "Wszyscy ludzie rodzą się wolni i równi pod względem swej godności.",
+    "Všichni lidé rodí se svobodní a sobě rovní.",
+    "Minden emberi lény szabadon születik.",
+    "பிறப்புரிமையில் சகலரும்",
+    "មនុស្សទាំងអស់កើតមក",
 )
 
 CODE = (
     "def f(x: int) -> dict[str, list[int]]:\n    return {k: v[1:-1] for k, v in x.items()}  # \u00e9\n",
     "for (size_t i = 0; i < n; ++i) {\n\t\tif (a[i] != 0x1Fu) return !b;\n\t}\r\n",
-    '<div class="a-b_c" id=\'x\'>&amp;&#39;</div>\n\n\n',
+    "<div class=\"a-b_c\" id='x'>&amp;&#39;</div>\n\n\n",
     "SELECT COUNT(*) FROM t WHERE a>=1.5e-3 AND b LIKE '%x_';",
     "https://example.org/a_b-c?d=%20e#f user@mail.example",
     '{"key": [1, 2.50, null, "\\u00e9\\n"]}',
@@ -138,7 +142,8 @@ def _marks(draw: random.Random) -> Iterator[str]:
     follow = [*map(chr, range(0x1161, 0x1176)), *map(chr, range(0x11A7, 0x11C3)), "\u3099", "\u09be", "\u102e"]
     for _ in range(1000):
         parts = (
-            draw.choice(bases) + "".join(draw.choice(marks if draw.random() < 0.7 else follow) for _ in range(draw.randint(0, 4)))
+            draw.choice(bases)
+            + "".join(draw.choice(marks if draw.random() < 0.7 else follow) for _ in range(draw.randint(0, 4)))
             for _ in range(draw.randint(1, 6))
         )
         yield "".join(parts)
@@ -151,7 +156,10 @@ def _spaces(draw: random.Random) -> Iterator[str]:
     for space in SPACES:
         yield from (f"a{space}b", f"{space}a", f"a{space}", f"a {space}b", f"a{space} b", f"a{space}{space}\n{space}b")
     for _ in range(500):
-        parts = ("".join(draw.choice(SPACES) for _ in range(draw.randint(0, 4))) + draw.choice("ab1.\u4e2d") for _ in range(5))
+        parts = (
+            "".join(draw.choice(SPACES) for _ in range(draw.randint(0, 4))) + draw.choice("ab1.\u4e2d")
+            for _ in range(5)
+        )
         yield "".join(parts)
 
 
@@ -193,7 +201,26 @@ def _around_tokens(draw: random.Random, tokens: tuple[str, ...]) -> Iterator[str
 
 
 def _runs() -> Iterator[str]:
-    for unit in ("a", "A", " ", "\n", "\r\n", "\t", "1", "=", ".", "'", "\u00e9", "e\u0301", "\u4e2d", "\u0301", "\U0001f600", "ab ", "\u2581", " \n"):
+    for unit in (
+        "a",
+        "A",
+        " ",
+        "\n",
+        "\r\n",
+        "\t",
+        "1",
+        "=",
+        ".",
+        "'",
+        "\u00e9",
+        "e\u0301",
+        "\u4e2d",
+        "\u0301",
+        "\U0001f600",
+        "ab ",
+        "\u2581",
+        " \n",
+    ):
         for count in (2, 3, 5, 8, 16, 33, 100, 1000, 4000):
             yield unit * count
             yield f"x{unit * count}y"

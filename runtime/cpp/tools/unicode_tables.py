@@ -193,7 +193,8 @@ def generate() -> str:
             array("const std::uint64_t kKinds[]", [f"0x{kind:X}" for kind in kinds]),
             array("const std::uint8_t kPageOf[]", [str(page) for page in page_of]),
             array(
-                f"const std::uint8_t kPages[][{PAGE}]", ["{" + ", ".join(str(kind) for kind in page) + "}" for page in pages]
+                f"const std::uint8_t kPages[][{PAGE}]",
+                ["{" + ", ".join(str(kind) for kind in page) + "}" for page in pages],
             ),
             array("const char32_t kDecomposed[]", parts),
             array("const Decomposition kDecompositions[]", entries),
@@ -208,19 +209,17 @@ def generate() -> str:
     )
 
 
-def main() -> int:
-    """Write or check the tables."""
+def main() -> str | None:
+    """Write or check the tables; returns what is wrong."""
     parser = argparse.ArgumentParser(description="Write the Unicode tables of the C++ tokenizer.")
     parser.add_argument("--check", action="store_true", help="compare the file that is there")
     check = parser.parse_args().check
     content = generate()
     if not check:
         TABLES.write_text(content, encoding="ascii")
-        return 0
-    if TABLES.read_text(encoding="ascii") == content:
-        return 0
-    print(f"{TABLES}: the installed tokenizers knows Unicode otherwise; generate it again", file=sys.stderr)
-    return 1
+        return None
+    same = TABLES.read_text(encoding="ascii") == content
+    return None if same else f"{TABLES}: the installed tokenizers knows Unicode otherwise; generate it again"
 
 
 if __name__ == "__main__":
