@@ -90,14 +90,11 @@ Texts read_window(TextLines &lines, std::size_t batch_size) {
   return texts;
 }
 
-void show_progress(std::size_t done) {
-  if (isatty(STDERR_FILENO) != 0) write_stderr("\r" + std::to_string(done) + " texts");
-}
-
 // Embeds some texts at a time, in flat memory, and hands them over with their vectors.
 void embed_windows(const Embedder &embedder, const Arguments &arguments, const Write &write_window) {
   EncodeOptions options = encode_options(arguments, embedder);
   embedder.encode(Texts(), options);  // a wrong option shows now, not with the first window
+  const bool progress = arguments.output && isatty(STDERR_FILENO) != 0;
   TextLines lines(arguments.input);
   std::size_t done = 0;
   std::size_t cut = 0;
@@ -106,23 +103,25 @@ void embed_windows(const Embedder &embedder, const Arguments &arguments, const W
     options.first_text = done;
     write_window(texts, embedder.encode(texts, options, &truncated));
     cut += truncated;
-    show_progress(done + texts.size());
+    if (progress) write_stderr("\r" + std::to_string(done + texts.size()) + " texts");
   }
-  if (done > 0 && isatty(STDERR_FILENO) != 0) write_stderr("\n");
+  if (progress && done > 0) write_stderr("\n");
   if (cut == 0) return;
   log_line(std::to_string(cut) + " of " + std::to_string(done) + " texts were cut to " +
            std::to_string(embedder.description().max_tokens) + " tokens");
 }
 
-std::string json_lines(const Texts &texts, const Vectors &vectors, std::size_t dimension) {
-  std::string lines;
-  for (std::size_t row = 0; row < texts.size(); ++row) {
-    lines += json_line(texts[row], vectors.data() + row * dimension, dimension);
-  }
-  return lines;
+void embed_to_json_lines(const Embedder &embedder, const Arguments &arguments,
+                         const std::function<void(const std::string &)> &write_line) {
+  embed_windows(embedder, arguments, [&](const Texts &texts, const Vectors &vectors) {
+    const std::size_t dimension = embedder.dimension();
+    for (std::size_t row = 0; row < texts.size(); ++row) {
+      write_line(json_line(texts[row], vectors.data() + row * dimension, dimension));
+    }
+  });
 }
 
-void write_npy(AtomicFile &file, const Embedder &embedder, const Arguments &arguments) {
+void embed_to_npy(AtomicFile &file, const Embedder &embedder, const Arguments &arguments) {
   const std::size_t dimension = embedder.dimension();
   const auto write_header = [&](std::size_t rows) {
     const std::string header = npy_header(rows, dimension);
@@ -138,15 +137,12 @@ void write_npy(AtomicFile &file, const Embedder &embedder, const Arguments &argu
   write_header(rows);
 }
 
-void write_file(const std::string &path, const Embedder &embedder, const Arguments &arguments) {
+void embed_to_file(const std::string &path, const Embedder &embedder, const Arguments &arguments) {
   AtomicFile file(path);
   if (std::filesystem::path(path).extension() == ".npy") {
-    write_npy(file, embedder, arguments);
+    embed_to_npy(file, embedder, arguments);
   } else {
-    embed_windows(embedder, arguments, [&](const Texts &texts, const Vectors &vectors) {
-      const std::string lines = json_lines(texts, vectors, embedder.dimension());
-      file.write(lines.data(), lines.size());
-    });
+    embed_to_json_lines(embedder, arguments, [&](const std::string &line) { file.write(line.data(), line.size()); });
   }
   file.commit();
   if (!is_closed(STDOUT_FILENO)) write_stdout(path + "\n");
@@ -172,11 +168,9 @@ int embed(const Arguments &arguments) {
   const Embedder embedder(arguments.bundle, open_options(arguments));
   if (arguments.self_test) return self_test(embedder);
   if (arguments.output) {
-    write_file(*arguments.output, embedder, arguments);
+    embed_to_file(*arguments.output, embedder, arguments);
   } else {
-    embed_windows(embedder, arguments, [&](const Texts &texts, const Vectors &vectors) {
-      write_stdout(json_lines(texts, vectors, embedder.dimension()));
-    });
+    embed_to_json_lines(embedder, arguments, [](const std::string &line) { write_stdout(line); });
   }
   return 0;
 }
