@@ -15,6 +15,7 @@
 #include <filesystem>
 #include <functional>
 #include <limits>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -90,11 +91,32 @@ Texts read_window(TextLines &lines, std::size_t batch_size) {
   return texts;
 }
 
+// How many texts are done, on a line of its own that ends when this does.
+class Progress {
+ public:
+  explicit Progress(bool shown) : shown_(shown) {}
+  Progress(const Progress &) = delete;
+  Progress &operator=(const Progress &) = delete;
+  ~Progress() {
+    if (started_) write_stderr("\n");
+  }
+
+  void show(std::size_t done) {
+    if (!shown_) return;
+    write_stderr("\r" + std::to_string(done) + " texts");
+    started_ = true;
+  }
+
+ private:
+  bool shown_;
+  bool started_ = false;
+};
+
 // Embeds some texts at a time, in flat memory, and hands them over with their vectors.
 void embed_windows(const Embedder &embedder, const Arguments &arguments, const Write &write_window) {
   EncodeOptions options = encode_options(arguments, embedder);
   embedder.encode(Texts(), options);  // a wrong option shows now, not with the first window
-  const bool progress = arguments.output && isatty(STDERR_FILENO) != 0;
+  std::optional<Progress> progress(arguments.output && isatty(STDERR_FILENO) != 0);
   TextLines lines(arguments.input);
   std::size_t done = 0;
   std::size_t cut = 0;
@@ -103,9 +125,9 @@ void embed_windows(const Embedder &embedder, const Arguments &arguments, const W
     options.first_text = done;
     write_window(texts, embedder.encode(texts, options, &truncated));
     cut += truncated;
-    if (progress) write_stderr("\r" + std::to_string(done + texts.size()) + " texts");
+    progress->show(done + texts.size());
   }
-  if (progress && done > 0) write_stderr("\n");
+  progress.reset();
   if (cut == 0) return;
   log_line(std::to_string(cut) + " of " + std::to_string(done) + " texts were cut to " +
            std::to_string(embedder.description().max_tokens) + " tokens");

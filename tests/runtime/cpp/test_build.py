@@ -147,6 +147,16 @@ def test_the_example_prints_the_cosine_that_python_computes(
     assert float(run(program, bundle, *INSTALLED_TEXTS)) == pytest.approx(float(np.dot(query, document)), abs=2e-6)
 
 
+def test_an_onnxruntime_next_to_the_library_is_found(
+    small_models: SmallModels, prefix: Path, onnxruntime_library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("GIRCSE_ONNXRUNTIME", raising=False)
+    copy = tmp_path / "prefix"
+    shutil.copytree(prefix, copy, symlinks=True)
+    (library_in(copy).parent / "libonnxruntime.so.1").symlink_to(onnxruntime_library)
+    assert "self-test passed" in run(copy / "bin" / "gircse-embed-cpp", small_models.bundle("qwen2"), "--self-test")
+
+
 @pytest.mark.parametrize(("version", "found"), [("0.1", True), ("0.0.1", True), ("0.9", False), ("1.0", False)])
 def test_find_package_compares_versions(prefix: Path, tmp_path: Path, version: str, found: bool) -> None:
     (tmp_path / "CMakeLists.txt").write_text(
