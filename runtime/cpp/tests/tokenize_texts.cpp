@@ -49,7 +49,8 @@ void tokenize(const gircse::core::Tokenizer &tokenizer, std::string_view text) {
   try {
     const std::vector<std::uint32_t> ids = tokenizer.encode(text);
     put(static_cast<std::uint32_t>(ids.size()));
-    std::cout.write(reinterpret_cast<const char *>(ids.data()), static_cast<std::streamsize>(ids.size() * sizeof(std::uint32_t)));
+    std::cout.write(reinterpret_cast<const char *>(ids.data()),
+                    static_cast<std::streamsize>(ids.size() * sizeof(std::uint32_t)));
   } catch (const std::exception &error) {
     put_message(error.what());
   }

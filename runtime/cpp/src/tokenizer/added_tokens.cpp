@@ -53,7 +53,8 @@ AddedTokens::AddedTokens(std::vector<Entry> entries) : entries_(std::move(entrie
 
 void AddedTokens::insert(std::uint32_t entry) {
   const std::string &pattern = entries_[entry].pattern;
-  if (pattern.empty()) throw std::runtime_error("the added token '" + entries_[entry].token.content + "' is normalized to nothing");
+  if (pattern.empty())
+    throw std::runtime_error("the added token '" + entries_[entry].token.content + "' is normalized to nothing");
   if (pattern.size() > kMaxPattern) throw std::runtime_error("an added token of more than 1024 bytes is not supported");
   std::uint32_t node = 0;
   for (const char c : pattern) {
@@ -62,12 +63,14 @@ void AddedTokens::insert(std::uint32_t entry) {
     if (next == 0) {
       next = static_cast<std::uint32_t>(nodes_.size());
       auto &children = nodes_[node].children;
-      children.insert(std::upper_bound(children.begin(), children.end(), std::pair(byte, std::uint32_t{0})), {byte, next});
+      children.insert(std::upper_bound(children.begin(), children.end(), std::pair(byte, std::uint32_t{0})),
+                      {byte, next});
       nodes_.emplace_back();
     }
     node = next;
   }
-  if (nodes_[node].entry) throw std::runtime_error("the added token '" + pattern + "' comes twice, as it is normalized");
+  if (nodes_[node].entry)
+    throw std::runtime_error("the added token '" + pattern + "' comes twice, as it is normalized");
   nodes_[node].entry = entry;
 }
 
@@ -106,7 +109,9 @@ void AddedTokens::split(std::string_view text, const PartVisitor &visit) const {
     if (entry.token.lstrip) begin = begin < done ? done : done + trimmed_size(text.substr(done, begin - done));
     if (entry.token.rstrip && end > spaces_end) spaces_end = end + leading_space(text.substr(end));
     if (entry.token.rstrip) end = spaces_end;
-    if (begin > end) throw std::runtime_error("the added token '" + entry.token.content + "' lies in white space that the token before it takes");
+    if (begin > end)
+      throw std::runtime_error("the added token '" + entry.token.content +
+                               "' lies in white space that the token before it takes");
     if (done < begin) visit(text.substr(done, begin - done), done, std::nullopt);
     if (begin < end) visit(text.substr(begin, end - begin), begin, entry.id);
     done = end;

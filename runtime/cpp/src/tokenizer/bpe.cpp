@@ -39,7 +39,8 @@ class Bpe::Symbols {
     if (bpe_.byte_fallback_ && add_bytes(character)) return;
     if (!bpe_.unknown_token_) return;
     if (bpe_.unknown_ == kNone) {
-      throw std::runtime_error("the unknown token '" + *bpe_.unknown_token_ + "' is not in the vocabulary, and the text needs it");
+      throw std::runtime_error("the unknown token '" + *bpe_.unknown_token_ +
+                               "' is not in the vocabulary, and the text needs it");
     }
     if (!bpe_.fuse_unknown_) flush_unknown();
     unknown_ = true;
@@ -91,7 +92,8 @@ Bpe::Bpe(BpeSpec spec, bool byte_level)
 void Bpe::read_merges(const StringList &merges) {
   const auto number_of = [this](std::string_view token) {
     const std::uint32_t number = vocabulary_.find(token);
-    if (number == kNone) throw std::runtime_error("a merge names '" + std::string(token) + "', which is not in the vocabulary");
+    if (number == kNone)
+      throw std::runtime_error("a merge names '" + std::string(token) + "', which is not in the vocabulary");
     return number;
   };
   std::string product;

@@ -15,7 +15,9 @@ struct CodePoint {
 
 // The code point that begins at `at`.
 inline CodePoint code_point_at(std::string_view text, std::size_t at) {
-  const auto byte = [text, at](std::size_t i) { return static_cast<char32_t>(static_cast<std::uint8_t>(text[at + i])); };
+  const auto byte = [text, at](std::size_t i) {
+    return static_cast<char32_t>(static_cast<std::uint8_t>(text[at + i]));
+  };
   const char32_t lead = byte(0);
   if (lead < 0x80) return {lead, 1};
   if (lead < 0xE0) return {(lead & 0x1F) << 6 | (byte(1) & 0x3F), 2};

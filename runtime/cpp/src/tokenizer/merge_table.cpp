@@ -47,7 +47,8 @@ MergeTable::MergeTable(std::size_t merges) : mask_(1) {
 
 void MergeTable::add(std::uint32_t left, std::uint32_t right, Merge merge) {
   std::size_t slot = first_slot(left, right);
-  while (entries_[slot].merge.rank != Merge::kNoRank && (entries_[slot].left != left || entries_[slot].right != right)) {
+  while (entries_[slot].merge.rank != Merge::kNoRank &&
+         (entries_[slot].left != left || entries_[slot].right != right)) {
     slot = (slot + 1) & mask_;
   }
   entries_[slot] = {left, right, merge};

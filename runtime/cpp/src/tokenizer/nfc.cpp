@@ -55,9 +55,9 @@ char32_t compose(char32_t first, char32_t second) {
     return first + (second - kTBase);
   }
   const auto *end = unicode::kCompositions + unicode::kCompositionCount;
-  const auto *found = std::lower_bound(unicode::kCompositions, end, std::pair(first, second), [](const auto &entry, auto pair) {
-    return std::pair(entry.first, entry.second) < pair;
-  });
+  const auto *found =
+      std::lower_bound(unicode::kCompositions, end, std::pair(first, second),
+                       [](const auto &entry, auto pair) { return std::pair(entry.first, entry.second) < pair; });
   return found != end && found->first == first && found->second == second ? found->composed : 0;
 }
 

@@ -149,7 +149,8 @@ void CharSet::finish() {
 
 bool CharSet::holds(char32_t code) const {
   bool found = (unicode::properties(code) & properties_) != 0;
-  for (std::size_t i = 0; !found && i < ranges_.size(); ++i) found = code >= ranges_[i].first && code <= ranges_[i].last;
+  for (std::size_t i = 0; !found && i < ranges_.size(); ++i)
+    found = code >= ranges_[i].first && code <= ranges_[i].last;
   return found != negated_;
 }
 

@@ -24,9 +24,7 @@ class CharSet {
   // To be called once, after the last change.
   void finish();
 
-  bool contains(char32_t code) const {
-    return code < 128 ? (ascii_[code / 64] >> (code % 64) & 1U) != 0 : holds(code);
-  }
+  bool contains(char32_t code) const { return code < 128 ? (ascii_[code / 64] >> (code % 64) & 1U) != 0 : holds(code); }
 
   // Whether it may hold code points beyond ASCII.
   bool holds_others() const;

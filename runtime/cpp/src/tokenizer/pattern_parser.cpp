@@ -34,7 +34,8 @@ class Parser {
 
  private:
   [[noreturn]] void fail(const std::string &what) const {
-    throw std::runtime_error("the pattern '" + std::string(source_) + "' has " + what + " at byte " + std::to_string(at_));
+    throw std::runtime_error("the pattern '" + std::string(source_) + "' has " + what + " at byte " +
+                             std::to_string(at_));
   }
 
   bool done() const { return at_ == source_.size(); }
@@ -238,7 +239,8 @@ class Parser {
     const char escape = source_[at_];
     const std::size_t control = std::string_view("tnvfrae").find(escape);
     if (control != std::string_view::npos) return ++at_, static_cast<char32_t>("\t\n\v\f\r\a\x1B"[control]);
-    if (static_cast<unsigned char>(escape) >= 128 || std::isalnum(static_cast<unsigned char>(escape)) != 0) return std::nullopt;
+    if (static_cast<unsigned char>(escape) >= 128 || std::isalnum(static_cast<unsigned char>(escape)) != 0)
+      return std::nullopt;
     return ++at_, static_cast<char32_t>(escape);
   }
 

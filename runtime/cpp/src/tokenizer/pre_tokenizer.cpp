@@ -101,10 +101,12 @@ class Runner {
  public:
   using Visitor = std::function<void(std::string_view piece, std::size_t start)>;
 
-  Runner(std::string_view text, std::size_t start, Visitor visit) : text_(text), start_(start), visit_(std::move(visit)) {}
+  Runner(std::string_view text, std::size_t start, Visitor visit)
+      : text_(text), start_(start), visit_(std::move(visit)) {}
 
   void operator()(const SplitStep &step) const {
-    split_spans(step.behavior, step.invert, [&](const SpanVisitor &visit) { step.pattern.split(text_, visit); }, pieces());
+    split_spans(
+        step.behavior, step.invert, [&](const SpanVisitor &visit) { step.pattern.split(text_, visit); }, pieces());
   }
 
   void operator()(const DigitsStep &step) const {
@@ -120,8 +122,9 @@ class Runner {
     if (wanted && !starts_with(text, step.replacement)) text.insert(0, step.replacement);
     const Runner replaced(text, start_, visit_);
     if (!step.split) return visit_(text, start_);
-    split_spans(SplitBehavior::kMergedWithNext, false,
-                [&](const SpanVisitor &visit) { step.replacement_pattern.split(text, visit); }, replaced.pieces());
+    split_spans(
+        SplitBehavior::kMergedWithNext, false,
+        [&](const SpanVisitor &visit) { step.replacement_pattern.split(text, visit); }, replaced.pieces());
   }
 
   void operator()(const PrefixSpaceStep &) const {
@@ -131,7 +134,9 @@ class Runner {
 
  private:
   PieceVisitor pieces() const {
-    return [this](std::size_t begin, std::size_t end) { visit_(text_.substr(begin, end - begin), start_ - std::min(start_, begin)); };
+    return [this](std::size_t begin, std::size_t end) {
+      visit_(text_.substr(begin, end - begin), start_ - std::min(start_, begin));
+    };
   }
 
   std::string_view text_;

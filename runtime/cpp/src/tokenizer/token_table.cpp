@@ -34,9 +34,7 @@ std::size_t TokenTable::slot_of(std::string_view token) const {
   return slot;
 }
 
-std::uint32_t TokenTable::find(std::string_view token) const {
-  return slots_.empty() ? kNone : slots_[slot_of(token)];
-}
+std::uint32_t TokenTable::find(std::string_view token) const { return slots_.empty() ? kNone : slots_[slot_of(token)]; }
 
 std::uint32_t TokenTable::add(std::string_view token) {
   if (size() * 2 >= slots_.size()) grow();

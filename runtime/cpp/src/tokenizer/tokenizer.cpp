@@ -50,7 +50,8 @@ struct Tokenizer::Impl {
     return AddedTokens(std::move(entries));
   }
 
-  void encode_words(std::string_view text, std::size_t start, BpeMemory &memory, std::vector<std::uint32_t> &ids) const {
+  void encode_words(std::string_view text, std::size_t start, BpeMemory &memory,
+                    std::vector<std::uint32_t> &ids) const {
     pre_tokenizer.split(text, start, [&](std::string_view word) { model.encode(word, memory, ids); });
   }
 
@@ -73,10 +74,11 @@ std::vector<std::uint32_t> Tokenizer::encode(std::string_view text) const {
   impl_->raw_tokens.split(text, [&](std::string_view part, std::size_t begin, std::optional<std::uint32_t> id) {
     if (id) return ids.push_back(*id);
     const Normalized plain = impl_->normalizer.apply(part, normalized);
-    impl_->normalized_tokens.split(plain.text, [&](std::string_view inner, std::size_t inner_begin, std::optional<std::uint32_t> inner_id) {
-      if (inner_id) return ids.push_back(*inner_id);
-      impl_->encode_words(inner, begin == 0 ? plain.start - std::min(plain.start, inner_begin) : 0, memory, ids);
-    });
+    impl_->normalized_tokens.split(
+        plain.text, [&](std::string_view inner, std::size_t inner_begin, std::optional<std::uint32_t> inner_id) {
+          if (inner_id) return ids.push_back(*inner_id);
+          impl_->encode_words(inner, begin == 0 ? plain.start - std::min(plain.start, inner_begin) : 0, memory, ids);
+        });
   });
   return ids;
 }

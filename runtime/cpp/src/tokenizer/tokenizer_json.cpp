@@ -15,8 +15,7 @@ namespace {
 
 using nlohmann::json;
 
-constexpr const char *kGpt2Pattern =
-    R"('s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+)";
+constexpr const char *kGpt2Pattern = R"('s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+)";
 constexpr std::size_t kMaxSteps = 100;
 
 // An object of the file, with the words that errors call it by.
@@ -129,8 +128,10 @@ SplitStep read_split(const Fields &fields) {
 PrependScheme read_prepend_scheme(const Fields &fields) {
   const std::string name = fields.has("prepend_scheme") ? fields.text("prepend_scheme") : "always";
   const bool never = name == "never";
-  if (!never && name != "first" && name != "always") fields.fail("has the prepend_scheme '" + name + "', which is not supported");
-  if (!never && !fields.flag("add_prefix_space", true)) fields.fail("has an add_prefix_space that its prepend_scheme contradicts");
+  if (!never && name != "first" && name != "always")
+    fields.fail("has the prepend_scheme '" + name + "', which is not supported");
+  if (!never && !fields.flag("add_prefix_space", true))
+    fields.fail("has an add_prefix_space that its prepend_scheme contradicts");
   return never ? PrependScheme::kNever : name == "first" ? PrependScheme::kFirst : PrependScheme::kAlways;
 }
 
@@ -198,7 +199,8 @@ class PreTokenizerReader {
 
 void refuse_affixes(const Fields &fields) {
   for (const char *name : {"continuing_subword_prefix", "end_of_word_suffix"}) {
-    if (!fields.value(name).is_null() && !fields.text(name).empty()) fields.fail("has a " + std::string(name) + ", which is not supported");
+    if (!fields.value(name).is_null() && !fields.text(name).empty())
+      fields.fail("has a " + std::string(name) + ", which is not supported");
   }
 }
 
@@ -212,15 +214,17 @@ void refuse_clashes(const BpeSpec &model) {
 BpeSpec read_model(TokenizerDocument &document) {
   const json &object = document.rest["model"];
   const Fields fields(object, "the model");
-  if (fields.has("type") && fields.text("type") != "BPE") fields.fail("is a " + fields.text("type") + ", which is not supported");
-  fields.allow({"type", "dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix", "fuse_unk", "byte_fallback",
-                "ignore_merges", "vocab", "merges"});
+  if (fields.has("type") && fields.text("type") != "BPE")
+    fields.fail("is a " + fields.text("type") + ", which is not supported");
+  fields.allow({"type", "dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix", "fuse_unk",
+                "byte_fallback", "ignore_merges", "vocab", "merges"});
   for (const char *name : {"vocab", "merges"}) {
     if (!fields.has(name)) fields.fail("has no '" + std::string(name) + "'");
     if (!object[name].is_discarded()) fields.fail("has a '" + std::string(name) + "' of a wrong type");
   }
   const json &dropout = fields.value("dropout");
-  if (!dropout.is_null() && !(dropout.is_number() && dropout.get<double>() == 0)) fields.fail("has a dropout, which is not supported");
+  if (!dropout.is_null() && !(dropout.is_number() && dropout.get<double>() == 0))
+    fields.fail("has a dropout, which is not supported");
   refuse_affixes(fields);
   BpeSpec model;
   if (!fields.value("unk_token").is_null()) model.unknown_token = fields.text("unk_token");
@@ -240,7 +244,8 @@ std::vector<AddedToken> read_added_tokens(const json &list) {
   for (const json &object : list) {
     const Fields fields(object, "an added token");
     fields.allow({"id", "content", "single_word", "lstrip", "rstrip", "normalized", "special"});
-    if (!fields.value("id").is_number_unsigned() || fields.value("id") > std::numeric_limits<std::uint32_t>::max()) fields.fail("has no id");
+    if (!fields.value("id").is_number_unsigned() || fields.value("id") > std::numeric_limits<std::uint32_t>::max())
+      fields.fail("has no id");
     tokens.push_back({fields.text("content"), fields.flag("single_word"), fields.flag("lstrip"), fields.flag("rstrip"),
                       fields.flag("normalized"), fields.flag("special")});
   }
@@ -252,10 +257,13 @@ std::vector<AddedToken> read_added_tokens(const json &list) {
 TokenizerSpec read_tokenizer(std::string_view text) {
   TokenizerDocument document = parse_document(text);
   const Fields fields(document.rest, "it");
-  fields.allow({"version", "truncation", "padding", "added_tokens", "normalizer", "pre_tokenizer", "post_processor", "decoder", "model"});
-  if (fields.has("version") && fields.text("version") != "1.0") fields.fail("has the version '" + fields.text("version") + "', which is not supported");
+  fields.allow({"version", "truncation", "padding", "added_tokens", "normalizer", "pre_tokenizer", "post_processor",
+                "decoder", "model"});
+  if (fields.has("version") && fields.text("version") != "1.0")
+    fields.fail("has the version '" + fields.text("version") + "', which is not supported");
   for (const char *name : {"truncation", "padding", "post_processor", "decoder"}) {  // of no effect on ids
-    if (!fields.value(name).is_null() && !fields.value(name).is_object()) fields.fail("has a '" + std::string(name) + "' of a wrong type");
+    if (!fields.value(name).is_null() && !fields.value(name).is_object())
+      fields.fail("has a '" + std::string(name) + "' of a wrong type");
   }
   TokenizerSpec spec;
   for_each_step(fields.value("normalizer"), "the normalizer", "normalizers",
