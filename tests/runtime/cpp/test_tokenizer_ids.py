@@ -89,7 +89,7 @@ NORMALIZERS: dict[str, Any] = {
     "nfc": {"type": "NFC"},
     "llama2": [{"type": "Prepend", "prepend": "\u2581"}, REPLACE],
     "gemma": REPLACE,
-    "mistral": [REPLACE, {"type": "Replace", "pattern": {"Regex": r"\A\u2581"}, "content": "\u2581\u2581"}],
+    "mistral": [REPLACE, {"type": "Replace", "pattern": {"Regex": "\\A\u2581"}, "content": "\u2581\u2581"}],
     "pattern": {"type": "Replace", "pattern": {"Regex": r"\p{P}{2,}|\s+(?=\S)"}, "content": "-"},
     "nested": [[{"type": "NFC"}, [REPLACE]], {"type": "Prepend", "prepend": "ab"}],
     "deleted": [{"type": "Replace", "pattern": {"String": "a"}, "content": ""}, {"type": "NFC"}],
@@ -179,7 +179,7 @@ def test_ids_of_what_the_exporter_writes(cpp_tokenizer: CppTokenizer, case: dict
 FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
 
-@pytest.mark.parametrize("flags", itertools.product([False, True], repeat=4), ids=str)
+@pytest.mark.parametrize("flags", [*itertools.product([False, True], repeat=4)], ids=str)
 @pytest.mark.parametrize("normalizer", ["none", "llama2", "deleted"])
 def test_ids_with_added_tokens_of_every_kind(
     cpp_tokenizer: CppTokenizer, normalizer: str, flags: tuple[bool, ...]
@@ -216,7 +216,7 @@ def test_ids_where_the_vocabulary_has_gaps(cpp_tokenizer: CppTokenizer) -> None:
 
 
 @pytest.mark.parametrize("unknown", ["<unk>", None])
-@pytest.mark.parametrize("options", itertools.product([False, True], repeat=3), ids=str)
+@pytest.mark.parametrize("options", [*itertools.product([False, True], repeat=3)], ids=str)
 def test_ids_with_each_option_of_the_model(
     cpp_tokenizer: CppTokenizer, options: tuple[bool, ...], unknown: str | None
 ) -> None:
@@ -232,7 +232,9 @@ def test_ids_where_the_vocabulary_lacks_bytes(cpp_tokenizer: CppTokenizer) -> No
     document = document_of()
     used = {token for merge in document["model"]["merges"] for token in (*merge, "".join(merge))}
     vocabulary = document["model"]["vocab"]
-    document["model"]["vocab"] = {token: index for token, index in vocabulary.items() if token in used or index % 3}
+    document["model"]["vocab"] = {
+        token: index for token, index in vocabulary.items() if token in used or index % 3 != 1
+    }
     assert cpp_tokenizer.differences(document, SAMPLE) == []
     document["model"] |= {"unk_token": "<|end|>", "byte_fallback": True}
     assert cpp_tokenizer.differences(document, SAMPLE) == []
@@ -291,7 +293,6 @@ def test_a_text_that_needs_a_missing_unknown_token(cpp_tokenizer: CppTokenizer) 
 
 @pytest.mark.parametrize("normalizer", ["none", "nfc", "llama2"])
 @pytest.mark.parametrize("pre_tokenizer", ["none", "gpt2", "o200k"])
-@pytest.mark.timeout(60)
 def test_long_runs_take_no_more_than_their_length(
     cpp_tokenizer: CppTokenizer, normalizer: str, pre_tokenizer: str
 ) -> None:
@@ -392,14 +393,14 @@ REFUSED: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
     "model": (lambda: with_model(type="Unigram"), "the model is a Unigram, which is not supported"),
     "no model": (lambda: edited(model=None), "the model is not an object"),
     "model field": (lambda: with_model(extra=1), "the model has the field 'extra', which is not supported"),
-    "dropout": (lambda: with_model(dropout=0.1), "the model has a dropout, which is not supported"),
+    "dropout": (lambda: with_model(dropout=0.1), "the model sets dropout, which is not supported"),
     "prefix": (
         lambda: with_model(continuing_subword_prefix="##"),
-        "the model has a continuing_subword_prefix, which is not supported",
+        "the model sets continuing_subword_prefix, which is not supported",
     ),
     "suffix": (
         lambda: with_model(end_of_word_suffix="</w>"),
-        "the model has a end_of_word_suffix, which is not supported",
+        "the model sets end_of_word_suffix, which is not supported",
     ),
     "no merges": (
         lambda: edited(model={k: v for k, v in document_of()["model"].items() if k != "merges"}),
@@ -413,7 +414,7 @@ REFUSED: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
     "merge of one": (lambda: with_model(merges=[["a"]]), "model.merges has a merge of fewer than two tokens"),
     "merge as text": (lambda: with_model(merges=["a b c"]), "model.merges has 'a b c', which is not two tokens"),
     "merge of nothing": (
-        lambda: with_model(merges=[["zz", "a"]]),
+        lambda: with_model(merges=[["zz", "yy"]]),
         "a merge names 'zz', which is not in the vocabulary",
     ),
     "merge to nothing": (

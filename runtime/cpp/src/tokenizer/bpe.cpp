@@ -98,9 +98,9 @@ void Bpe::read_merges(const StringList &merges) {
   };
   std::string product;
   for (std::size_t i = 0; i + 1 < merges.size(); i += 2) {
+    const std::uint32_t left = number_of(merges[i]), right = number_of(merges[i + 1]);
     product.assign(merges[i]).append(merges[i + 1]);
-    merges_.add(number_of(merges[i]), number_of(merges[i + 1]),
-                {static_cast<std::uint32_t>(i / 2), number_of(product)});
+    merges_.add(left, right, {static_cast<std::uint32_t>(i / 2), number_of(product)});
   }
 }
 

@@ -35,7 +35,7 @@ class Normalizer {
 
   // The normalized text, which is not empty: the text itself where nothing changes, else one that `memory` holds.
   // What NFC makes of the first character is not followed.
-  Normalized apply(std::string_view text, std::string &memory) const;
+  Normalized apply(std::string_view text, StepBudget &budget, std::string &memory) const;
 
  private:
   std::vector<NormalizerStep> steps_;

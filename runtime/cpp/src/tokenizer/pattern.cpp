@@ -25,11 +25,11 @@ struct Rest {
 // Matches at one place of a text. It calls itself for parts of the pattern, never for parts of the text.
 class Matcher {
  public:
-  explicit Matcher(std::string_view text) : text_(text), steps_left_(1'000'000 + 1000 * text.size()) {}
+  Matcher(std::string_view text, StepBudget &budget) : text_(text), budget_(budget) {}
 
   // End of the match that begins at `at`, or kNoMatch.
   std::size_t match(const PatternSequence &sequence, std::size_t index, std::size_t at, const Rest *rest) {
-    step(1);
+    budget_.spend(1);
     for (; index < sequence.size(); ++index) {
       const PatternItem &item = sequence[index];
       if (item.kind == PatternItem::Kind::kGroup) return match_group(sequence, index, at, rest);
@@ -60,11 +60,6 @@ class Matcher {
     std::uint32_t count;
   };
 
-  void step(std::size_t count) {
-    if (steps_left_ < count) throw std::runtime_error("a pattern of the tokenizer takes too long on this text");
-    steps_left_ -= count;
-  }
-
   Run take(const PatternItem &item, std::size_t at, std::uint32_t most) {
     std::uint32_t count = 0;
     for (; count < most && at < text_.size(); ++count) {
@@ -72,7 +67,7 @@ class Matcher {
       if (!item.set.contains(code)) break;
       at += size;
     }
-    step(count);
+    budget_.spend(count);
     return {at, count};
   }
 
@@ -117,7 +112,7 @@ class Matcher {
   }
 
   std::string_view text_;
-  std::size_t steps_left_;
+  StepBudget &budget_;
 };
 
 // The ASCII characters that a match may begin with, and whether others may.
@@ -140,6 +135,11 @@ bool add_starts(const PatternSequence &sequence, Starts &starts) {
 }
 
 }  // namespace
+
+void StepBudget::spend(std::size_t steps) {
+  if (left_ < steps) throw std::runtime_error("the patterns of the tokenizer take too long on this text");
+  left_ -= steps;
+}
 
 void CharSet::finish() {
   for (char32_t code = 0; code < 128; ++code) {
@@ -186,9 +186,9 @@ void Pattern::index_starts() {
   }
 }
 
-void Pattern::split(std::string_view text, const SpanVisitor &visit) const {
+void Pattern::split(std::string_view text, StepBudget &budget, const SpanVisitor &visit) const {
   if (!literal_.empty()) return split_literal(text, visit);
-  Matcher matcher(text);
+  Matcher matcher(text, budget);
   std::size_t done = 0;
   for (std::size_t at = 0; at < text.size();) {
     const auto [code, size] = code_point_at(text, at);

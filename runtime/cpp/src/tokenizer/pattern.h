@@ -57,6 +57,19 @@ struct PatternItem {
   Greed greed = Greed::kGreedy;
 };
 
+// The most work that patterns may do for one text. Those of tokenizers need a few steps per character; a hostile one
+// could need more than anybody can wait for.
+class StepBudget {
+ public:
+  explicit StepBudget(std::size_t text_size) : left_(100'000'000 + 1000 * text_size) {}
+
+  // Throws std::runtime_error where nothing is left.
+  void spend(std::size_t steps);
+
+ private:
+  std::size_t left_;
+};
+
 // What is between matches, and the matches.
 using SpanVisitor = std::function<void(std::size_t begin, std::size_t end, bool is_match)>;
 
@@ -68,8 +81,8 @@ class Pattern {
   // Matches the text itself, which is not empty.
   static Pattern literal(std::string_view text);
 
-  // Visits all of a text in order. Throws std::runtime_error where that would take too long.
-  void split(std::string_view text, const SpanVisitor &visit) const;
+  // Visits all of a text in order.
+  void split(std::string_view text, StepBudget &budget, const SpanVisitor &visit) const;
 
  private:
   Pattern() = default;

@@ -101,12 +101,13 @@ class Runner {
  public:
   using Visitor = std::function<void(std::string_view piece, std::size_t start)>;
 
-  Runner(std::string_view text, std::size_t start, Visitor visit)
-      : text_(text), start_(start), visit_(std::move(visit)) {}
+  Runner(std::string_view text, std::size_t start, StepBudget &budget, Visitor visit)
+      : text_(text), start_(start), budget_(budget), visit_(std::move(visit)) {}
 
   void operator()(const SplitStep &step) const {
     split_spans(
-        step.behavior, step.invert, [&](const SpanVisitor &visit) { step.pattern.split(text_, visit); }, pieces());
+        step.behavior, step.invert, [&](const SpanVisitor &visit) { step.pattern.split(text_, budget_, visit); },
+        pieces());
   }
 
   void operator()(const DigitsStep &step) const {
@@ -120,11 +121,11 @@ class Runner {
     for (const char c : text_) c == ' ' ? text.append(step.replacement) : text.append(1, c);
     const bool wanted = step.prepend == PrependScheme::kAlways || (step.prepend == PrependScheme::kFirst && start_ > 0);
     if (wanted && !starts_with(text, step.replacement)) text.insert(0, step.replacement);
-    const Runner replaced(text, start_, visit_);
+    const Runner replaced(text, start_, budget_, visit_);
     if (!step.split) return visit_(text, start_);
     split_spans(
         SplitBehavior::kMergedWithNext, false,
-        [&](const SpanVisitor &visit) { step.replacement_pattern.split(text, visit); }, replaced.pieces());
+        [&](const SpanVisitor &visit) { step.replacement_pattern.split(text, budget_, visit); }, replaced.pieces());
   }
 
   void operator()(const PrefixSpaceStep &) const {
@@ -141,15 +142,17 @@ class Runner {
 
   std::string_view text_;
   std::size_t start_;
+  StepBudget &budget_;
   Visitor visit_;
 };
 
 }  // namespace
 
-void PreTokenizer::run(std::size_t step, std::string_view text, std::size_t start, const WordVisitor &visit) const {
+void PreTokenizer::run(std::size_t step, std::string_view text, std::size_t start, StepBudget &budget,
+                       const WordVisitor &visit) const {
   if (step == steps_.size()) return visit(text);
-  const Runner runner(text, start, [&, step](std::string_view piece, std::size_t piece_start) {
-    run(step + 1, piece, piece_start, visit);
+  const Runner runner(text, start, budget, [&, step](std::string_view piece, std::size_t piece_start) {
+    run(step + 1, piece, piece_start, budget, visit);
   });
   std::visit(runner, steps_[step]);
 }

@@ -45,10 +45,13 @@ class PreTokenizer {
 
   // Visits the words of a text, none of them empty. `start`: bytes at its front that stem from the first character of
   // all that is encoded.
-  void split(std::string_view text, std::size_t start, const WordVisitor &visit) const { run(0, text, start, visit); }
+  void split(std::string_view text, std::size_t start, StepBudget &budget, const WordVisitor &visit) const {
+    run(0, text, start, budget, visit);
+  }
 
  private:
-  void run(std::size_t step, std::string_view text, std::size_t start, const WordVisitor &visit) const;
+  void run(std::size_t step, std::string_view text, std::size_t start, StepBudget &budget,
+           const WordVisitor &visit) const;
 
   std::vector<PreTokenizerStep> steps_;
 };

@@ -43,16 +43,13 @@ struct Tokenizer::Impl {
     std::vector<AddedTokens::Entry> entries;
     for (const auto &[id, token] : with_ids(tokens, model)) {
       if (token.normalized != normalized) continue;
+      StepBudget budget(token.content.size());
       std::string memory;
-      const std::string_view pattern = normalized ? normalizer.apply(token.content, memory).text : token.content;
+      const std::string_view pattern =
+          normalized ? normalizer.apply(token.content, budget, memory).text : token.content;
       entries.push_back({std::string(pattern), token, id});
     }
     return AddedTokens(std::move(entries));
-  }
-
-  void encode_words(std::string_view text, std::size_t start, BpeMemory &memory,
-                    std::vector<std::uint32_t> &ids) const {
-    pre_tokenizer.split(text, start, [&](std::string_view word) { model.encode(word, memory, ids); });
   }
 
   Normalizer normalizer;
@@ -69,15 +66,18 @@ Tokenizer::Tokenizer(Tokenizer &&) noexcept = default;
 
 std::vector<std::uint32_t> Tokenizer::encode(std::string_view text) const {
   std::vector<std::uint32_t> ids;
-  BpeMemory memory;
+  StepBudget budget(text.size());
   std::string normalized;
+  BpeMemory memory;
+  const auto add_word = [&](std::string_view word) { impl_->model.encode(word, memory, ids); };
   impl_->raw_tokens.split(text, [&](std::string_view part, std::size_t begin, std::optional<std::uint32_t> id) {
     if (id) return ids.push_back(*id);
-    const Normalized plain = impl_->normalizer.apply(part, normalized);
+    const Normalized plain = impl_->normalizer.apply(part, budget, normalized);
+    const std::size_t start = begin == 0 ? plain.start : 0;
     impl_->normalized_tokens.split(
         plain.text, [&](std::string_view inner, std::size_t inner_begin, std::optional<std::uint32_t> inner_id) {
           if (inner_id) return ids.push_back(*inner_id);
-          impl_->encode_words(inner, begin == 0 ? plain.start - std::min(plain.start, inner_begin) : 0, memory, ids);
+          impl_->pre_tokenizer.split(inner, start - std::min(start, inner_begin), budget, add_word);
         });
   });
   return ids;

@@ -67,7 +67,9 @@ std::string type_of(const json &object, const std::string &where) { return Field
 
 Pattern read_pattern(const Fields &fields) {
   const json &value = fields.value("pattern");
-  if (!value.is_object() || value.size() != 1) fields.fail("has a pattern that is neither a String nor a Regex");
+  if (!value.is_object() || value.size() != 1 || (!value.contains("String") && !value.contains("Regex"))) {
+    fields.fail("has a pattern that is neither a String nor a Regex");
+  }
   const Fields pattern(value, "the pattern of " + fields.where());
   if (value.contains("Regex")) return Pattern::regex(pattern.text("Regex"));
   const std::string text = pattern.text("String");
@@ -141,6 +143,7 @@ MetaspaceStep read_metaspace(const Fields &fields) {
   if (replacement.empty() || code_point_at(replacement, 0).size != replacement.size()) {
     fields.fail("has a replacement that is not one character");
   }
+  if (!fields.value("str_rep").is_null()) fields.text("str_rep");  // of no effect
   return {replacement, Pattern::literal(replacement), read_prepend_scheme(fields), fields.flag("split", true)};
 }
 
@@ -200,7 +203,7 @@ class PreTokenizerReader {
 void refuse_affixes(const Fields &fields) {
   for (const char *name : {"continuing_subword_prefix", "end_of_word_suffix"}) {
     if (!fields.value(name).is_null() && !fields.text(name).empty())
-      fields.fail("has a " + std::string(name) + ", which is not supported");
+      fields.fail("sets " + std::string(name) + ", which is not supported");
   }
 }
 
@@ -224,7 +227,7 @@ BpeSpec read_model(TokenizerDocument &document) {
   }
   const json &dropout = fields.value("dropout");
   if (!dropout.is_null() && !(dropout.is_number() && dropout.get<double>() == 0))
-    fields.fail("has a dropout, which is not supported");
+    fields.fail("sets dropout, which is not supported");
   refuse_affixes(fields);
   BpeSpec model;
   if (!fields.value("unk_token").is_null()) model.unknown_token = fields.text("unk_token");
