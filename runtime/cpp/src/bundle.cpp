@@ -67,6 +67,7 @@ fs::path Bundle::file(const std::string &relative) const {
   } else {
     path = fs::weakly_canonical(directory_ / relative, failed);
   }
+  if (failed == std::errc::filename_too_long) throw unreadable(directory_ / relative, failed.message());
   if (failed) {
     throw Error(GIRCSE_ERROR_BUNDLE, kManifestName,
                 "has the path " + in_quotes(relative) + ", which cannot be one: " + failed.message(), std::nullopt,

@@ -82,6 +82,7 @@ void Embedder::open_on(const std::string &provider, const OpenOptions &options) 
   const std::string precision =
       options.precision ? *options.precision : bundle_.default_precision(provider == "cpu" ? cpu_order() : gpu_order());
   check_runs_on_gpu(precision, provider);
+  require_version(*runtime_, precision);
   require_provider(*runtime_, provider);  // before any file is hashed: "auto" may have to pass over it
   const std::string layout = bundle_.layout(precision, options.layout);
   const auto open_it = [&] { return open_session(bundle_, *runtime_, precision, layout, provider, options.threads); };

@@ -1,6 +1,7 @@
 #include "error.h"
 
 #include <array>
+#include <cstdint>
 #include <cstdio>
 
 #include "utf8.h"
@@ -11,8 +12,8 @@ namespace {
 constexpr std::size_t kMaxPart = 2000;  // bytes of a printed part; the commands in hints are shorter
 
 bool starts_line_break(std::string_view rest, std::size_t &length) {
-  constexpr std::array<std::string_view, 10> breaks = {"\r\n", "\n",   "\r",   "\v",           "\f",
-                                                       "\x1c", "\x1d", "\x1e", "\xe2\x80\xa8", "\xe2\x80\xa9"};
+  constexpr std::array<std::string_view, 11> breaks = {
+      "\r\n", "\n", "\r", "\v", "\f", "\x1c", "\x1d", "\x1e", "\xc2\x85", "\xe2\x80\xa8", "\xe2\x80\xa9"};
   for (const std::string_view line_break : breaks) {
     if (rest.substr(0, line_break.size()) == line_break) {
       length = line_break.size();
@@ -40,12 +41,18 @@ std::size_t sequence_length(std::string_view rest) {
   return length;
 }
 
-void append_escaped(std::string &text, std::string_view bytes) {
-  for (const char byte : bytes) {
-    std::array<char, 5> escape{};
-    std::snprintf(escape.data(), escape.size(), "\\x%02x", static_cast<unsigned>(static_cast<unsigned char>(byte)));
-    text += escape.data();
-  }
+std::uint32_t code_point(std::string_view character) {
+  if (character.size() == 1) return static_cast<unsigned char>(character[0]);
+  std::uint32_t value = static_cast<unsigned char>(character[0]) & (0x7fu >> character.size());
+  for (const char byte : character.substr(1)) value = (value << 6) | (static_cast<unsigned char>(byte) & 0x3fu);
+  return value;
+}
+
+// An escape in Python's form, of a code point or of a byte that is no character.
+std::string escaped(std::uint32_t value) {
+  std::array<char, 11> text{};
+  std::snprintf(text.data(), text.size(), value < 0x100 ? "\\x%02x" : value < 0x10000 ? "\\u%04x" : "\\U%08x", value);
+  return text.data();
 }
 
 std::string shortened(std::string_view part) {
@@ -81,11 +88,12 @@ std::string readable(std::string_view part) {
     if (starts_line_break(rest, length)) {
       if (rest.size() > length) text += ' ';
     } else if ((length = sequence_length(rest)) == 0) {
-      append_escaped(text, rest.substr(0, length = 1));
+      length = 1;
+      text += escaped(static_cast<unsigned char>(rest.front()));
     } else if (printable(rest.substr(0, length))) {
       text += rest.substr(0, length);
     } else {
-      append_escaped(text, rest.substr(0, length));
+      text += escaped(code_point(rest.substr(0, length)));
     }
     rest.remove_prefix(length);
   }

@@ -26,14 +26,23 @@ void check_prompts(const std::vector<GoldenPrompt> &prompts, std::int64_t vocab_
   if (prompts.empty() || std::any_of(prompts.begin(), prompts.end(), no_tokens)) {
     throw damaged(path, "has no text, or one without tokens");
   }
+  std::optional<std::int64_t> unknown;  // the smallest
   for (const GoldenPrompt &prompt : prompts) {
     for (const std::int64_t token : prompt.token_ids) {
-      if (token < 0 || token >= vocab_size) {
-        throw damaged(path, "has the token " + std::to_string(token),
-                      "the model has " + std::to_string(vocab_size) + " tokens");
-      }
+      if ((token < 0 || token >= vocab_size) && token < unknown.value_or(INT64_MAX)) unknown = token;
     }
   }
+  if (unknown) {
+    throw damaged(path, "has the token " + std::to_string(*unknown),
+                  "the model has " + std::to_string(vocab_size) + " tokens");
+  }
+}
+
+// A shape as Python shows it.
+std::string shown(const std::vector<std::size_t> &shape) {
+  std::string text;
+  for (const std::size_t dimension : shape) text += (text.empty() ? "" : ", ") + std::to_string(dimension);
+  return "(" + text + (shape.size() == 1 ? ",)" : ")");
 }
 
 // A float32 tensor of golden.safetensors, whose shape is checked.
@@ -41,8 +50,8 @@ std::vector<float> read_tensor(const Safetensors &file, const std::string &path,
                                const std::vector<std::size_t> &shape) {
   if (!file.has(name)) throw damaged(path, "has no " + name);
   if (file.dtype(name) != "F32" || file.shape(name) != shape) {
-    throw damaged(path + ": " + name, "has type " + file.dtype(name) + " or a shape that does not fit",
-                  "F32 and the shape of the manifest were expected");
+    throw damaged(path + ": " + name, "has type " + file.dtype(name) + " and shape " + shown(file.shape(name)),
+                  "F32 and " + shown(shape) + " were expected");
   }
   return file.floats(name);
 }

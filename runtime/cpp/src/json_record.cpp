@@ -8,6 +8,8 @@ namespace {
 
 using nlohmann::json;
 
+constexpr int kMaxDepth = 1000;  // about what Python reads
+
 std::string at(const std::string &path) { return path == "$" ? "" : " - at `" + path + "`"; }
 
 std::string type_name(const json &value) {
@@ -52,8 +54,16 @@ void refuse_type(const json &value, std::string_view expected, const std::string
 }
 
 json parse_json(std::string_view content) {
+  // The parser takes a NUL for the end and skips a byte order mark; JSON has neither.
+  const std::size_t nul = content.find('\0');
+  if (nul != content.npos) throw std::runtime_error("JSON is malformed at byte " + std::to_string(nul + 1));
+  if (content.substr(0, 3) == "\xef\xbb\xbf") throw std::runtime_error("JSON is malformed at byte 1");
+  const auto check_depth = [](int depth, json::parse_event_t, const json &) {
+    if (depth > kMaxDepth) throw std::runtime_error("JSON is nested too deeply");
+    return true;
+  };
   try {
-    return json::parse(content);
+    return json::parse(content, check_depth);
   } catch (const json::parse_error &err) {
     throw std::runtime_error("JSON is malformed at byte " + std::to_string(err.byte));
   } catch (const json::exception &err) {  // a number that is out of range
@@ -75,6 +85,10 @@ const json &JsonRecord::raw(const std::string &field) {
 }
 
 std::string JsonRecord::path_of(const std::string &field) const { return path_ + "." + field; }
+
+std::string JsonRecord::path_of(const std::string &field, std::size_t place) const {
+  return path_of(field) + "[" + std::to_string(place) + "]";
+}
 
 std::string JsonRecord::text(const std::string &field) { return expect_text(raw(field), path_of(field)); }
 
@@ -110,7 +124,7 @@ bool JsonRecord::boolean(const std::string &field) {
 std::vector<std::int64_t> JsonRecord::integers(const std::string &field) {
   std::vector<std::int64_t> values;
   for (const json &item : expect_array(raw(field), path_of(field))) {
-    values.push_back(expect_integer(item, path_of(field) + "[...]"));
+    values.push_back(expect_integer(item, path_of(field, values.size())));
   }
   return values;
 }
@@ -118,7 +132,7 @@ std::vector<std::int64_t> JsonRecord::integers(const std::string &field) {
 std::vector<std::string> JsonRecord::texts(const std::string &field) {
   std::vector<std::string> values;
   for (const json &item : expect_array(raw(field), path_of(field))) {
-    values.push_back(expect_text(item, path_of(field) + "[...]"));
+    values.push_back(expect_text(item, path_of(field, values.size())));
   }
   return values;
 }
@@ -132,7 +146,9 @@ std::optional<JsonRecord> JsonRecord::record_or_null(const std::string &field) {
 
 std::vector<JsonRecord> JsonRecord::records(const std::string &field) {
   std::vector<JsonRecord> values;
-  for (const json &item : expect_array(raw(field), path_of(field))) values.emplace_back(item, path_of(field) + "[...]");
+  for (const json &item : expect_array(raw(field), path_of(field))) {
+    values.emplace_back(item, path_of(field, values.size()));
+  }
   return values;
 }
 

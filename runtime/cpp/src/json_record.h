@@ -44,6 +44,7 @@ class JsonRecord {
   // A field whose type the caller checks.
   const nlohmann::json &raw(const std::string &field);
   std::string path_of(const std::string &field) const;
+  std::string path_of(const std::string &field, std::size_t place) const;
 
   // Refuses every field that was not asked for.
   void finish() const;

@@ -74,9 +74,9 @@ void check_tensors(JsonRecord &graph, const std::string &field) {
     tensor.text("name"), tensor.text("dtype");
     const nlohmann::json &shape = tensor.raw("shape");
     if (!shape.is_array()) refuse_type(shape, "array", tensor.path_of("shape"));
-    for (const nlohmann::json &dimension : shape) {
-      if (!dimension.is_string() && !dimension.is_number_integer()) {
-        refuse_type(dimension, "int | str", tensor.path_of("shape") + "[...]");
+    for (std::size_t i = 0; i < shape.size(); ++i) {
+      if (!shape[i].is_string() && !shape[i].is_number_integer()) {
+        refuse_type(shape[i], "int | str", tensor.path_of("shape", i));
       }
     }
     tensor.finish();
@@ -102,7 +102,11 @@ void check_rewrites(JsonRecord &variant) {
   if (!variant.has("rewrites")) return;
   for (auto &[layout, counts] : variant.named_records("rewrites")) {
     check_layout_key(layout, variant.path_of("rewrites"));
-    for (const auto &item : variant.raw("rewrites")[layout].items()) counts.integer(item.key());
+    for (const auto &item : variant.raw("rewrites")[layout].items()) {
+      if (!item.value().is_number_integer()) {
+        refuse_type(item.value(), "int", variant.path_of("rewrites") + "[...][...]");
+      }
+    }
   }
 }
 

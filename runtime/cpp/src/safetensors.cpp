@@ -1,15 +1,26 @@
 #include "safetensors.h"
 
+#include <algorithm>
 #include <cstring>
+#include <map>
 #include <stdexcept>
+#include <utility>
 
 #include "json_record.h"
 
 namespace gircse::core {
 namespace {
 
-constexpr std::size_t kLargestHeader = 100'000'000;  // as in the safetensors library
-constexpr std::size_t kLargestDimension = std::size_t{1} << 30;
+constexpr const char *kMetadata = "__metadata__";
+constexpr std::size_t kLargestHeader = 100'000'000;         // as in the safetensors library
+constexpr std::size_t kLargestSize = std::size_t{1} << 31;  // the product of two cannot overflow
+
+const std::map<std::size_t, std::vector<std::string>> kElementSizes = {
+    {1, {"BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0"}},
+    {2, {"U16", "I16", "F16", "BF16"}},
+    {4, {"U32", "I32", "F32"}},
+    {8, {"U64", "I64", "F64", "C64"}},
+};
 
 std::size_t read_header_size(const std::string &content) {
   if (content.size() < 8) throw std::runtime_error("the header is too small");
@@ -20,24 +31,40 @@ std::size_t read_header_size(const std::string &content) {
   return static_cast<std::size_t>(size);
 }
 
-void check_tensor(JsonRecord tensor, std::size_t data_size) {
-  const std::string dtype = tensor.text("dtype");
-  std::size_t elements = 1;
+std::size_t element_size(const std::string &dtype) {
+  for (const auto &[size, names] : kElementSizes) {
+    if (std::find(names.begin(), names.end(), dtype) != names.end()) return size;
+  }
+  throw std::runtime_error("a tensor has the unknown type " + dtype);
+}
+
+// Begin and end of a tensor, whose size is checked.
+std::pair<std::size_t, std::size_t> read_range(JsonRecord tensor) {
+  std::size_t size = element_size(tensor.text("dtype"));
   for (const std::int64_t dimension : tensor.integers("shape")) {
-    if (dimension < 0 || static_cast<std::size_t>(dimension) > kLargestDimension ||
-        (elements *= static_cast<std::size_t>(dimension)) > kLargestDimension) {
+    if (dimension < 0 || static_cast<std::size_t>(dimension) > kLargestSize ||
+        (size *= static_cast<std::size_t>(dimension)) > kLargestSize) {
       throw std::runtime_error("a tensor has an impossible shape");
     }
   }
   const std::vector<std::int64_t> offsets = tensor.integers("data_offsets");
-  tensor.finish();
-  if (offsets.size() != 2 || offsets[0] < 0 || offsets[0] > offsets[1] ||
-      static_cast<std::size_t>(offsets[1]) > data_size) {
-    throw std::runtime_error("a tensor lies outside the file");
+  if (offsets.size() != 2 || offsets[0] < 0 || offsets[1] < offsets[0]) {
+    throw std::runtime_error("a tensor has impossible offsets");
   }
-  if (dtype == "F32" && static_cast<std::size_t>(offsets[1] - offsets[0]) != elements * sizeof(float)) {
-    throw std::runtime_error("a tensor has another size than its shape");
+  const auto begin = static_cast<std::size_t>(offsets[0]), end = static_cast<std::size_t>(offsets[1]);
+  if (end - begin != size) throw std::runtime_error("a tensor has another size than its shape");
+  return {begin, end};
+}
+
+// The tensors have to follow each other without gaps and fill the file.
+void check_ranges(std::vector<std::pair<std::size_t, std::size_t>> ranges, std::size_t data_size) {
+  std::sort(ranges.begin(), ranges.end());
+  std::size_t filled = 0;
+  for (const auto &[begin, end] : ranges) {
+    if (begin != filled) throw std::runtime_error("the tensors overlap or leave a gap");
+    filled = end;
   }
+  if (filled != data_size) throw std::runtime_error("the tensors do not fill the file");
 }
 
 }  // namespace
@@ -47,9 +74,15 @@ Safetensors::Safetensors(std::string content) : content_(std::move(content)) {
   data_start_ = 8 + header_size;
   header_ = parse_json(std::string_view(content_).substr(8, header_size));
   if (!header_.is_object()) refuse_type(header_, "object", "$");
+  std::vector<std::pair<std::size_t, std::size_t>> ranges;
   for (const auto &item : header_.items()) {
-    if (item.key() != "__metadata__") check_tensor({item.value(), item.key()}, content_.size() - data_start_);
+    if (item.key() == kMetadata) {
+      JsonRecord(header_, "$").named_texts(kMetadata);
+    } else {
+      ranges.push_back(read_range({item.value(), item.key()}));
+    }
   }
+  check_ranges(std::move(ranges), content_.size() - data_start_);
 }
 
 std::vector<float> Safetensors::floats(const std::string &name) const {

@@ -8,6 +8,8 @@
 #include <filesystem>
 #include <mutex>
 #include <optional>
+#include <string_view>
+#include <utility>
 #include <vector>
 
 #include "error.h"
@@ -20,7 +22,14 @@ constexpr std::uint32_t kApiVersion = 21;
 
 using Version = std::array<int, 3>;
 constexpr Version kOldestVersion = {1, 24, 4};
-constexpr const char *kOldestVersionText = "1.24.4";
+
+// What older releases do to a precision: FP16 gives NaN in 1.24 and other vectors in 1.29; the first steps of INT8, which
+// have tensors without elements, fail or divide by zero, which ends the process.
+constexpr std::array<std::pair<std::string_view, Version>, 3> kOldestVersions = {{
+    {"fp16", {1, 30, 0}},
+    {"int8", {1, 32, 0}},
+    {"int8-weights", {1, 32, 0}},
+}};
 
 #if defined(__APPLE__)
 constexpr std::array<const char *, 2> kUsualNames = {"libonnxruntime.1.dylib", "libonnxruntime.dylib"};
@@ -33,9 +42,12 @@ constexpr const char *kHowToFind =
 
 using GetApiBase = const OrtApiBase *(ORT_API_CALL *)();
 
+std::string shown(const Version &version) {
+  return std::to_string(version[0]) + "." + std::to_string(version[1]) + "." + std::to_string(version[2]);
+}
+
 Error refusal(std::string_view where, std::string_view got) {
-  return {GIRCSE_ERROR_PROVIDER, where, got, std::string("version ") + kOldestVersionText + " or later is needed",
-          kHowToFind};
+  return {GIRCSE_ERROR_PROVIDER, where, got, "version " + shown(kOldestVersion) + " or later is needed", kHowToFind};
 }
 
 std::vector<std::string> candidates(const std::string &path) {
@@ -103,6 +115,16 @@ const OnnxRuntime &load_onnxruntime(const std::string &path) {
                 "ONNX Runtime cannot be loaded twice", "Name the same library every time.");
   }
   return *loaded;
+}
+
+void require_version(const OnnxRuntime &runtime, const std::string &precision) {
+  for (const auto &[name, oldest] : kOldestVersions) {
+    if (name != precision || at_least(runtime.version, oldest)) continue;
+    throw Error(GIRCSE_ERROR_PROVIDER, runtime.path,
+                "is ONNX Runtime " + runtime.version + ", which cannot run " + precision,
+                "version " + shown(oldest) + " or later is needed for it",
+                "Name a newer one in GIRCSE_ONNXRUNTIME or in the option onnxruntime, or choose another precision.");
+  }
 }
 
 bool OrtFailure::out_of_memory() const {

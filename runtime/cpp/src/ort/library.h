@@ -22,6 +22,9 @@ struct OnnxRuntime {
 // there is none, it is too old, or another one is loaded already.
 const OnnxRuntime &load_onnxruntime(const std::string &path);
 
+// Throws Error where a release is known to run a precision wrong.
+void require_version(const OnnxRuntime &runtime, const std::string &precision);
+
 // What ONNX Runtime says of a call that failed, in its first line.
 class OrtFailure : public std::runtime_error {
  public:
