@@ -1,6 +1,7 @@
 """ONNX Runtime sessions for both layouts. Safe to call from several threads: a run keeps all its state local."""
 
 import contextlib
+import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ from gircse.runtime.bundle import Bundle
 from gircse.runtime.errors import BundleError, OptionError, ProviderError
 from gircse.runtime.manifest import GraphFacts, Layout
 from gircse.runtime.numerics import Int64
-from gircse.runtime.precision import CPU_ORDER
+from gircse.runtime.precision import CPU_ORDER, SPECS, Precision
 from gircse.runtime.provider import Provider
 from gircse.runtime.session import Session, StepOutputs, step_outputs
 
@@ -259,7 +260,7 @@ def import_onnxruntime(provider: Provider) -> Any:
     except ImportError as err:
         raise ProviderError(
             f"provider {provider}",
-            "needs onnxruntime 1.31 or later, which is not installed",
+            "needs onnxruntime, which is not installed",
             None,
             f"Install it: pip install 'gircse-deploy[{extra}]'",
         ) from err
@@ -272,6 +273,28 @@ def import_onnxruntime(provider: Provider) -> Any:
             f"Replace it: pip uninstall onnxruntime && pip install 'gircse-deploy[{extra}]'",
         )
     return onnxruntime
+
+
+def check_release(onnxruntime: Any, precision: str) -> None:
+    """Refuse a release of ONNX Runtime that is known to run a precision wrong on the CPU.
+
+    Raises:
+        ProviderError: it is older than the first that runs it right.
+    """
+    if precision not in SPECS:
+        return
+    oldest = SPECS[Precision(precision)].onnxruntime
+    if _release(onnxruntime.__version__) < _release(oldest):
+        raise ProviderError(
+            f"onnxruntime {onnxruntime.__version__}",
+            f"cannot run {precision}",
+            f"it takes {oldest} or later",
+            "Upgrade: pip install -U onnxruntime, or choose another precision.",
+        )
+
+
+def _release(version: str) -> list[int]:
+    return [int(number) for number in re.findall(r"\d+", version)[:3]]
 
 
 def _first_line(text: str) -> str:

@@ -54,6 +54,7 @@ class PrecisionSpec:
             K + 1 packed copies of every weight.
         cpu: ONNX Runtime's CPU provider has kernels for it.
         cuda: ONNX Runtime's GPU providers run its graphs.
+        onnxruntime: oldest release of ONNX Runtime whose CPU provider gives the right vectors.
         emulated: on the CPU, ``gircse-parity`` rounds every value to ``dtype`` itself, as a GPU would; ONNX Runtime
             computes in FP32 there and would hide what a GPU does.
         tensorrt: engines can be built from it.
@@ -69,6 +70,7 @@ class PrecisionSpec:
     calibrated: bool
     cpu: bool
     cuda: bool
+    onnxruntime: str
     emulated: bool
     tensorrt: bool
     gpu_rank: int
@@ -93,6 +95,7 @@ SPECS: Mapping[Precision, PrecisionSpec] = {
         calibrated=False,
         cpu=True,
         cuda=True,
+        onnxruntime="1.24.4",
         emulated=False,
         tensorrt=True,
         gpu_rank=2,
@@ -105,6 +108,7 @@ SPECS: Mapping[Precision, PrecisionSpec] = {
         calibrated=False,
         cpu=True,
         cuda=True,
+        onnxruntime="1.30.0",  # 1.24 gives NaN, 1.29 other vectors
         emulated=True,
         tensorrt=True,
         gpu_rank=0,
@@ -117,6 +121,7 @@ SPECS: Mapping[Precision, PrecisionSpec] = {
         calibrated=False,
         cpu=False,
         cuda=True,
+        onnxruntime="1.24.4",
         emulated=True,
         tensorrt=True,
         gpu_rank=1,
@@ -130,6 +135,7 @@ SPECS: Mapping[Precision, PrecisionSpec] = {
         calibrated=True,
         cpu=True,
         cuda=False,  # the CUDA provider of 1.31 splits no empty tensor: the prompt pass fails
+        onnxruntime="1.32.0",  # older ones fail on empty tensors, or end the process
         emulated=False,
         tensorrt=True,
         gpu_rank=3,
@@ -144,6 +150,7 @@ SPECS: Mapping[Precision, PrecisionSpec] = {
         calibrated=True,
         cpu=True,
         cuda=False,  # not yet tried
+        onnxruntime="1.32.0",
         emulated=False,
         tensorrt=False,
         gpu_rank=4,

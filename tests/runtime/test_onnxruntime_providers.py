@@ -1,6 +1,8 @@
 """What is asked of ONNX Runtime's providers, and what is kept on the GPU; on a stub."""
 
+import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,6 +10,7 @@ from support.machine import TEXTS, Machine
 from support.stub_onnxruntime import CPU, CUDA, TENSORRT, StubOnnxRuntime
 
 from gircse.runtime import Embedder, ProviderError
+from gircse.runtime.ort_session import check_release
 from gircse.runtime.tensor_names import cache_names
 
 
@@ -59,3 +62,22 @@ def test_state_and_cache_stay_on_the_gpu(machine: Machine, bundle: Path, provide
     cpu = Embedder(bundle, provider="cpu", precision="fp16", layout="stepwise")
     np.testing.assert_array_equal(found, cpu.encode(TEXTS, all_steps=True))
     assert stub.sessions[-1].bindings == []  # the CPU needs none
+
+
+@pytest.mark.parametrize(
+    ("version", "precision", "runs"),
+    [
+        ("1.31.1", "fp32", True),
+        ("1.31.1", "int8", False),
+        ("1.32.0", "int8", True),
+        ("1.29.0.dev1+cu13", "fp16", False),
+    ],
+)
+def test_a_release_that_runs_a_precision_wrong_is_refused(version: str, precision: str, runs: bool) -> None:
+    onnxruntime = SimpleNamespace(__version__=version)
+    if runs:
+        check_release(onnxruntime, precision)
+        return
+    with pytest.raises(ProviderError, match=rf"onnxruntime {re.escape(version)} cannot run {precision}") as caught:
+        check_release(onnxruntime, precision)
+    assert "pip install -U onnxruntime" in str(caught.value)

@@ -36,7 +36,8 @@ void check_open_options(const OpenOptions &options) {
 }
 
 void check_runs_on_gpu(const std::string &precision, const std::string &provider) {
-  if (provider == "cpu" || precision_spec(precision).cuda) return;
+  const PrecisionSpec *spec = find_precision(precision);
+  if (provider == "cpu" || spec == nullptr || spec->cuda) return;
   throw Error(GIRCSE_ERROR_PROVIDER, "provider " + provider, "does not run " + precision,
               "its graph is made for the CPU; ONNX Runtime on a GPU runs fp16, bf16, fp32",
               "Choose another precision or provider.");
@@ -82,7 +83,7 @@ void Embedder::open_on(const std::string &provider, const OpenOptions &options) 
   const std::string precision =
       options.precision ? *options.precision : bundle_.default_precision(provider == "cpu" ? cpu_order() : gpu_order());
   check_runs_on_gpu(precision, provider);
-  require_version(*runtime_, precision);
+  if (provider == "cpu") require_version(*runtime_, precision);
   require_provider(*runtime_, provider);  // before any file is hashed: "auto" may have to pass over it
   const std::string layout = bundle_.layout(precision, options.layout);
   const auto open_it = [&] { return open_session(bundle_, *runtime_, precision, layout, provider, options.threads); };

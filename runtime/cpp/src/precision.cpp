@@ -1,5 +1,6 @@
 #include "precision.h"
 
+#include <algorithm>
 #include <array>
 
 #include "error.h"
@@ -8,19 +9,23 @@ namespace gircse::core {
 namespace {
 
 constexpr std::array<PrecisionSpec, 5> kSpecs = {{
-    {"fp32", false, true, true, 0.9999},
-    {"fp16", false, true, true, 0.999},
-    {"bf16", false, false, true, 0.999},
-    {"int8", true, true, false, 0.97},
-    {"int8-weights", true, true, false, 0.995},
+    {"fp32", false, true, true, 0.9999, {1, 24, 4}},
+    {"fp16", false, true, true, 0.999, {1, 30, 0}},
+    {"bf16", false, false, true, 0.999, {1, 24, 4}},
+    {"int8", true, true, false, 0.97, {1, 32, 0}},
+    {"int8-weights", true, true, false, 0.995, {1, 32, 0}},
 }};
 
 }  // namespace
 
+const PrecisionSpec *find_precision(std::string_view precision) {
+  const auto *found =
+      std::find_if(kSpecs.begin(), kSpecs.end(), [&](const auto &spec) { return spec.name == precision; });
+  return found == kSpecs.end() ? nullptr : found;
+}
+
 const PrecisionSpec &precision_spec(std::string_view precision) {
-  for (const PrecisionSpec &spec : kSpecs) {
-    if (spec.name == precision) return spec;
-  }
+  if (const PrecisionSpec *spec = find_precision(precision)) return *spec;
   throw Error(GIRCSE_ERROR_BUNDLE, "precision " + in_quotes(precision), "is not one that this libgircse knows",
               "it knows fp32, fp16, bf16, int8, int8-weights", "Upgrade libgircse.");
 }

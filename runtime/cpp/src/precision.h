@@ -1,11 +1,14 @@
 // What the runtime knows of each precision: the table of gircse.runtime.precision.
 #pragma once
 
+#include <array>
 #include <string>
 #include <string_view>
 #include <vector>
 
 namespace gircse::core {
+
+using OnnxRuntimeVersion = std::array<int, 3>;
 
 struct PrecisionSpec {
   std::string_view name;
@@ -13,9 +16,13 @@ struct PrecisionSpec {
   bool cpu;         // ONNX Runtime's CPU provider has kernels for it
   bool cuda;        // ONNX Runtime's GPU providers run its graphs
   double self_test_min_cosine;
+  OnnxRuntimeVersion onnxruntime;  // oldest release whose CPU provider gives the right vectors
 };
 
-// The row of a precision; throws Error where this version does not know it.
+// The row of a precision; null where this version does not know it.
+const PrecisionSpec *find_precision(std::string_view precision);
+
+// The same; throws Error where this version does not know it.
 const PrecisionSpec &precision_spec(std::string_view precision);
 
 // Which variant is taken when none is named, the best first.

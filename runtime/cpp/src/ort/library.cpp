@@ -8,11 +8,10 @@
 #include <filesystem>
 #include <mutex>
 #include <optional>
-#include <string_view>
-#include <utility>
 #include <vector>
 
 #include "error.h"
+#include "precision.h"
 
 namespace gircse::core {
 namespace {
@@ -20,16 +19,7 @@ namespace {
 // Of the C interface, which newer libraries keep; a newer header is no reason to ask for more.
 constexpr std::uint32_t kApiVersion = 21;
 
-using Version = std::array<int, 3>;
-constexpr Version kOldestVersion = {1, 24, 4};
-
-// What older releases do to a precision: FP16 gives NaN in 1.24 and other vectors in 1.29; the first steps of INT8, which
-// have tensors without elements, fail or divide by zero, which ends the process.
-constexpr std::array<std::pair<std::string_view, Version>, 3> kOldestVersions = {{
-    {"fp16", {1, 30, 0}},
-    {"int8", {1, 32, 0}},
-    {"int8-weights", {1, 32, 0}},
-}};
+constexpr OnnxRuntimeVersion kOldestVersion = {1, 24, 4};
 
 #if defined(__APPLE__)
 constexpr std::array<const char *, 2> kUsualNames = {"libonnxruntime.1.dylib", "libonnxruntime.dylib"};
@@ -42,7 +32,7 @@ constexpr const char *kHowToFind =
 
 using GetApiBase = const OrtApiBase *(ORT_API_CALL *)();
 
-std::string shown(const Version &version) {
+std::string shown(const OnnxRuntimeVersion &version) {
   return std::to_string(version[0]) + "." + std::to_string(version[1]) + "." + std::to_string(version[2]);
 }
 
@@ -67,8 +57,8 @@ void *open_library(const std::string &path) {
   throw refusal("ONNX Runtime", "cannot be loaded: " + reasons);
 }
 
-bool at_least(const std::string &version, const Version &oldest) {
-  Version found = {0, 0, 0};
+bool at_least(const std::string &version, const OnnxRuntimeVersion &oldest) {
+  OnnxRuntimeVersion found = {0, 0, 0};
   std::sscanf(version.c_str(), "%d.%d.%d", &found[0], &found[1], &found[2]);
   return found >= oldest;
 }
@@ -118,13 +108,12 @@ const OnnxRuntime &load_onnxruntime(const std::string &path) {
 }
 
 void require_version(const OnnxRuntime &runtime, const std::string &precision) {
-  for (const auto &[name, oldest] : kOldestVersions) {
-    if (name != precision || at_least(runtime.version, oldest)) continue;
-    throw Error(GIRCSE_ERROR_PROVIDER, runtime.path,
-                "is ONNX Runtime " + runtime.version + ", which cannot run " + precision,
-                "version " + shown(oldest) + " or later is needed for it",
-                "Name a newer one in GIRCSE_ONNXRUNTIME or in the option onnxruntime, or choose another precision.");
-  }
+  const PrecisionSpec *spec = find_precision(precision);
+  if (spec == nullptr || at_least(runtime.version, spec->onnxruntime)) return;
+  throw Error(GIRCSE_ERROR_PROVIDER, runtime.path,
+              "is ONNX Runtime " + runtime.version + ", which cannot run " + precision,
+              "version " + shown(spec->onnxruntime) + " or later is needed for it",
+              "Name a newer one in GIRCSE_ONNXRUNTIME or in the option onnxruntime, or choose another precision.");
 }
 
 bool OrtFailure::out_of_memory() const {

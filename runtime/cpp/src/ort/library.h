@@ -22,7 +22,7 @@ struct OnnxRuntime {
 // there is none, it is too old, or another one is loaded already.
 const OnnxRuntime &load_onnxruntime(const std::string &path);
 
-// Throws Error where a release is known to run a precision wrong.
+// Throws Error where the CPU provider of this release is known to run a precision wrong.
 void require_version(const OnnxRuntime &runtime, const std::string &precision);
 
 // What ONNX Runtime says of a call that failed, in its first line.
