@@ -175,8 +175,9 @@ def test_the_example_explains_an_error(example_by_cmake: Path, tmp_path: Path) -
 
 
 @pytest.mark.usefixtures("find_onnxruntime")
-def test_the_unit_tests_pass(cpp_build: Path) -> None:
-    run(cpp_build / "tests" / "gircse_tests")
+def test_the_unit_tests_pass(cpp_build: Path, small_models: SmallModels) -> None:
+    bundle = {"GIRCSE_TEST_BUNDLE": str(small_models.bundle("qwen2"))}
+    run(cpp_build / "tests" / "gircse_tests", env=os.environ | bundle)
 
 
 def test_the_source_distribution_has_the_cpp_runtime_and_the_wheel_does_not(tmp_path: Path) -> None:
