@@ -1,6 +1,7 @@
 #include "arguments.h"
 
 #include "command_error.h"
+#include "error.h"
 
 #include <algorithm>
 #include <array>
@@ -33,13 +34,13 @@ std::int64_t integer(std::string_view flag, const std::string &value) {
   const char *start = value.data() + (value.size() > 1 && value[0] == '+' && value[1] != '-' ? 1 : 0);
   const char *const end = value.data() + value.size();
   const auto [rest, error] = std::from_chars(start, end, number);
-  if (error != std::errc() || rest != end) fail(flag, "invalid int value: " + repr(value));
+  if (error != std::errc() || rest != end) fail(flag, "invalid int value: " + core::in_quotes(value));
   return number;
 }
 
 std::string choice(std::string_view flag, std::string_view kind, const std::string &value, const Choices &choices) {
   const bool known = std::find(choices.begin(), choices.end(), value) != choices.end();
-  if (!known) fail(flag, "invalid " + std::string(kind) + " value: " + repr(value));
+  if (!known) fail(flag, "invalid " + std::string(kind) + " value: " + core::in_quotes(value));
   return value;
 }
 
@@ -154,7 +155,8 @@ class Parser {
     if (flag == nullptr) {
       unrecognized_.push_back(word);
     } else if (flag->value.empty()) {
-      if (equals != word.npos) fail(flag->name, "ignored explicit argument " + repr(word.substr(equals + 1)));
+      if (equals != word.npos)
+        fail(flag->name, "ignored explicit argument " + core::in_quotes(word.substr(equals + 1)));
       flag->set(arguments_, "");
     } else if (equals != word.npos) {
       flag->set(arguments_, word.substr(equals + 1));

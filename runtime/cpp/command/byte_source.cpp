@@ -1,6 +1,7 @@
 #include "byte_source.h"
 
 #include "command_error.h"
+#include "error.h"
 
 #include <fcntl.h>
 #include <unistd.h>
@@ -68,7 +69,7 @@ class GzipFile : public ByteSource {
     // zlib hands out a file that is not packed as it is.
     if (count > 0 && gzdirect(file_) != 0) {
       const std::string_view start(buffer, std::min<std::size_t>(static_cast<std::size_t>(count), 2));
-      throw std::runtime_error("Not a gzipped file (b" + repr(start) + ")");
+      throw std::runtime_error("Not a gzipped file (b" + core::in_quotes(start) + ")");
     }
     if (count <= 0) check();
     return static_cast<std::size_t>(count);

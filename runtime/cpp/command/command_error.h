@@ -4,7 +4,6 @@
 #include <optional>
 #include <stdexcept>
 #include <string>
-#include <string_view>
 
 namespace gircse::command {
 
@@ -26,8 +25,5 @@ class PipeClosed : public std::exception {};
 
 // What the system says of the error in errno.
 std::string system_message();
-
-// Bytes in quotes, as Python's repr shows them.
-std::string repr(std::string_view value);
 
 }  // namespace gircse::command

@@ -2,6 +2,7 @@
 
 #include "atomic_file.h"
 #include "command_error.h"
+#include "error.h"
 #include "standard_streams.h"
 #include "text_lines.h"
 #include "vector_files.h"
@@ -38,7 +39,7 @@ void check_output(const std::string &output) {
   const std::filesystem::path path(output);
   const std::string suffix = path.extension().string();
   if (suffix != ".npy" && suffix != ".jsonl") {
-    throw CommandError("--output " + output, "ends in " + repr(suffix), "it has to end in .npy or .jsonl",
+    throw CommandError("--output " + output, "ends in " + core::in_quotes(suffix), "it has to end in .npy or .jsonl",
                        std::nullopt);
   }
   const std::string parent = path.has_parent_path() ? path.parent_path().string() : ".";

@@ -2,7 +2,7 @@
 
 #include "command_error.h"
 #include "standard_streams.h"
-#include "utf8_fault.h"
+#include "utf8.h"
 
 #include <unistd.h>
 
@@ -19,7 +19,7 @@ CommandError unreadable(const std::string &name, const std::exception &error) {
 }
 
 void check_utf8(const std::string &name, std::size_t number, std::string_view text) {
-  const auto fault = find_utf8_fault(text);
+  const auto fault = core::find_utf8_fault(text);
   if (!fault) return;
   throw CommandError(name + ", line " + std::to_string(number) + ",",
                      std::string("is not UTF-8: ") + fault->reason + " at byte " + std::to_string(fault->offset),

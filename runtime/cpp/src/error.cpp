@@ -37,7 +37,7 @@ bool printable(std::string_view character) {
 std::size_t sequence_length(std::string_view rest) {
   const auto first = static_cast<unsigned char>(rest.front());
   const std::size_t length = first < 0x80 ? 1 : first < 0xe0 ? 2 : first < 0xf0 ? 3 : 4;
-  if (length > rest.size() || invalid_utf8_offset(rest.substr(0, length))) return 0;
+  if (length > rest.size() || find_utf8_fault(rest.substr(0, length))) return 0;
   return length;
 }
 
@@ -101,17 +101,18 @@ std::string readable(std::string_view part) {
 }
 
 std::string in_quotes(std::string_view value) {
-  const char quote = value.find('\'') != value.npos && value.find('"') == value.npos ? '"' : '\'';
+  const bool double_quotes = value.find('\'') != value.npos && value.find('"') == value.npos;
+  const char quote = double_quotes ? '"' : '\'';
   std::string text(1, quote);
-  for (const char character : value) {
-    switch (character) {
-      case '\n': text += "\\n"; break;
-      case '\r': text += "\\r"; break;
-      case '\t': text += "\\t"; break;
-      case '\\': text += "\\\\"; break;
-      default:
-        if (character == quote) text += '\\';
-        text += character;
+  for (const char byte : value) {
+    if (byte == quote || byte == '\\') {
+      text += {'\\', byte};
+    } else if (byte == '\n' || byte == '\r' || byte == '\t') {
+      text += {'\\', byte == '\n' ? 'n' : byte == '\r' ? 'r' : 't'};
+    } else if (static_cast<unsigned char>(byte) < 0x20 || byte == 0x7f) {
+      text += escaped(static_cast<unsigned char>(byte));
+    } else {
+      text += byte;
     }
   }
   return text + quote;

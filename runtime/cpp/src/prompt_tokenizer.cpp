@@ -21,9 +21,10 @@ Tokenizer load_tokenizer(const Bundle &bundle) {
 }
 
 void check_text(const std::string &where, std::string_view text) {
-  if (const std::optional<std::size_t> offset = invalid_utf8_offset(text)) {
-    throw Error(GIRCSE_ERROR_OPTION, where, "is not UTF-8 at byte " + std::to_string(*offset), std::nullopt,
-                "Repair the text.");
+  if (const std::optional<Utf8Fault> fault = find_utf8_fault(text)) {
+    throw Error(GIRCSE_ERROR_OPTION, where,
+                std::string("is not UTF-8: ") + fault->reason + " at byte " + std::to_string(fault->offset),
+                std::nullopt, "Repair the text.");
   }
 }
 

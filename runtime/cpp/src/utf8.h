@@ -7,7 +7,12 @@
 
 namespace gircse::core {
 
-// Byte offset of the first sequence that is not UTF-8, as Python's decoder gives it.
-std::optional<std::size_t> invalid_utf8_offset(std::string_view text);
+// What is not UTF-8, in the words of Python's decoder.
+struct Utf8Fault {
+  std::size_t offset;  // of the first byte of the sequence
+  const char *reason;
+};
+
+std::optional<Utf8Fault> find_utf8_fault(std::string_view text);
 
 }  // namespace gircse::core

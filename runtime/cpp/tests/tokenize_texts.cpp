@@ -43,8 +43,8 @@ std::vector<std::string_view> split_texts(std::string_view input) {
 }
 
 void tokenize(const gircse::core::Tokenizer &tokenizer, std::string_view text) {
-  if (const auto offset = gircse::core::invalid_utf8_offset(text)) {
-    return put_message("invalid UTF-8 at byte " + std::to_string(*offset));
+  if (const auto fault = gircse::core::find_utf8_fault(text)) {
+    return put_message(std::string(fault->reason) + " at byte " + std::to_string(fault->offset));
   }
   try {
     const std::vector<std::uint32_t> ids = tokenizer.encode(text);
