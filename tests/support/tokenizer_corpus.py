@@ -149,7 +149,7 @@ def _marks(draw: random.Random) -> Iterator[str]:
         yield "".join(parts)
     for sentence in SENTENCES:
         for form in ("NFD", "NFC", "NFKD", "NFKC"):
-            yield unicodedata.normalize(form, sentence)  # type: ignore[arg-type]
+            yield unicodedata.normalize(form, sentence)
 
 
 def _spaces(draw: random.Random) -> Iterator[str]:

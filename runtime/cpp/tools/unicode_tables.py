@@ -177,7 +177,8 @@ def generate() -> str:
     kind_of = [kinds.index(bits.get(code, 1 << CATEGORIES.index("Cn") | NOT_SPACE)) for code in range(LAST + 1)]
     pages: dict[tuple[int, ...], int] = {}
     page_of = [pages.setdefault(tuple(kind_of[at : at + PAGE]), len(pages)) for at in range(0, LAST + 1, PAGE)]
-    parts, entries = [], []
+    parts: list[str] = []
+    entries: list[str] = []
     for code, text in sorted(decomposed.items()):
         entries.append(braced(code, len(parts), len(text)))
         parts += [f"0x{ord(char):X}" for char in text]

@@ -423,7 +423,7 @@ REFUSED: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
     ),
     "mixed merges": (
         lambda: with_model(merges=[["a", "b"], "a b"]),
-        "model.merges has a value that is not a merge of two",
+        "model.merges has both strings and arrays",
     ),
     "id": (lambda: with_model(vocab={"a": "1"}), "model.vocab has a value that is not an id"),
     "negative id": (lambda: with_model(vocab={"a": -1}), "model.vocab has a value that is not an id"),
