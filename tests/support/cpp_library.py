@@ -81,6 +81,7 @@ class EncodeOptions(ctypes.Structure):
         ("batch_tokens", c_size_t),
         ("refuse_overflow", c_int32),
         ("first_text", c_size_t),
+        ("first_text", c_size_t),
     ]
 
 

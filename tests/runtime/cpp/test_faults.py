@@ -23,6 +23,8 @@ from support.cpp_library import (
 )
 from support.small_models import SmallModels
 
+from gircse.runtime import Embedder, OptionError
+
 TEXTS = ["how do I reset the card", "", "the small bird sings"]
 
 
@@ -150,6 +152,19 @@ def test_texts_that_are_too_long_are_refused_where_wanted(subject: CppEmbedder) 
         subject.encode(["short", long], refuse_overflow=1)
     assert subject.encode(["short", long]).shape == (2, 48)
     assert subject.truncated == 1
+
+
+@pytest.mark.parametrize("first", [0, 7])
+def test_texts_that_are_too_long_are_counted_as_in_python(subject: CppEmbedder, bundle: Path, first: int) -> None:
+    texts = ["short", "ships " * 100, "", "ships " * 90]
+    with Embedder(bundle, provider="cpu") as python, pytest.raises(OptionError) as expected:
+        python.tokenizer.tokenize(texts, on_overflow="error", first_row=first)
+    with pytest.raises(CppError) as found:
+        subject.encode(texts, refuse_overflow=1, first_text=first)
+    python_hint = "allow truncation with on_overflow='truncate'."
+    assert found.value.message == str(expected.value).replace(python_hint, "allow truncation.")
+    with fault(Code.OPTION, rf"texts\[{first + 1}\] is not UTF-8 at byte 0\."):
+        subject.encode(["a", b"\xff"], first_text=first)
 
 
 @pytest.mark.parametrize("options", [{}, {"all_steps": 1}, {"all_steps": 1, "steps": 2}])

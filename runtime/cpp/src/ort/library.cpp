@@ -75,6 +75,7 @@ OnnxRuntime load(const std::string &path) {
   void *symbol = dlsym(library, "OrtGetApiBase");
   if (symbol == nullptr) throw refusal(candidates(path).front(), "is not ONNX Runtime: it has no OrtGetApiBase");
   const OrtApiBase *base = reinterpret_cast<GetApiBase>(symbol)();
+  if (base == nullptr) throw refusal(candidates(path).front(), "is not ONNX Runtime: its OrtGetApiBase gives nothing");
   OnnxRuntime runtime{nullptr, nullptr, file_of(symbol, path), base->GetVersionString()};
   if (at_least(runtime.version, kOldestVersion)) runtime.api = base->GetApi(kApiVersion);
   if (runtime.api == nullptr) throw refusal(runtime.path, "is ONNX Runtime " + runtime.version);
