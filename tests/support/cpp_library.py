@@ -81,7 +81,6 @@ class EncodeOptions(ctypes.Structure):
         ("batch_tokens", c_size_t),
         ("refuse_overflow", c_int32),
         ("first_text", c_size_t),
-        ("first_text", c_size_t),
     ]
 
 
