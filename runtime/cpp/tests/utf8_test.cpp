@@ -4,19 +4,19 @@
 
 #include <string>
 
-using gircse::core::invalid_utf8_offset;
+using gircse::core::find_utf8_fault;
 
 TEST_CASE("Valid UTF-8 has no offset, NUL included") {
-  CHECK(!invalid_utf8_offset(""));
-  CHECK(!invalid_utf8_offset(std::string("a\0b\xC3\xA9\xF0\x9F\x98\x80 and eight more", 23)));
+  CHECK(!find_utf8_fault(""));
+  CHECK(!find_utf8_fault(std::string("a\0b\xC3\xA9\xF0\x9F\x98\x80 and eight more", 23)));
 }
 
 TEST_CASE("The offset is that of the first byte of the sequence that is wrong") {
   const std::string ascii(20, 'a');
-  CHECK(*invalid_utf8_offset(ascii + "\x80") == 20);
-  CHECK(*invalid_utf8_offset(ascii + "\xC3") == 20);
-  CHECK(*invalid_utf8_offset("\xC3\xA9\xE4\xB8z") == 2);
-  CHECK(*invalid_utf8_offset("\xC0\x80") == 0);          // overlong
-  CHECK(*invalid_utf8_offset("a\xED\xA0\x80") == 1);     // a surrogate
-  CHECK(*invalid_utf8_offset("\xF4\x90\x80\x80") == 0);  // above U+10FFFF
+  CHECK(find_utf8_fault(ascii + "\x80")->offset == 20);
+  CHECK(find_utf8_fault(ascii + "\xC3")->offset == 20);
+  CHECK(find_utf8_fault("\xC3\xA9\xE4\xB8z")->offset == 2);
+  CHECK(find_utf8_fault("\xC0\x80")->offset == 0);          // overlong
+  CHECK(find_utf8_fault("a\xED\xA0\x80")->offset == 1);     // a surrogate
+  CHECK(find_utf8_fault("\xF4\x90\x80\x80")->offset == 0);  // above U+10FFFF
 }

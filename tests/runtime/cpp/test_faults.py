@@ -163,7 +163,7 @@ def test_texts_that_are_too_long_are_counted_as_in_python(subject: CppEmbedder, 
         subject.encode(texts, refuse_overflow=1, first_text=first)
     python_hint = "allow truncation with on_overflow='truncate'."
     assert found.value.message == str(expected.value).replace(python_hint, "allow truncation.")
-    with fault(Code.OPTION, rf"texts\[{first + 1}\] is not UTF-8 at byte 0\."):
+    with fault(Code.OPTION, rf"texts\[{first + 1}\] is not UTF-8: invalid start byte at byte 0\."):
         subject.encode(["a", b"\xff"], first_text=first)
 
 
