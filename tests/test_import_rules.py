@@ -78,7 +78,7 @@ print(embedder.encode(["no torch here"]).shape)
 def test_nothing_shadows_a_library(package: str) -> None:
     """A command file run as a script puts its folder on the path; no name there may be that of a library."""
     libraries = {*sys.stdlib_module_names, *importlib.metadata.packages_distributions()}
-    folders = [path for path in (ROOT / package).rglob("*/") if path.name != "__pycache__"]
+    folders = {path.parent for path in (ROOT / package).rglob("*.py")}
     beside_commands = [path for path in (ROOT / package).glob("*.py") if any((ROOT / package).glob("*_command.py"))]
     assert not {path.stem for path in (*folders, *beside_commands)} & libraries
 
