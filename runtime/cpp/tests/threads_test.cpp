@@ -23,13 +23,14 @@ gircse_code code_of(gircse_error *error) {
   return code;
 }
 
+// NULL where the bundle cannot be opened: a thread must not throw.
 gircse_embedder *open_bundle(int verify) {
   gircse_open_options options;
   gircse_open_options_init(&options, sizeof options);
   options.threads = 1;
   options.verify = verify;
   gircse_embedder *embedder = nullptr;
-  REQUIRE(code_of(gircse_open(std::getenv("GIRCSE_TEST_BUNDLE"), &options, &embedder)) == GIRCSE_OK);
+  CHECK(code_of(gircse_open(std::getenv("GIRCSE_TEST_BUNDLE"), &options, &embedder)) == GIRCSE_OK);
   return embedder;
 }
 
@@ -64,20 +65,18 @@ void in_threads(int count, Work work) {
 TEST_CASE("threads share an embedder and get the vectors of one thread") {
   if (!has_bundle()) return;
   gircse_embedder *embedder = open_bundle(1);
+  REQUIRE(embedder != nullptr);
   std::vector<float> expected(kTexts.size() * dimension_of(embedder));
   REQUIRE(encode(embedder, expected) == GIRCSE_OK);
   std::atomic<int> wrong{0};
   in_threads(4, [&] {
-    for (int round = 0; round < 5; ++round) {
+    for (int round = 0; round < 3; ++round) {
       std::vector<float> vectors(expected.size());
       if (encode(embedder, vectors) != GIRCSE_OK || vectors != expected) ++wrong;
-      gircse_self_test_report report{};
-      report.size = sizeof report;
-      if (gircse_error *error = gircse_self_test(embedder, &report)) {
-        gircse_error_free(error);
-        ++wrong;
-      }
     }
+    gircse_self_test_report report{};
+    report.size = sizeof report;
+    if (code_of(gircse_self_test(embedder, &report)) != GIRCSE_OK) ++wrong;
   });
   CHECK(wrong == 0);
   gircse_close(embedder);
@@ -91,6 +90,7 @@ TEST_CASE("threads may open bundles at the same time") {
 TEST_CASE("an embedder is closed while threads encode") {
   if (!has_bundle()) return;
   gircse_embedder *embedder = open_bundle(0);
+  REQUIRE(embedder != nullptr);
   const std::size_t floats = kTexts.size() * dimension_of(embedder);
   std::atomic<int> running{0}, closed{0};
   std::thread closing([&] {
