@@ -98,6 +98,7 @@ void Bpe::read_merges(const StringList &merges) {
   };
   std::string product;
   for (std::size_t i = 0; i + 1 < merges.size(); i += 2) {
+    if (merges[i].empty() || merges[i + 1].empty()) throw std::runtime_error("a merge with nothing is not supported");
     const std::uint32_t left = number_of(merges[i]), right = number_of(merges[i + 1]);
     product.assign(merges[i]).append(merges[i + 1]);
     merges_.add(left, right, {static_cast<std::uint32_t>(i / 2), number_of(product)});

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <array>
 #include <queue>
+#include <stdexcept>
 
 namespace gircse::core {
 
@@ -11,29 +12,23 @@ namespace {
 // Up to here, looking for the best pair anew is faster than a queue.
 constexpr std::size_t kMaxScan = 32;
 
+constexpr std::uint32_t kEnd = std::numeric_limits<std::uint32_t>::max();
+
+// A symbol of a word, and those beside it; kEnd at either end.
 struct Node {
-  std::uint32_t symbol;
-  std::size_t previous, next;  // kEnd at either end
-  bool gone;
+  std::uint32_t symbol, previous, next;
+  bool gone = false;
 };
 
-constexpr std::size_t kEnd = std::numeric_limits<std::size_t>::max();
-
-struct Candidate {
-  Merge merge;
-  std::size_t at;
-
-  bool operator>(const Candidate &other) const {
-    return merge.rank != other.merge.rank ? merge.rank > other.merge.rank : at > other.at;
-  }
-};
-
-using Candidates = std::priority_queue<Candidate, std::vector<Candidate>, std::greater<>>;
+// Pairs that may merge, by rank and then by place: both in one number, the rank above.
+using Queue = std::priority_queue<std::uint64_t, std::vector<std::uint64_t>, std::greater<>>;
 
 std::vector<Node> linked(const std::vector<std::uint32_t> &symbols) {
-  std::vector<Node> nodes(symbols.size());
-  for (std::size_t i = 0; i < nodes.size(); ++i) {
-    nodes[i] = {symbols[i], i == 0 ? kEnd : i - 1, i + 1 == nodes.size() ? kEnd : i + 1, false};
+  std::vector<Node> nodes;
+  nodes.reserve(symbols.size());
+  for (const std::uint32_t symbol : symbols) {
+    const auto at = static_cast<std::uint32_t>(nodes.size());
+    nodes.push_back({symbol, at == 0 ? kEnd : at - 1, at + 1 == symbols.size() ? kEnd : at + 1});
   }
   return nodes;
 }
@@ -80,30 +75,29 @@ void MergeTable::apply_by_scan(std::vector<std::uint32_t> &symbols) const {
 }
 
 void MergeTable::apply_by_queue(std::vector<std::uint32_t> &symbols) const {
+  if (symbols.size() >= kEnd) throw std::runtime_error("a word of more than 4294967294 characters cannot be tokenized");
   std::vector<Node> nodes = linked(symbols);
-  std::vector<Candidate> storage;
-  storage.reserve(nodes.size());
-  Candidates queue({}, std::move(storage));
-  const auto consider = [&](std::size_t at) {
-    if (at == kEnd || nodes[at].next == kEnd) return;
-    const Merge merge = find(nodes[at].symbol, nodes[nodes[at].next].symbol);
-    if (merge.rank != Merge::kNoRank) queue.push({merge, at});
+  const auto merge_at = [&](std::uint32_t at) {
+    return at == kEnd || nodes[at].next == kEnd ? Merge{} : find(nodes[at].symbol, nodes[nodes[at].next].symbol);
   };
-  for (std::size_t i = 0; i < nodes.size(); ++i) consider(i);
-  while (!queue.empty()) {
-    const Candidate top = queue.top();
+  const auto key = [](Merge merge, std::uint32_t at) { return std::uint64_t{merge.rank} << 32 | at; };
+  std::vector<std::uint64_t> first;
+  for (std::uint32_t at = 0; at < nodes.size(); ++at) {
+    if (const Merge merge = merge_at(at); merge.rank != Merge::kNoRank) first.push_back(key(merge, at));
+  }
+  for (Queue queue({}, std::move(first)); !queue.empty();) {
+    const auto rank = static_cast<std::uint32_t>(queue.top() >> 32), at = static_cast<std::uint32_t>(queue.top());
     queue.pop();
-    Node &node = nodes[top.at];
-    if (node.gone || node.next == kEnd) continue;
-    Node &right = nodes[node.next];
-    const Merge merge = find(node.symbol, right.symbol);
-    if (merge.rank == Merge::kNoRank || merge.product != top.merge.product) continue;  // one of the two has changed
-    node.symbol = top.merge.product;
-    right.gone = true;
-    node.next = right.next;
-    if (node.next != kEnd) nodes[node.next].previous = top.at;
-    consider(node.previous);
-    consider(top.at);
+    Node &node = nodes[at];
+    const Merge merge = node.gone ? Merge{} : merge_at(at);
+    if (merge.rank != rank) continue;  // one of the two has changed since
+    nodes[node.next].gone = true;
+    node.symbol = merge.product;
+    node.next = nodes[node.next].next;
+    if (node.next != kEnd) nodes[node.next].previous = at;
+    for (const std::uint32_t changed : {node.previous, at}) {
+      if (const Merge next = merge_at(changed); next.rank != Merge::kNoRank) queue.push(key(next, changed));
+    }
   }
   symbols.clear();
   for (const Node &node : nodes) {
