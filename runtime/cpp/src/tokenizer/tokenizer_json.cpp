@@ -1,12 +1,13 @@
 #include <algorithm>
-#include <initializer_list>
 #include <limits>
 #include <stdexcept>
 #include <string>
 #include <utility>
+#include <vector>
 
-#include "tokenizer/code_points.h"
+#include "tokenizer/json_fields.h"
 #include "tokenizer/spec.h"
+#include "tokenizer/steps_json.h"
 #include "tokenizer/tokenizer_document.h"
 
 namespace gircse::core {
@@ -14,191 +15,6 @@ namespace gircse::core {
 namespace {
 
 using nlohmann::json;
-
-constexpr const char *kGpt2Pattern = R"('s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+)";
-constexpr std::size_t kMaxSteps = 100;
-
-// An object of the file, with the words that errors call it by.
-class Fields {
- public:
-  Fields(const json &object, std::string where) : object_(object), where_(std::move(where)) {
-    if (!object_.is_object()) fail("is not an object");
-  }
-
-  [[noreturn]] void fail(const std::string &what) const { throw std::runtime_error(where_ + " " + what); }
-
-  void allow(std::initializer_list<std::string_view> names) const {
-    for (const auto &item : object_.items()) {
-      if (std::find(names.begin(), names.end(), item.key()) == names.end()) {
-        fail("has the field '" + item.key() + "', which is not supported");
-      }
-    }
-  }
-
-  bool has(const char *name) const { return object_.contains(name); }
-
-  // Null where the field is missing.
-  const json &value(const char *name) const {
-    static const json null;
-    const auto found = object_.find(name);
-    return found == object_.end() ? null : *found;
-  }
-
-  std::string text(const char *name) const {
-    if (!value(name).is_string()) fail("has no string '" + std::string(name) + "'");
-    return value(name).get<std::string>();
-  }
-
-  bool flag(const char *name) const {
-    if (!value(name).is_boolean()) fail("has no flag '" + std::string(name) + "'");
-    return value(name).get<bool>();
-  }
-
-  bool flag(const char *name, bool otherwise) const { return value(name).is_null() ? otherwise : flag(name); }
-
-  const std::string &where() const { return where_; }
-
- private:
-  const json &object_;
-  std::string where_;
-};
-
-std::string type_of(const json &object, const std::string &where) { return Fields(object, where).text("type"); }
-
-Pattern read_pattern(const Fields &fields) {
-  const json &value = fields.value("pattern");
-  if (!value.is_object() || value.size() != 1 || (!value.contains("String") && !value.contains("Regex"))) {
-    fields.fail("has a pattern that is neither a String nor a Regex");
-  }
-  const Fields pattern(value, "the pattern of " + fields.where());
-  if (value.contains("Regex")) return Pattern::regex(pattern.text("Regex"));
-  const std::string text = pattern.text("String");
-  if (text.empty()) pattern.fail("is an empty String, which is not supported");
-  return Pattern::literal(text);
-}
-
-// Visits the steps in order; a Sequence holds more of them.
-template <typename Visitor>
-void for_each_step(const json &step, const std::string &where, const char *sequence_field, Visitor &&visit) {
-  if (step.is_null()) return;
-  if (type_of(step, where) != "Sequence") return visit(step);
-  const Fields fields(step, "the Sequence of " + where);
-  fields.allow({"type", sequence_field});
-  const json &steps = fields.value(sequence_field);
-  if (!steps.is_array()) fields.fail("has no array '" + std::string(sequence_field) + "'");
-  for (const json &inner : steps) {
-    if (inner.is_null()) fields.fail("has a step that is null");
-    for_each_step(inner, where, sequence_field, visit);
-  }
-}
-
-NormalizerStep read_normalizer(const json &object) {
-  const std::string type = type_of(object, "the normalizer");
-  const Fields fields(object, "the normalizer " + type);
-  if (type == "NFC") {
-    fields.allow({"type"});
-    return NfcStep{};
-  }
-  if (type == "Prepend") {
-    fields.allow({"type", "prepend"});
-    if (fields.text("prepend").empty()) fields.fail("prepends nothing, which is not supported");
-    return PrependStep{fields.text("prepend")};
-  }
-  if (type == "Replace") {
-    fields.allow({"type", "pattern", "content"});
-    return ReplaceStep{read_pattern(fields), fields.text("content")};
-  }
-  fields.fail("is not supported");
-}
-
-SplitStep read_split(const Fields &fields) {
-  static const std::pair<const char *, SplitBehavior> behaviors[] = {
-      {"Removed", SplitBehavior::kRemoved},
-      {"Isolated", SplitBehavior::kIsolated},
-      {"MergedWithPrevious", SplitBehavior::kMergedWithPrevious},
-      {"MergedWithNext", SplitBehavior::kMergedWithNext},
-      {"Contiguous", SplitBehavior::kContiguous},
-  };
-  fields.allow({"type", "pattern", "behavior", "invert"});
-  const std::string name = fields.text("behavior");
-  for (const auto &[known, behavior] : behaviors) {
-    if (name == known) return {read_pattern(fields), behavior, fields.flag("invert")};
-  }
-  fields.fail("has the behavior '" + name + "', which is not supported");
-}
-
-PrependScheme read_prepend_scheme(const Fields &fields) {
-  const std::string name = fields.has("prepend_scheme") ? fields.text("prepend_scheme") : "always";
-  const bool never = name == "never";
-  if (!never && name != "first" && name != "always")
-    fields.fail("has the prepend_scheme '" + name + "', which is not supported");
-  if (!never && !fields.flag("add_prefix_space", true))
-    fields.fail("has an add_prefix_space that its prepend_scheme contradicts");
-  return never ? PrependScheme::kNever : name == "first" ? PrependScheme::kFirst : PrependScheme::kAlways;
-}
-
-MetaspaceStep read_metaspace(const Fields &fields) {
-  fields.allow({"type", "replacement", "add_prefix_space", "prepend_scheme", "split", "str_rep"});
-  const std::string replacement = fields.text("replacement");
-  if (replacement.empty() || code_point_at(replacement, 0).size != replacement.size()) {
-    fields.fail("has a replacement that is not one character");
-  }
-  if (!fields.value("str_rep").is_null()) fields.text("str_rep");  // of no effect
-  return {replacement, Pattern::literal(replacement), read_prepend_scheme(fields), fields.flag("split", true)};
-}
-
-// Reads the pre-tokenizer into a specification, step by step.
-class PreTokenizerReader {
- public:
-  explicit PreTokenizerReader(TokenizerSpec &spec) : spec_(spec) {}
-
-  void operator()(const json &object) {
-    const std::string type = type_of(object, "the pre-tokenizer");
-    const Fields fields(object, "the pre-tokenizer " + type);
-    if (spec_.byte_level) fields.fail("comes after ByteLevel, which is not supported");
-    if (spec_.pre_tokenizer.size() >= kMaxSteps) fields.fail("is one of more than 100, which is not supported");
-    if (type == "Split") {
-      spec_.pre_tokenizer.emplace_back(read_split(fields));
-    } else if (type == "Digits") {
-      fields.allow({"type", "individual_digits"});
-      spec_.pre_tokenizer.emplace_back(DigitsStep{fields.flag("individual_digits")});
-    } else if (type == "Metaspace") {
-      add_metaspace(fields);
-    } else if (type == "ByteLevel") {
-      add_byte_level(fields);
-    } else {
-      fields.fail("is not supported");
-    }
-  }
-
- private:
-  void add_metaspace(const Fields &fields) {
-    MetaspaceStep step = read_metaspace(fields);
-    if (step.prepend == PrependScheme::kFirst && (changed_ || has_nfc())) {
-      fields.fail("has the prepend_scheme 'first' after NFC or Metaspace, which is not supported");
-    }
-    changed_ = true;
-    spec_.pre_tokenizer.emplace_back(std::move(step));
-  }
-
-  void add_byte_level(const Fields &fields) {
-    fields.allow({"type", "add_prefix_space", "trim_offsets", "use_regex"});
-    fields.flag("trim_offsets");  // of no effect on ids
-    if (fields.flag("add_prefix_space")) spec_.pre_tokenizer.emplace_back(PrefixSpaceStep{});
-    if (!fields.has("use_regex") || fields.flag("use_regex")) {
-      spec_.pre_tokenizer.emplace_back(SplitStep{Pattern::regex(kGpt2Pattern), SplitBehavior::kIsolated, false});
-    }
-    spec_.byte_level = true;
-  }
-
-  bool has_nfc() const {
-    return std::any_of(spec_.normalizer.begin(), spec_.normalizer.end(),
-                       [](const NormalizerStep &step) { return std::holds_alternative<NfcStep>(step); });
-  }
-
-  TokenizerSpec &spec_;
-  bool changed_ = false;
-};
 
 void refuse_affixes(const Fields &fields) {
   for (const char *name : {"continuing_subword_prefix", "end_of_word_suffix"}) {
@@ -269,9 +85,8 @@ TokenizerSpec read_tokenizer(std::string_view text) {
       fields.fail("has a '" + std::string(name) + "' of a wrong type");
   }
   TokenizerSpec spec;
-  for_each_step(fields.value("normalizer"), "the normalizer", "normalizers",
-                [&](const json &step) { spec.normalizer.push_back(read_normalizer(step)); });
-  for_each_step(fields.value("pre_tokenizer"), "the pre-tokenizer", "pretokenizers", PreTokenizerReader(spec));
+  read_normalizer(fields.value("normalizer"), spec);
+  read_pre_tokenizer(fields.value("pre_tokenizer"), spec);
   if (fields.has("added_tokens")) spec.added_tokens = read_added_tokens(fields.value("added_tokens"));
   spec.model = read_model(document);
   return spec;
