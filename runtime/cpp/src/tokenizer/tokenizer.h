@@ -18,7 +18,9 @@ class Tokenizer {
   Tokenizer(Tokenizer &&) noexcept;
 
   // Token ids of a text, which is valid UTF-8, without special tokens around it. Safe to call from several threads.
-  // Throws std::runtime_error where the tokenizer has no token for a part of the text and no unknown token.
+  // A character that no token holds is left out where there is no unknown token, as in Hugging Face tokenizers. Throws
+  // std::runtime_error where the unknown token that is needed is not in the vocabulary, where a pattern would take too
+  // long, or where added tokens claim the same white space.
   std::vector<std::uint32_t> encode(std::string_view text) const;
 
  private:
