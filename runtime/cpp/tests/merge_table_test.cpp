@@ -34,11 +34,14 @@ TEST_CASE("Words of any length merge as if one pair at a time") {
   std::mt19937 generator(1);
   const auto below = [&generator](std::uint32_t limit) { return static_cast<std::uint32_t>(generator() % limit); };
   MergeTable table(60);
-  std::uint32_t known = 4;  // symbols 0 to 3 are characters
-  for (std::uint32_t rank = 0; rank < 60; ++rank) table.add(below(known), below(known), {rank, known++});
+  constexpr std::uint32_t kCharacters = 4;
+  for (std::uint32_t rank = 0; rank < 60; ++rank) {
+    const std::uint32_t known = kCharacters + rank;
+    table.add(below(known), below(known), {rank, known});
+  }
   for (const std::size_t size : {0U, 1U, 2U, 5U, 31U, 32U, 33U, 34U, 100U, 700U}) {
     Symbols word(size);
-    for (std::uint32_t &symbol : word) symbol = below(4);
+    for (std::uint32_t &symbol : word) symbol = below(kCharacters);
     CHECK(merged(table, word) == merged_slowly(table, word));
   }
 }
