@@ -52,7 +52,7 @@ TEST_CASE("a message may come in pieces of any size") {
   for (int i = 0; i < 1000; ++i) text += static_cast<char>(i * 7);
   for (std::size_t size = 0; size <= 200; ++size) {
     const std::string message = text.substr(0, size);
-    for (const std::size_t step : {1, 3, 55, 56, 63, 64, 65}) {
+    for (const std::size_t step : {1U, 3U, 55U, 56U, 63U, 64U, 65U}) {
       Sha256 hash;
       for (std::size_t at = 0; at < size; at += step) hash.update(message.data() + at, std::min(step, size - at));
       CHECK(hash.hex_digest() == digest(message));
