@@ -11,6 +11,8 @@ set -euo pipefail
 packages=(g++ cmake ninja-build pkg-config nlohmann-json3-dev zlib1g-dev)
 [ "${1:-}" = --tests ] && packages+=(binutils doctest-dev clang libclang-rt-dev)
 
+install() { as_root env DEBIAN_FRONTEND=noninteractive apt-get --quiet=2 install --yes --no-install-recommends "$@"; }
+
 as_root() { if [ "$(id -u)" = 0 ]; then "$@"; else sudo "$@"; fi; }
 
 has_header() { [ -n "$(find /usr/include /usr/local/include -name onnxruntime_c_api.h -print -quit 2>/dev/null)" ]; }
@@ -27,7 +29,8 @@ unpack_header_of_trixie() {
     local options=(-o APT::Sandbox::User=root -o Dir::Etc::SourceList=/dev/null
         -o "Dir::Etc::SourceParts=$folder" -o "Dir::State::Lists=$folder/lists" -o "Dir::Cache=$folder/cache")
     apt-get "${options[@]}" --quiet=2 update
-    (cd "$folder" && apt-get "${options[@]}" --quiet=2 download libonnxruntime-dev && dpkg -x libonnxruntime-dev*.deb package)
+    (cd "$folder" && apt-get "${options[@]}" --quiet=2 download libonnxruntime-dev)
+    dpkg -x "$folder"/libonnxruntime-dev*.deb "$folder/package"
     as_root mkdir -p /usr/local/include
     as_root cp -r "$folder/package/usr/include/onnxruntime" /usr/local/include/
     rm -rf "$folder"
@@ -39,12 +42,12 @@ if ! command -v apt-get > /dev/null; then
 fi
 if ! dpkg --status "${packages[@]}" > /dev/null 2>&1; then
     as_root apt-get --quiet=2 update
-    as_root env DEBIAN_FRONTEND=noninteractive apt-get --quiet=2 install --yes --no-install-recommends "${packages[@]}"
+    install "${packages[@]}"
 fi
 if ! has_header; then
     . /etc/os-release
     if apt-cache show libonnxruntime-dev > /dev/null 2>&1; then
-        as_root env DEBIAN_FRONTEND=noninteractive apt-get --quiet=2 install --yes --no-install-recommends libonnxruntime-dev
+        install libonnxruntime-dev
     elif [ "$ID" = debian ]; then
         unpack_header_of_trixie "$VERSION_CODENAME"
     fi

@@ -174,12 +174,6 @@ def test_the_example_explains_an_error(example_by_cmake: Path, tmp_path: Path) -
     assert done.stderr.startswith(f"cosine: {tmp_path} is not a bundle")
 
 
-@pytest.mark.usefixtures("find_onnxruntime")
-def test_the_unit_tests_pass(cpp_build: Path, small_models: SmallModels) -> None:
-    bundle = {"GIRCSE_TEST_BUNDLE": str(small_models.bundle("qwen2"))}
-    run(cpp_build / "tests" / "gircse_tests", env=os.environ | bundle)
-
-
 def test_the_source_distribution_has_the_cpp_runtime_and_the_wheel_does_not(tmp_path: Path) -> None:
     """Built from a copy, because setuptools leaves files behind."""
     copy = tmp_path / "copy"
