@@ -2,7 +2,7 @@
  *
  * Rules that every function keeps:
  *   - It returns NULL for success, or an error that the caller frees with gircse_error_free. It never aborts, prints,
- * or lets a C++ exception out.
+ *     or lets a C++ exception out.
  *   - Texts are UTF-8, given as pointer and size in bytes; a NUL byte inside is text like any other.
  *   - The caller owns all memory that it passes in, and nothing of it is kept after the call.
  *   - Every function may be called from any thread. Several threads may share one embedder.
