@@ -40,7 +40,7 @@ typedef enum gircse_code {
   GIRCSE_ERROR_OPTION = 1,   /* an argument has a value that it cannot have; UTF-8 errors too */
   GIRCSE_ERROR_BUNDLE = 2,   /* the bundle is missing, damaged, unsafe, or not what its manifest says */
   GIRCSE_ERROR_PROVIDER = 3, /* ONNX Runtime is missing, too old, cannot use the provider, or failed in a run */
-  GIRCSE_ERROR_CLOSED = 4,   /* the embedder is closed, or never was one */
+  GIRCSE_ERROR_CLOSED = 4,   /* the embedder is closed, or NULL */
   GIRCSE_ERROR_CAPACITY = 5, /* an output buffer is too small */
   GIRCSE_ERROR_MEMORY = 6,   /* memory ran out */
   GIRCSE_ERROR_INTERNAL = 7, /* a fault of the library */
