@@ -29,7 +29,7 @@ extern "C" {
 
 #define GIRCSE_ABI_VERSION 1
 
-/* A bundle that is open. The pointer is a name, not an address: after gircse_close it is refused, not followed. */
+/* A bundle that is open. The pointer stays valid after gircse_close, so that a late call is refused. */
 typedef struct gircse_embedder gircse_embedder;
 
 /* What went wrong; NULL is success. */
