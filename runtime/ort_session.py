@@ -173,12 +173,15 @@ def open_session(
         content: an edited graph to load in place of the file's own content.
 
     Raises:
-        ProviderError: onnxruntime is not installed, or cannot use the provider.
+        ProviderError: onnxruntime is not installed, cannot use the provider, or is of a release that runs the precision
+            wrong.
         BundleError: the variant has no such layout, or its graph does not load or belongs to another bundle.
     """
     facts = bundle.manifest.graph
     layout = bundle.layout(precision, layout)
     path = bundle.graph(precision, layout)
+    if provider is Provider.CPU:
+        check_release(import_onnxruntime(provider), precision)
     graph = load_graph(path, provider=provider, threads=threads, content=content)
     found = graph.get_modelmeta().custom_metadata_map.get(tensor_names.GRAPH_IDENTITY_KEY)
     if found != facts.identity:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from gircse.runtime.bundle import Bundle
 from gircse.runtime.errors import BundleError, EngineMismatchError, ProviderError
 from gircse.runtime.manifest import Layout
-from gircse.runtime.ort_session import check_release, import_onnxruntime, open_session
+from gircse.runtime.ort_session import import_onnxruntime, open_session
 from gircse.runtime.precision import CPU_ORDER, GPU_ORDER, runs_on
 from gircse.runtime.provider import Provider
 from gircse.runtime.session import Session
@@ -105,9 +105,7 @@ def _open(bundle: Bundle, provider: Provider, options: SessionOptions) -> Sessio
             f"its graph is made for the CPU; ONNX Runtime on a GPU runs {', '.join(able)}",
             f"Choose another precision or provider{engine}.",
         )
-    onnxruntime = import_onnxruntime(provider)  # before any file is hashed: `auto` may have to pass over it
-    if on_cpu:
-        check_release(onnxruntime, precision)
+    import_onnxruntime(provider)  # before any file is hashed: `auto` may have to pass over it
     open_it = functools.partial(
         open_session, bundle, precision, layout=options.layout, provider=provider, threads=options.threads
     )

@@ -5,9 +5,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import onnx
 import pytest
-from support.small_models import SmallModels, add_stepwise_variants, edit_manifest
+from support.small_models import SmallModels, add_stepwise_variants, edit_manifest, point_weights_at
 
 from gircse.runtime import BundleError, Embedder
 from gircse.runtime.bundle import Bundle, file_sha256
@@ -116,13 +115,7 @@ def test_external_data_that_leaves_the_bundle(small_bundle: Path, location: str)
     """A graph whose weights point elsewhere is refused even if every hash agrees."""
     weights = small_bundle / "fp32" / "weights.bin"
     shutil.copyfile(weights, small_bundle / "outside.bin")
-    path = small_bundle / "fp32" / "model.onnx"
-    model = onnx.load(path, load_external_data=False)
-    for tensor in model.graph.initializer:
-        for entry in tensor.external_data:
-            if entry.key == "location":
-                entry.value = location
-    onnx.save(model, path)
+    point_weights_at(small_bundle / "fp32" / "model.onnx", location)
     accept_file(small_bundle, "fp32/model.onnx")
     with pytest.raises(BundleError, match=r"model\.onnx cannot be loaded by ONNX Runtime: .*External data path"):
         Embedder(small_bundle)

@@ -10,7 +10,8 @@ from support.machine import TEXTS, Machine
 from support.stub_onnxruntime import CPU, CUDA, TENSORRT, StubOnnxRuntime
 
 from gircse.runtime import Embedder, ProviderError
-from gircse.runtime.ort_session import check_release
+from gircse.runtime.bundle import Bundle
+from gircse.runtime.ort_session import check_release, open_session
 from gircse.runtime.tensor_names import cache_names
 
 
@@ -81,3 +82,11 @@ def test_a_release_that_runs_a_precision_wrong_is_refused(version: str, precisio
     with pytest.raises(ProviderError, match=rf"onnxruntime {re.escape(version)} cannot run {precision}") as caught:
         check_release(onnxruntime, precision)
     assert "pip install -U onnxruntime" in str(caught.value)
+
+
+def test_a_session_of_a_release_that_runs_its_precision_wrong_does_not_open(machine: Machine, bundle: Path) -> None:
+    stub = machine.install("onnxruntime", StubOnnxRuntime(CPU))
+    stub.__version__ = "1.24.3"
+    with pytest.raises(ProviderError, match=r"onnxruntime 1\.24\.3 cannot run fp32; it takes 1\.24\.4 or later"):
+        open_session(Bundle.open(bundle), "fp32")
+    assert not stub.sessions

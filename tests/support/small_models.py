@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from transformers import (
@@ -200,6 +201,16 @@ def edit_manifest(bundle: Path, change: Callable[[dict[str, Any]], None]) -> Non
     manifest = json.loads(path.read_text())
     change(manifest)
     path.write_text(json.dumps(manifest))
+
+
+def point_weights_at(graph: Path, location: str) -> None:
+    """Let every weight of a graph lie in another file."""
+    model = onnx.load(graph, load_external_data=False)
+    for tensor in model.graph.initializer:
+        for entry in tensor.external_data:
+            if entry.key == "location":
+                entry.value = location
+    onnx.save(model, graph)
 
 
 def rehash(bundle: Path) -> None:

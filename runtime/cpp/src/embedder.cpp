@@ -38,8 +38,11 @@ void check_open_options(const OpenOptions &options) {
 void check_runs_on_gpu(const std::string &precision, const std::string &provider) {
   const PrecisionSpec *spec = find_precision(precision);
   if (provider == "cpu" || spec == nullptr || spec->cuda) return;
+  std::vector<std::string> able = gpu_order();
+  able.erase(std::remove_if(able.begin(), able.end(), [](const auto &name) { return !precision_spec(name).cuda; }),
+             able.end());
   throw Error(GIRCSE_ERROR_PROVIDER, "provider " + provider, "does not run " + precision,
-              "its graph is made for the CPU; ONNX Runtime on a GPU runs fp16, bf16, fp32",
+              "its graph is made for the CPU; ONNX Runtime on a GPU runs " + listed(able),
               "Choose another precision or provider.");
 }
 

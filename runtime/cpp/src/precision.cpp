@@ -40,4 +40,9 @@ std::vector<std::string> cpu_order() {
 
 std::vector<std::string> gpu_order() { return {"fp16", "bf16", "fp32", "int8", "int8-weights"}; }
 
+OnnxRuntimeVersion oldest_onnxruntime() {
+  const auto older = [](const auto &a, const auto &b) { return a.onnxruntime < b.onnxruntime; };
+  return std::min_element(kSpecs.begin(), kSpecs.end(), older)->onnxruntime;
+}
+
 }  // namespace gircse::core

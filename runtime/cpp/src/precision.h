@@ -25,8 +25,11 @@ const PrecisionSpec *find_precision(std::string_view precision);
 // The same; throws Error where this version does not know it.
 const PrecisionSpec &precision_spec(std::string_view precision);
 
-// Which variant is taken when none is named, the best first.
+// Which variant is taken when none is named, the best first: of those that the CPU runs, and on a GPU.
 std::vector<std::string> cpu_order();
 std::vector<std::string> gpu_order();
+
+// Oldest release of ONNX Runtime that runs any precision.
+OnnxRuntimeVersion oldest_onnxruntime();
 
 }  // namespace gircse::core

@@ -28,6 +28,17 @@ void check_text(const std::string &where, std::string_view text) {
   }
 }
 
+// Refuses options that contradict each other or are not UTF-8.
+void check_options(const PromptOptions &options) {
+  check_text("instruction", options.instruction);
+  check_text("prompt", options.prompt.value_or(""));
+  if (!options.instruction.empty() && options.prompt) {
+    throw Error(GIRCSE_ERROR_OPTION, "instruction",
+                "is " + in_quotes(options.instruction) + " and prompt is " + in_quotes(*options.prompt),
+                "only one of them can be given", "Use instruction, which the model was trained with.");
+  }
+}
+
 std::string name_of(std::size_t row, const PromptOptions &options) {
   return "texts[" + std::to_string(options.first_text + row) + "]";
 }
@@ -82,16 +93,6 @@ void PromptTokenizer::truncate(TokenizedTexts &texts, const PromptOptions &optio
     if (truncate_left_) ids.erase(ids.begin(), ids.end() - static_cast<std::ptrdiff_t>(max_tokens_));
     ids.resize(max_tokens_);
     ids.shrink_to_fit();
-  }
-}
-
-void PromptTokenizer::check_options(const PromptOptions &options) {
-  check_text("instruction", options.instruction);
-  check_text("prompt", options.prompt.value_or(""));
-  if (!options.instruction.empty() && options.prompt) {
-    throw Error(GIRCSE_ERROR_OPTION, "instruction",
-                "is " + in_quotes(options.instruction) + " and prompt is " + in_quotes(*options.prompt),
-                "only one of them can be given", "Use instruction, which the model was trained with.");
   }
 }
 

@@ -35,9 +35,6 @@ class PromptTokenizer {
   // and, with refuse_overflow, for one that is too long.
   TokenizedTexts tokenize(const std::vector<std::string_view> &texts, const PromptOptions &options) const;
 
-  // Throws Error where the options contradict each other or are not UTF-8.
-  static void check_options(const PromptOptions &options);
-
  private:
   void truncate(TokenizedTexts &texts, const PromptOptions &options) const;
   std::vector<std::int64_t> prompt_ids(std::string_view text, const PromptOptions &options) const;

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import save
 from support.cpp_library import PYTHON_ERRORS, CppError, CppLibrary
 from support.damage import damaged_document, damaged_safetensors
-from support.small_models import SmallModels, add_stepwise_variants, edit_manifest, rehash
+from support.small_models import SmallModels, add_stepwise_variants, edit_manifest, point_weights_at, rehash
 
 from gircse.runtime import BundleError, Embedder, GircseError
 from gircse.runtime.numerics import Float32
@@ -261,13 +261,7 @@ def test_links_inside_the_bundle_and_to_it_are_followed(library: CppLibrary, sma
 @pytest.mark.parametrize("location", ["../outside.bin", "/etc/passwd"])
 def test_external_data_that_leaves_the_bundle(library: CppLibrary, small_bundle: Path, location: str) -> None:
     shutil.copyfile(small_bundle / "fp32" / "weights.bin", small_bundle / "outside.bin")
-    path = small_bundle / "fp32" / "model.onnx"
-    model = onnx.load(path, load_external_data=False)
-    for tensor in model.graph.initializer:
-        for entry in tensor.external_data:
-            if entry.key == "location":
-                entry.value = location
-    onnx.save(model, path)
+    point_weights_at(small_bundle / "fp32" / "model.onnx", location)
     rehash(small_bundle)
     assert "External data path" in assert_same_error(library, small_bundle)
 

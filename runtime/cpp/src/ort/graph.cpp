@@ -10,14 +10,6 @@
 namespace gircse::core {
 namespace {
 
-// Calls a function of ONNX Runtime that creates an object, and owns it.
-template <class Object, class Create>
-OrtOwned<Object> create(const OrtApi &api, void(ORT_API_CALL *release)(Object *), Create call) {
-  Object *object = nullptr;
-  check_status(api, call(&object));
-  return {object, release};
-}
-
 std::vector<std::int64_t> signed_shape(std::initializer_list<std::size_t> shape) {
   return {shape.begin(), shape.end()};
 }
@@ -26,19 +18,6 @@ std::size_t elements(std::initializer_list<std::size_t> shape) {
   std::size_t product = 1;
   for (const std::size_t dimension : shape) product *= dimension;
   return product;
-}
-
-template <class Text>
-std::vector<const char *> c_strings(const std::vector<Text> &names) {
-  std::vector<const char *> pointers;
-  for (const auto &name : names) {
-    if constexpr (std::is_same_v<Text, std::string>) {
-      pointers.push_back(name.c_str());
-    } else {
-      pointers.push_back(name.name.c_str());
-    }
-  }
-  return pointers;
 }
 
 Error load_error(const OrtFailure &err, const std::string &path, const std::string &provider) {
@@ -62,15 +41,15 @@ OrtGraph::OrtGraph(const OnnxRuntime &runtime, const std::filesystem::path &path
       session_(nullptr, api().ReleaseSession) {
   const auto options = session_options(runtime, provider, threads);
   try {
-    host_memory_ = create(api(), api().ReleaseMemoryInfo, [&](OrtMemoryInfo **info) {
+    host_memory_ = create_owned(api(), api().ReleaseMemoryInfo, [&](OrtMemoryInfo **info) {
       return api().CreateCpuMemoryInfo(OrtArenaAllocator, OrtMemTypeDefault, info);
     });
     if (provider != "cpu") {
-      device_memory_ = create(api(), api().ReleaseMemoryInfo, [&](OrtMemoryInfo **info) {
+      device_memory_ = create_owned(api(), api().ReleaseMemoryInfo, [&](OrtMemoryInfo **info) {
         return api().CreateMemoryInfo("Cuda", OrtArenaAllocator, 0, OrtMemTypeDefault, info);
       });
     }
-    session_ = create(api(), api().ReleaseSession, [&](OrtSession **session) {
+    session_ = create_owned(api(), api().ReleaseSession, [&](OrtSession **session) {
       return api().CreateSession(runtime.env, path.c_str(), options.get(), session);
     });
   } catch (const OrtFailure &err) {
@@ -79,31 +58,22 @@ OrtGraph::OrtGraph(const OnnxRuntime &runtime, const std::filesystem::path &path
 }
 
 std::string OrtGraph::metadata(const char *key) const {
-  const auto entries = create(api(), api().ReleaseModelMetadata, [&](OrtModelMetadata **found) {
+  const auto entries = create_owned(api(), api().ReleaseModelMetadata, [&](OrtModelMetadata **found) {
     return api().SessionGetModelMetadata(session_.get(), found);
   });
-  OrtAllocator *allocator = nullptr;
-  check_status(api(), api().GetAllocatorWithDefaultOptions(&allocator));
   char *value = nullptr;
-  check_status(api(), api().ModelMetadataLookupCustomMetadataMap(entries.get(), allocator, key, &value));
-  if (value == nullptr) return {};
-  const std::string text = value;
-  check_status(api(), api().AllocatorFree(allocator, value));
-  return text;
+  check_status(api(), api().ModelMetadataLookupCustomMetadataMap(entries.get(), allocator(), key, &value));
+  return taken(value);
 }
 
 ONNXTensorElementDataType OrtGraph::input_type(const std::string &name) const {
-  OrtAllocator *allocator = nullptr;
-  check_status(api(), api().GetAllocatorWithDefaultOptions(&allocator));
   std::size_t count = 0;
   check_status(api(), api().SessionGetInputCount(session_.get(), &count));
   for (std::size_t i = 0; i < count; ++i) {
     char *found = nullptr;
-    check_status(api(), api().SessionGetInputName(session_.get(), i, allocator, &found));
-    const bool same = name == found;
-    check_status(api(), api().AllocatorFree(allocator, found));
-    if (!same) continue;
-    const auto info = create(api(), api().ReleaseTypeInfo, [&](OrtTypeInfo **type) {
+    check_status(api(), api().SessionGetInputName(session_.get(), i, allocator(), &found));
+    if (taken(found) != name) continue;
+    const auto info = create_owned(api(), api().ReleaseTypeInfo, [&](OrtTypeInfo **type) {
       return api().SessionGetInputTypeInfo(session_.get(), i, type);
     });
     const OrtTensorTypeAndShapeInfo *tensor = nullptr;
@@ -113,6 +83,19 @@ ONNXTensorElementDataType OrtGraph::input_type(const std::string &name) const {
     return type;
   }
   throw Error(GIRCSE_ERROR_BUNDLE, path_.string(), "has no input " + name, std::nullopt, "Export the bundle again.");
+}
+
+OrtAllocator *OrtGraph::allocator() const {
+  OrtAllocator *found = nullptr;  // one for the whole process, which nobody frees
+  check_status(api(), api().GetAllocatorWithDefaultOptions(&found));
+  return found;
+}
+
+std::string OrtGraph::taken(char *text) const {
+  if (text == nullptr) return {};
+  const std::string copy = text;
+  check_status(api(), api().AllocatorFree(allocator(), text));
+  return copy;
 }
 
 OrtTensor OrtGraph::tensor(float *data, std::initializer_list<std::size_t> shape) const {
@@ -130,7 +113,7 @@ OrtTensor OrtGraph::empty_tensor(ONNXTensorElementDataType type, std::initialize
 OrtTensor OrtGraph::host_tensor(void *data, std::size_t bytes, const std::vector<std::int64_t> &shape,
                                 ONNXTensorElementDataType type) const {
   static std::int64_t nothing = 0;  // a tensor of no elements needs an address too
-  return create(api(), api().ReleaseValue, [&](OrtValue **value) {
+  return create_owned(api(), api().ReleaseValue, [&](OrtValue **value) {
     return api().CreateTensorWithDataAsOrtValue(host_memory_.get(), bytes > 0 ? data : &nothing, bytes, shape.data(),
                                                 shape.size(), type, value);
   });
@@ -150,11 +133,16 @@ std::vector<OrtTensor> OrtGraph::run(const std::vector<NamedTensor> &inputs, con
 
 std::vector<OrtTensor> OrtGraph::run_on_host(const std::vector<NamedTensor> &inputs,
                                              const std::vector<std::string> &outputs) const {
+  std::vector<const char *> input_names, output_names;
   std::vector<const OrtValue *> values;
-  for (const NamedTensor &input : inputs) values.push_back(input.value);
+  for (const NamedTensor &input : inputs) {
+    input_names.push_back(input.name.c_str());
+    values.push_back(input.value);
+  }
+  for (const std::string &output : outputs) output_names.push_back(output.c_str());
   std::vector<OrtValue *> results(outputs.size(), nullptr);
-  OrtStatus *status = api().Run(session_.get(), nullptr, c_strings(inputs).data(), values.data(), inputs.size(),
-                                c_strings(outputs).data(), outputs.size(), results.data());
+  OrtStatus *status = api().Run(session_.get(), nullptr, input_names.data(), values.data(), values.size(),
+                                output_names.data(), output_names.size(), results.data());
   std::vector<OrtTensor> owned;
   for (OrtValue *result : results) owned.emplace_back(result, api().ReleaseValue);
   check_status(api(), status);
@@ -163,8 +151,9 @@ std::vector<OrtTensor> OrtGraph::run_on_host(const std::vector<NamedTensor> &inp
 
 std::vector<OrtTensor> OrtGraph::run_on_device(const std::vector<NamedTensor> &inputs,
                                                const std::vector<std::string> &outputs) const {
-  const auto binding = create(api(), api().ReleaseIoBinding,
-                              [&](OrtIoBinding **created) { return api().CreateIoBinding(session_.get(), created); });
+  const auto binding = create_owned(api(), api().ReleaseIoBinding, [&](OrtIoBinding **created) {
+    return api().CreateIoBinding(session_.get(), created);
+  });
   for (const NamedTensor &input : inputs) {
     check_status(api(), api().BindInput(binding.get(), input.name.c_str(), input.value));
   }
@@ -175,19 +164,17 @@ std::vector<OrtTensor> OrtGraph::run_on_device(const std::vector<NamedTensor> &i
   }
   check_status(api(), api().RunWithBinding(session_.get(), nullptr, binding.get()));
   check_status(api(), api().SynchronizeBoundOutputs(binding.get()));
-  OrtAllocator *allocator = nullptr;
-  check_status(api(), api().GetAllocatorWithDefaultOptions(&allocator));
   OrtValue **results = nullptr;
   std::size_t count = 0;
-  check_status(api(), api().GetBoundOutputValues(binding.get(), allocator, &results, &count));
+  check_status(api(), api().GetBoundOutputValues(binding.get(), allocator(), &results, &count));
   std::vector<OrtTensor> owned;
   for (std::size_t i = 0; i < count; ++i) owned.emplace_back(results[i], api().ReleaseValue);
-  if (results != nullptr) check_status(api(), api().AllocatorFree(allocator, results));
+  if (results != nullptr) check_status(api(), api().AllocatorFree(allocator(), results));
   return owned;
 }
 
 const float *OrtGraph::floats(const OrtTensor &tensor, std::initializer_list<std::size_t> shape) const {
-  const auto info = create(api(), api().ReleaseTensorTypeAndShapeInfo, [&](OrtTensorTypeAndShapeInfo **found) {
+  const auto info = create_owned(api(), api().ReleaseTensorTypeAndShapeInfo, [&](OrtTensorTypeAndShapeInfo **found) {
     return api().GetTensorTypeAndShape(tensor.get(), found);
   });
   std::size_t dimensions = 0;

@@ -49,6 +49,10 @@ class OrtGraph {
 
  private:
   const OrtApi &api() const { return *runtime_->api; }
+  OrtAllocator *allocator() const;
+
+  // A text that ONNX Runtime has allocated, which is freed; empty where it is null.
+  std::string taken(char *text) const;
   std::vector<OrtTensor> run_on_host(const std::vector<NamedTensor> &inputs,
                                      const std::vector<std::string> &outputs) const;
   std::vector<OrtTensor> run_on_device(const std::vector<NamedTensor> &inputs,

@@ -19,8 +19,6 @@ namespace {
 // Of the C interface, which newer libraries keep; a newer header is no reason to ask for more.
 constexpr std::uint32_t kApiVersion = 21;
 
-constexpr OnnxRuntimeVersion kOldestVersion = {1, 24, 4};
-
 #if defined(__APPLE__)
 constexpr std::array<const char *, 2> kUsualNames = {"libonnxruntime.1.dylib", "libonnxruntime.dylib"};
 #else
@@ -37,7 +35,8 @@ std::string shown(const OnnxRuntimeVersion &version) {
 }
 
 Error refusal(std::string_view where, std::string_view got) {
-  return {GIRCSE_ERROR_PROVIDER, where, got, "version " + shown(kOldestVersion) + " or later is needed", kHowToFind};
+  return {GIRCSE_ERROR_PROVIDER, where, got, "version " + shown(oldest_onnxruntime()) + " or later is needed",
+          kHowToFind};
 }
 
 std::vector<std::string> candidates(const std::string &path) {
@@ -77,7 +76,7 @@ OnnxRuntime load(const std::string &path) {
   const OrtApiBase *base = reinterpret_cast<GetApiBase>(symbol)();
   if (base == nullptr) throw refusal(candidates(path).front(), "is not ONNX Runtime: its OrtGetApiBase gives nothing");
   OnnxRuntime runtime{nullptr, nullptr, file_of(symbol, path), base->GetVersionString()};
-  if (at_least(runtime.version, kOldestVersion)) runtime.api = base->GetApi(kApiVersion);
+  if (at_least(runtime.version, oldest_onnxruntime())) runtime.api = base->GetApi(kApiVersion);
   if (runtime.api == nullptr) throw refusal(runtime.path, "is ONNX Runtime " + runtime.version);
   try {
     // A library has no business with stdout and stderr; errors come back as status.

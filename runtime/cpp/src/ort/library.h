@@ -42,4 +42,12 @@ void check_status(const OrtApi &api, OrtStatus *status);
 template <class Object>
 using OrtOwned = std::unique_ptr<Object, void(ORT_API_CALL *)(Object *)>;
 
+// Calls a function of ONNX Runtime that creates an object, and owns it; throws OrtFailure.
+template <class Object, class Create>
+OrtOwned<Object> create_owned(const OrtApi &api, void(ORT_API_CALL *release)(Object *), Create create) {
+  Object *object = nullptr;
+  check_status(api, create(&object));
+  return {object, release};
+}
+
 }  // namespace gircse::core

@@ -21,17 +21,13 @@ std::set<std::string> available_providers(const OrtApi &api) {
 }
 
 void append_tensorrt(const OrtApi &api, OrtSessionOptions *options) {
-  OrtTensorRTProviderOptionsV2 *created = nullptr;
-  check_status(api, api.CreateTensorRTProviderOptions(&created));
-  const OrtOwned<OrtTensorRTProviderOptionsV2> tensorrt(created, api.ReleaseTensorRTProviderOptions);
+  const auto tensorrt = create_owned(api, api.ReleaseTensorRTProviderOptions, api.CreateTensorRTProviderOptions);
   check_status(api, api.SessionOptionsAppendExecutionProvider_TensorRT_V2(options, tensorrt.get()));
 }
 
 // By default the CUDA provider computes FP32 products in TF32, whose vectors are not those of FP32.
 void append_cuda(const OrtApi &api, OrtSessionOptions *options) {
-  OrtCUDAProviderOptionsV2 *created = nullptr;
-  check_status(api, api.CreateCUDAProviderOptions(&created));
-  const OrtOwned<OrtCUDAProviderOptionsV2> cuda(created, api.ReleaseCUDAProviderOptions);
+  const auto cuda = create_owned(api, api.ReleaseCUDAProviderOptions, api.CreateCUDAProviderOptions);
   const std::array<const char *, 1> keys = {"use_tf32"}, values = {"0"};
   check_status(api, api.UpdateCUDAProviderOptions(cuda.get(), keys.data(), values.data(), keys.size()));
   check_status(api, api.SessionOptionsAppendExecutionProvider_CUDA_V2(options, cuda.get()));
@@ -66,9 +62,7 @@ void require_provider(const OnnxRuntime &runtime, const std::string &provider) {
 
 OrtOwned<OrtSessionOptions> session_options(const OnnxRuntime &runtime, const std::string &provider, int threads) {
   const OrtApi &api = *runtime.api;
-  OrtSessionOptions *created = nullptr;
-  check_status(api, api.CreateSessionOptions(&created));
-  OrtOwned<OrtSessionOptions> options(created, api.ReleaseSessionOptions);
+  auto options = create_owned(api, api.ReleaseSessionOptions, api.CreateSessionOptions);
   // Weight-only INT8 computes in float; by default ONNX Runtime would round the activations to int8 as well.
   check_status(api, api.AddSessionConfigEntry(options.get(), "session.qdq_matmulnbits_accuracy_level", "1"));
   if (threads > 0) check_status(api, api.SetIntraOpNumThreads(options.get(), threads));
