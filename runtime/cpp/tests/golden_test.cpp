@@ -71,3 +71,13 @@ TEST_CASE("NaN fails, wherever it stands") {
     }
   }
 }
+
+TEST_CASE("a step with NaN is the first that fails, whatever fails after it") {
+  StepVectors ours = vectors();
+  ours.at(1, 1)[0] = std::nanf("");
+  turn(ours, 2, 2, 5.0f);
+  const SelfTest result = compare_with_golden(ours, vectors(), kLimit);
+  CHECK_FALSE(result.passed());
+  CHECK(result.worst_step == 1);
+  CHECK(result.worst_text == 1);
+}
