@@ -13,10 +13,10 @@ import numpy as np
 import torch
 
 from gircse.calibration.calibration_file import Fidelity, InputCalibration, Sensitivity, SoftTokenCalibration
-from gircse.calibration.int8.fake_quantization import quantized_inputs, soft_token_function
+from gircse.calibration.int8.fake_quantization import quantized_inputs, soft_token_reweighting
 from gircse.calibration.int8.gptq import RoundedWeight
 from gircse.calibration.int8.scheme import QuantizedInput
-from gircse.checkpoint.reference import SoftTokenFunction, refine
+from gircse.checkpoint.reference import Reweight, all_probabilities, refine
 from gircse.reporting.progress import StageProgress
 from gircse.reporting.similarity import neighbor_overlap, pairwise_rank_correlation
 from gircse.runtime.manifest import Pooling
@@ -54,7 +54,7 @@ class SensitivityStudy:
     pooling: Pooling
     temperature: float
 
-    def embed(self, *, embed_soft_token: SoftTokenFunction = torch.matmul) -> Float32:
+    def embed(self, *, reweight: Reweight = all_probabilities) -> Float32:
         """Return the vectors after K steps, (n, hidden) float32, of the model as it is now."""
         size = sum(len(batch.rows) for batch in self.batches)
         vectors = np.empty((size, self.model.config.hidden_size), np.float32)
@@ -66,17 +66,17 @@ class SensitivityStudy:
                 mask,
                 steps=self.steps,
                 temperature=self.temperature,
-                embed_soft_token=embed_soft_token,
+                reweight=reweight,
             )
             states = [state.hidden for state in loop]
             pooled = torch.stack(states[1:]).mean(0) if self.pooling is Pooling.MEAN and self.steps else states[-1]
             vectors[list(batch.rows)] = l2_normalize(pooled.float().cpu().numpy())
         return vectors
 
-    def embed_quantized(self, inputs: Collection[QuantizedInput], *, embed_soft_token: SoftTokenFunction) -> Float32:
+    def embed_quantized(self, inputs: Collection[QuantizedInput], *, reweight: Reweight) -> Float32:
         """Return the vectors with some inputs quantized."""
         with quantized_inputs(self.model, inputs, self.calibrations, self.weights):
-            return self.embed(embed_soft_token=embed_soft_token)
+            return self.embed(reweight=reweight)
 
 
 def measure_sensitivity(study: SensitivityStudy, *, max_drop: float, progress: StageProgress) -> Sensitivity:
@@ -88,19 +88,17 @@ def measure_sensitivity(study: SensitivityStudy, *, max_drop: float, progress: S
         progress: shows the stages.
     """
     exact = study.embed()
-    approximately = soft_token_function(study.soft_token)
+    approximately = soft_token_reweighting(study.soft_token)
 
-    def fidelity(
-        name: str, inputs: Collection[QuantizedInput], embed_soft_token: SoftTokenFunction = approximately
-    ) -> Fidelity:
-        vectors = study.embed_quantized(inputs, embed_soft_token=embed_soft_token)
+    def fidelity(name: str, inputs: Collection[QuantizedInput], reweight: Reweight = approximately) -> Fidelity:
+        vectors = study.embed_quantized(inputs, reweight=reweight)
         return Fidelity(name, pairwise_rank_correlation(vectors, exact), neighbor_overlap(vectors, exact))
 
     def alone(title: str, parts: Mapping[str, Collection[QuantizedInput]]) -> list[Fidelity]:
         found = []
         with progress.stage(title, total=len(parts)) as advance:
             for name, inputs in parts.items():
-                found.append(fidelity(name, inputs, torch.matmul))
+                found.append(fidelity(name, inputs, all_probabilities))
                 advance(1)
         return found
 

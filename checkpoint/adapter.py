@@ -155,6 +155,12 @@ class Adapter:
         own = {name for name in (EMBEDDING_TABLE, LM_HEAD) if name.removesuffix(".weight").endswith(copies)}
         return bool(own & self.saved) and not self.config.ensure_weight_tying
 
+    def merges(self, name: str) -> bool:
+        """Return whether LoRA factors change a weight; the bias of a module is its own, but for ``lora_bias``."""
+        module, _, parameter = name.rpartition(".")
+        parts = self.lora.get(module, ())
+        return bool(parts) and (parameter != "bias" or any(part.endswith(".bias") for part in parts))
+
     def merge(self, name: str, module: nn.Module) -> nn.Module:
         """Merge the LoRA factors of one module.
 

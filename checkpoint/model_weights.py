@@ -120,32 +120,64 @@ class ModelWeights:
         read = self._reader(name)
         for start in range(0, shape[0], rows):
             block = read(slice(start, start + rows))
-            if not torch.isfinite(block).all():
-                raise CheckpointError(
-                    str(self.base.entries[name].file),
-                    f"has NaN or infinity in {self.base.entries[name].name}",
-                    None,
-                    "The checkpoint or the adapter is damaged: download it again.",
-                )
+            self._check_finite(name, block)
             yield block
+
+    def read(self, name: str, out: Tensor) -> None:
+        """Read a whole weight with the adapter merged into a tensor of its shape, FP32.
+
+        Raises:
+            CheckpointError: as for ``blocks``.
+        """
+        name = self._shared(name)
+        if (index := self._stored_as_is(name)) is not None:
+            index.copy_to(name, out)
+        else:
+            out.copy_(self._reader(name)(slice(0, len(out))))
+        self._check_finite(name, out)
+
+    def read_rows(self, name: str, numbers: Tensor) -> Tensor:
+        """Return some rows (n, ...) FP32 of a weight with the adapter merged; ``numbers`` is (n,) int64.
+
+        Raises:
+            CheckpointError: as for ``blocks``.
+        """
+        read = self._reader(name)
+        rows = torch.cat([read(slice(number, number + 1)) for number in numbers.tolist()])
+        self._check_finite(name, rows)
+        return rows
+
+    def _check_finite(self, name: str, values: Tensor) -> None:
+        # Many times faster than isfinite: NaN passes through both, and infinity is one of them.
+        if not all(math.isfinite(extreme) for extreme in torch.aminmax(values)):
+            raise CheckpointError(
+                str(self.base.entries[name].file),
+                f"has NaN or infinity in {self.base.entries[name].name}",
+                None,
+                "The checkpoint or the adapter is damaged: download it again.",
+            )
 
     def _is_merged(self, name: str) -> bool:
         return self.adapter is not None and name.rpartition(".")[0] in self.adapter.lora
 
     def _reader(self, name: str) -> ReadRows:
         """Return what reads rows of a weight: of the checkpoint, or of what the adapter makes of it."""
-        adapter = self.adapter
-        name = self._shared(name)
+        name, adapter = self._shared(name), self.adapter
         module = name.rpartition(".")[0]
-        if adapter is None:
-            return functools.partial(self.base.read_rows, name)
-        if name in adapter.saved:
-            return functools.partial(adapter.tensors.read_rows, name)
-        if module in adapter.lora:
+        if adapter is not None and adapter.merges(name):
             return self._merge(adapter, name).__getitem__
-        if module in adapter.token_rows:
+        if adapter is not None and module in adapter.token_rows:
             return functools.partial(self._read_with_token_rows, name, *adapter.merged_rows(module))
-        return functools.partial(self.base.read_rows, name)
+        return functools.partial((self._stored_as_is(name) or self.base).read_rows, name)
+
+    def _stored_as_is(self, name: str) -> SafetensorsIndex | None:
+        """Return where a weight lies that is used as it is stored; None if an adapter changes it."""
+        adapter = self.adapter
+        if adapter is None:
+            return self.base
+        if name in adapter.saved:
+            return adapter.tensors
+        return None if adapter.merges(name) or name.rpartition(".")[0] in adapter.token_rows else self.base
 
     def _shared(self, name: str) -> str:
         """Return the name under which the adapter may have changed a weight that has two."""

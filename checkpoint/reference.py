@@ -16,16 +16,16 @@ K vocabulary projections, not K + 1.
 """
 
 import copy
-import operator
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from gircse.checkpoint.adapter import Adapter
 from gircse.checkpoint.model_config import read_model_config
@@ -35,9 +35,9 @@ from gircse.checkpoint.source import ADAPTER_CONFIG, Checkpoint
 from gircse.checkpoint.tensor_naming import LM_HEAD
 from gircse.runtime.errors import CheckpointError, reason_of
 from gircse.runtime.precision import SPECS, Precision
+from gircse.runtime.tokenization import TokenBatch
 
-SoftTokenFunction = Callable[[Tensor, Tensor], Tensor]
-"""Makes soft tokens (batch, hidden) of probabilities (batch, vocab) and the embedding table E (vocab, hidden)."""
+Advance = Callable[[float], None]
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,129 @@ class RefinementState:
     hidden: Tensor
     probabilities: Tensor | None = None
     soft_token: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class BatchState(RefinementState):
+    """State of one batch in one variation.
+
+    Attributes:
+        variation: number of the variation.
+        batch: number of the batch.
+        step: 0 after the prompt.
+    """
+
+    variation: int = 0
+    batch: int = 0
+    step: int = 0
+
+
+Changed = Callable[[nn.Module, str, slice], AbstractContextManager[None]]
+"""Changes a model while the block runs. Takes the causal LM, the name of the module that has its weights (empty: all of
+them), and which rows of ``lm_head.weight`` these are, if that is the module."""
+
+Reweight = Callable[[Tensor], tuple[Tensor, Tensor | None]]
+"""Takes probabilities (batch, vocab); returns weights (batch, vocab) of the rows of E, and what is added to their sum,
+(batch, hidden) or None."""
+
+
+def _unchanged(_model: nn.Module, _loaded: str, _rows: slice) -> AbstractContextManager[None]:
+    return nullcontext()
+
+
+def all_probabilities(probabilities: Tensor) -> tuple[Tensor, None]:
+    """Weigh the rows of E as the formula says."""
+    return probabilities, None
+
+
+@dataclass(frozen=True)
+class Variation:
+    """How a run differs from the exact model.
+
+    Attributes:
+        changed: changes the loaded part of the model around each use.
+        reweight: makes soft tokens of probabilities in another way.
+    """
+
+    changed: Changed = _unchanged
+    reweight: Reweight = all_probabilities
+
+
+EXACT = Variation()
+
+
+class Reference(Protocol):
+    """The reference, whole or streamed.
+
+    Attributes:
+        model: Hugging Face's causal LM, for hooks. Its parameters may be on the meta device between uses, and lm_head
+            may be called once per block of its rows.
+        notes: what was chosen and why, a line each.
+    """
+
+    model: Any
+    notes: tuple[str, ...]
+
+    def refine(
+        self,
+        batches: Sequence[TokenBatch],
+        *,
+        steps: int,
+        temperature: float,
+        variations: Sequence[Variation] = (EXACT,),
+        advance: Advance = lambda _: None,
+    ) -> Iterator[BatchState]:
+        """Run the prompt and K refinement steps of every batch in every variation.
+
+        Args:
+            batches: prompts, padded on the left.
+            steps: K.
+            temperature: T.
+            variations: of the model.
+            advance: told amounts that add up to the number of texts, times the variations.
+
+        Yields:
+            Every state once. The steps of a batch come in order, with other batches in between or not.
+        """
+
+
+@dataclass(frozen=True)
+class WholeReference:
+    """The reference with the whole model in memory.
+
+    Attributes:
+        model: Hugging Face's causal LM, see ``load_reference``.
+        notes: none.
+    """
+
+    model: Any
+    notes: tuple[str, ...] = ()
+
+    def refine(
+        self,
+        batches: Sequence[TokenBatch],
+        *,
+        steps: int,
+        temperature: float,
+        variations: Sequence[Variation] = (EXACT,),
+        advance: Advance = lambda _: None,
+    ) -> Iterator[BatchState]:
+        """Run one batch after another; see ``Reference``."""
+        for number, variation in enumerate(variations):
+            with variation.changed(self.model, "", slice(None)):
+                for index, batch in enumerate(batches):
+                    ids, mask = tensors_of(batch, self.model.device)
+                    states = refine(
+                        self.model, ids, mask, steps=steps, temperature=temperature, reweight=variation.reweight
+                    )
+                    for step, state in enumerate(states):
+                        yield BatchState(state.hidden, state.probabilities, state.soft_token, number, index, step)
+                    advance(len(batch.rows))
+
+
+def tensors_of(batch: TokenBatch, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return token ids and attention mask of a batch, (batch, tokens) int64 each."""
+    return torch.from_numpy(batch.input_ids).to(device), torch.from_numpy(batch.attention_mask).to(device)
 
 
 def load_reference(
@@ -97,7 +220,10 @@ def load_reference(
                 None,
                 "Check the checkpoint and the adapter.",
             ) from err
-    return model.to(device=device, dtype=getattr(torch, SPECS[precision].dtype)).eval()
+    model = model.to(device)
+    for parameter in model.parameters():  # not the buffers: Hugging Face keeps the rotary frequencies in FP32 too
+        parameter.data = parameter.data.to(getattr(torch, SPECS[precision].dtype))
+    return model.eval()
 
 
 def _load_base(checkpoint: Checkpoint, config: Any, weights: ModelWeights, scratch: Path) -> Any:
@@ -144,9 +270,18 @@ def _merge_adapter(model: Any, adapter: Adapter, scratch: Path) -> Any:
 
 def logits(model: Any, hidden: Tensor) -> Tensor:
     """Project states (batch, hidden) to the vocabulary as the causal LM does, Gemma's soft cap included."""
-    projected: Tensor = model.lm_head(hidden)
+    return soft_capped(model, model.lm_head(hidden))
+
+
+def soft_capped(model: Any, projected: Tensor) -> Tensor:
+    """Apply the soft cap that Gemma's causal LM has to what lm_head makes."""
     cap = getattr(model.config, "final_logit_softcapping", None)
     return projected if cap is None else cap * torch.tanh(projected / cap)
+
+
+def first_positions(attention_mask: Tensor) -> Tensor:
+    """Return the position (batch, tokens) of every token of left-padded prompts; padding has 0."""
+    return (attention_mask.cumsum(-1) - 1).clamp(min=0)
 
 
 def step_states(model: Any, input_ids: Tensor, attention_mask: Tensor, *, steps: int, temperature: float) -> Tensor:
@@ -173,7 +308,7 @@ def refine(
     *,
     steps: int,
     temperature: float,
-    embed_soft_token: SoftTokenFunction = operator.matmul,
+    reweight: Reweight = all_probabilities,
 ) -> Iterator[RefinementState]:
     """Run the prompt and K refinement steps of one batch.
 
@@ -183,7 +318,7 @@ def refine(
         attention_mask: (batch, tokens) int64.
         steps: K.
         temperature: T.
-        embed_soft_token: exactly the product, unless an INT8 variant is emulated, which approximates it.
+        reweight: weighs the rows of E by the probabilities, unless an INT8 variant is emulated.
 
     Yields:
         The state after the prompt and after each step, K + 1 in all.
@@ -192,7 +327,7 @@ def refine(
 
     table = model.get_input_embeddings().weight
     cache = DynamicCache(config=model.config)
-    positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)
+    positions = first_positions(attention_mask)
     inputs: dict[str, Tensor] = {"input_ids": input_ids}
     probabilities = soft_token = None
     for step in range(steps + 1):
@@ -205,7 +340,8 @@ def refine(
         if step < steps:
             with torch.inference_mode():
                 probabilities = F.softmax(logits(model, hidden) / temperature, dim=-1)
-                soft_token = embed_soft_token(probabilities, table)
+                weights, rest = reweight(probabilities)
+                soft_token = weights @ table if rest is None else weights @ table + rest
             inputs = {"inputs_embeds": soft_token[:, None]}
             positions = positions[:, -1:] + 1
             attention_mask = F.pad(attention_mask, (0, 1), value=1)

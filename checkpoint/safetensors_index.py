@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -64,7 +65,13 @@ class SafetensorsIndex:
         stored = self.entries[name]
         with open_safetensors(stored.file) as file:
             block: Tensor = file.get_slice(stored.name)[rows]
-            return block.float().clone()
+            return block.to(torch.float32, copy=True)
+
+    def copy_to(self, name: str, out: Tensor) -> None:
+        """Read a whole tensor into another of its shape, which converts it; nothing else is allocated."""
+        stored = self.entries[name]
+        with open_safetensors(stored.file) as file:
+            out.copy_(file.get_tensor(stored.name))
 
 
 def open_safetensors(path: Path) -> Any:

@@ -15,7 +15,7 @@ from gircse.calibration.calibration_file import InputCalibration, SoftTokenCalib
 from gircse.calibration.int8.gptq import Moments, RoundedWeight, round_smoothed
 from gircse.calibration.int8.rounding import quantize_rows
 from gircse.calibration.int8.scheme import HIGH_ENTROPY_MASS, LIMBS, QuantizedInput
-from gircse.checkpoint.reference import SoftTokenFunction
+from gircse.checkpoint.reference import Reweight, all_probabilities
 
 
 @contextmanager
@@ -47,23 +47,24 @@ def quantized_inputs(
         yield
 
 
-def soft_token_function(calibration: SoftTokenCalibration | None) -> SoftTokenFunction:
+def soft_token_reweighting(calibration: SoftTokenCalibration | None) -> Reweight:
     """Return how an INT8 variant makes soft tokens: the top-k tokens, and the calibrated tail for the remaining mass.
 
     A high-entropy softmax, whose remaining mass exceeds ``HIGH_ENTROPY_MASS``, is summed over all tokens. Without a
-    calibration (K = 0) the function is the exact product.
+    calibration (K = 0) all tokens are.
     """
     if calibration is None:
-        return torch.matmul
+        return all_probabilities
     tail = torch.tensor(calibration.tail)
 
-    def embed_soft_token(probabilities: Tensor, table: Tensor) -> Tensor:
+    def reweight(probabilities: Tensor) -> tuple[Tensor, Tensor]:
         top = probabilities.topk(min(calibration.top_k, probabilities.shape[1]))
-        top_sum = (top.values[:, None] @ table[top.indices])[:, 0]
         left = 1 - top.values.sum(1, keepdim=True)
-        return torch.where(left > HIGH_ENTROPY_MASS, probabilities @ table, top_sum + left * tail.to(table))
+        is_flat = left > HIGH_ENTROPY_MASS
+        kept = torch.zeros_like(probabilities).scatter(1, top.indices, top.values)
+        return torch.where(is_flat, probabilities, kept), torch.where(is_flat, 0, left * tail.to(probabilities))
 
-    return embed_soft_token
+    return reweight
 
 
 def _activation_hook(

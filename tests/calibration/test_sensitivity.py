@@ -24,7 +24,7 @@ class OneBadInput:
     def embed(self) -> np.ndarray:
         return np.random.default_rng(0).normal(size=(12, 8)).astype(np.float32)
 
-    def embed_quantized(self, inputs: Collection[QuantizedInput], *, embed_soft_token: Any) -> np.ndarray:
+    def embed_quantized(self, inputs: Collection[QuantizedInput], *, reweight: Any) -> np.ndarray:
         seed = 1 if self.bad in inputs else 0
         return np.random.default_rng(seed).normal(size=(12, 8)).astype(np.float32)
 

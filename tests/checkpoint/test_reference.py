@@ -1,4 +1,4 @@
-"""The refinement loop feeds what its formula says, whatever the padding, and takes another soft-token function."""
+"""The refinement loop feeds what its formula says, whatever the padding, and takes other weights of the embeddings."""
 
 import torch
 from support.reference_loop import plain_states
@@ -33,15 +33,13 @@ def test_every_step_is_fed_the_expected_embedding(small_models: SmallModels) -> 
         torch.testing.assert_close(state.soft_token, expected)
 
 
-def test_another_soft_token_function_is_fed(small_models: SmallModels) -> None:
+def test_other_weights_of_the_rows_are_fed(small_models: SmallModels) -> None:
     model = small_models.load("llama")
     ids, mask = map(torch.from_numpy, padded(PROMPTS, left=True))
-    shapes = []
+    rest = torch.randn(len(PROMPTS), 48)
 
-    def first_token(probabilities: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-        shapes.append((probabilities.shape, table.shape))
-        return table[:1].expand(len(probabilities), -1)
+    def first_token(probabilities: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.eye(1, probabilities.shape[1]).expand(len(probabilities), -1), rest
 
-    _, state = refine(model, ids, mask, steps=1, temperature=1.0, embed_soft_token=first_token)
-    assert shapes == [((len(PROMPTS), 520), (520, 48))]
-    assert torch.equal(state.soft_token, model.get_input_embeddings().weight[:1].expand(len(PROMPTS), -1))
+    _, state = refine(model, ids, mask, steps=1, temperature=1.0, reweight=first_token)
+    torch.testing.assert_close(state.soft_token, model.get_input_embeddings().weight[:1] + rest)

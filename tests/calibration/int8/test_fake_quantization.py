@@ -5,29 +5,34 @@ import torch
 from support.small_models import SmallModels
 
 from gircse.calibration.calibration_file import InputCalibration, SoftTokenCalibration
-from gircse.calibration.int8.fake_quantization import quantized_inputs, round_weights, soft_token_function
+from gircse.calibration.int8.fake_quantization import quantized_inputs, round_weights, soft_token_reweighting
 from gircse.calibration.int8.scheme import HIGH_ENTROPY_MASS, decoder_inputs
 
 TABLE = torch.randn(50, 8, generator=torch.Generator().manual_seed(0))
 
 
+def soft_token(calibration: SoftTokenCalibration | None, probabilities: torch.Tensor) -> torch.Tensor:
+    weights, rest = soft_token_reweighting(calibration)(probabilities)
+    return weights @ TABLE if rest is None else weights @ TABLE + rest
+
+
 def test_top_k_tokens_and_a_tail() -> None:
     probabilities = torch.full((1, 50), 0.2 / 48)
     probabilities[0, :2] = torch.tensor([0.5, 0.3])
-    function = soft_token_function(SoftTokenCalibration(2, (1.0,) * 8))
-    torch.testing.assert_close(function(probabilities, TABLE), 0.5 * TABLE[:1] + 0.3 * TABLE[1:2] + 0.2)
+    made = soft_token(SoftTokenCalibration(2, (1.0,) * 8), probabilities)
+    torch.testing.assert_close(made, 0.5 * TABLE[:1] + 0.3 * TABLE[1:2] + 0.2)
 
 
 def test_a_high_entropy_softmax_is_summed_whole() -> None:
     probabilities = torch.full((1, 50), 1 / 50)
     assert 1 - 2 / 50 > HIGH_ENTROPY_MASS
-    function = soft_token_function(SoftTokenCalibration(2, (100.0,) * 8))
-    torch.testing.assert_close(function(probabilities, TABLE), TABLE.mean(0, keepdim=True))
+    made = soft_token(SoftTokenCalibration(2, (100.0,) * 8), probabilities)
+    torch.testing.assert_close(made, TABLE.mean(0, keepdim=True))
 
 
 def test_without_steps_the_product_is_exact() -> None:
     probabilities = torch.full((1, 50), 1 / 50)
-    assert torch.equal(soft_token_function(None)(probabilities, TABLE), probabilities @ TABLE)
+    assert torch.equal(soft_token(None, probabilities), probabilities @ TABLE)
 
 
 @pytest.mark.parametrize("index", [0, 3])

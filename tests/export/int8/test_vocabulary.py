@@ -38,7 +38,7 @@ def test_soft_token_is_what_the_sensitivity_measured(
     ids, mask = map(torch.from_numpy, padded(PROMPTS, left=True, extra=0))
     projection = decoder_inputs(2)[-1:]
     with quantized_inputs(model, projection, calibration.inputs, rounded_weights(model, projection, original)):
-        function = fake_quantization.soft_token_function(calibration.soft_token)
-        *_, state = refine(model, ids, mask, steps=1, temperature=1.0, embed_soft_token=function)
+        reweight = fake_quantization.soft_token_reweighting(calibration.soft_token)
+        *_, state = refine(model, ids, mask, steps=1, temperature=1.0, reweight=reweight)
     assert row_cosine(ours[:, 1], l2_normalize(state.hidden.numpy())).min() > INT8_FAKE_MIN_COSINE
     assert row_cosine(ours[:, 1], exact[:, 1]).min() > (0.999 if high_entropy_mass == 0.0 else 0.5)

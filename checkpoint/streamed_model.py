@@ -1,0 +1,241 @@
+"""A model whose decoder layers come and go: what the PyTorch reference is where the whole model does not fit.
+
+Hugging Face's own causal LM is built without weights. For every step its ``forward`` runs once per batch with empty
+layers, which tells what it would call each layer with: masks, rotary phases, cache. Then one layer after another gets
+its weights, with the adapter merged, runs all batches, and is empty again; meanwhile a thread reads the next one. So
+K + 1 sweeps over the layers serve any number of batches, and no architecture has code of its own here.
+"""
+
+import copy
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gircse.checkpoint.model_weights import ModelWeights, rows_of_block
+from gircse.checkpoint.silence import quiet_transformers
+from gircse.checkpoint.tensor_naming import EMBEDDING_TABLE, LM_HEAD
+from gircse.runtime.precision import SPECS, Precision
+
+State = Mapping[str, Tensor]
+"""Parameters of a module by name."""
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+"""Arguments of a decoder layer after the hidden state."""
+
+
+class StreamedModel:
+    """A causal LM in which the decoder layers have weights only while they are used.
+
+    Attributes:
+        model: Hugging Face's causal LM. Hooks on its modules see every call; ``lm_head`` is called once per block of
+            rows of its weight. Parameters that are not loaded are on the meta device.
+        weights: where they come from.
+        device: where it computes.
+        dtype: of weights and arithmetic.
+    """
+
+    def __init__(
+        self,
+        config: Any,
+        weights: ModelWeights,
+        *,
+        device: str = "cpu",
+        precision: Precision = Precision.FP32,
+        resident_layers: int = 0,
+    ) -> None:
+        """Build the model, and load what is neither a decoder layer nor as large as the vocabulary.
+
+        Args:
+            config: of ``read_model_config``.
+            weights: of the checkpoint, with its adapter.
+            device: a torch device.
+            precision: type of weights and arithmetic.
+            resident_layers: how many layers, from the first on, keep their weights once these have been read.
+
+        Raises:
+            CheckpointError: a weight cannot be read or merged, or is not finite.
+            RuntimeError: torch cannot use the device.
+        """
+        self.weights = weights
+        self.device = torch.device(device)
+        self.dtype: torch.dtype = getattr(torch, SPECS[precision].dtype)
+        self.model: Any = _model_without_weights(config)
+        _move_buffers(self.model, self.device)
+        self._layers = [f"model.layers.{index}" for index in range(config.num_hidden_layers)]
+        self._resident_layers = frozenset(self._layers[:resident_layers])
+        self._resident: dict[str, State] = {}
+        self._spare: list[State] = []
+        self._empty = {name: self.model.get_submodule(name).state_dict() for name in self._layers}
+        for name, parameter in list(self.model.named_parameters()):
+            if name not in (EMBEDDING_TABLE, LM_HEAD) and not name.startswith("model.layers."):
+                value = torch.empty(parameter.shape, dtype=self.dtype)
+                weights.read(name, value)
+                _replace(self.model, name, value.to(self.device))
+        self._recorders = [_Recorder() for _ in self._layers]
+        self._outline: Any = copy.copy(self.model.model)
+        self._outline.__dict__["_modules"] = {
+            **self.model.model._modules,
+            "layers": nn.ModuleList(self._recorders),
+            "norm": nn.Identity(),
+        }
+
+    def layers(self, *, start: int = 0) -> Iterator[str]:
+        """Load one decoder layer after another, and empty it again when the next one is asked for.
+
+        Args:
+            start: number of the first one.
+
+        Yields:
+            The name of the layer that has its weights.
+
+        Raises:
+            CheckpointError: a weight cannot be read or merged, or is not finite.
+        """
+        names = self._layers[start:]
+        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="next-layer") as thread:
+            coming = thread.submit(self._read, names[0]) if names else None
+            for name, following in zip(names, [*names[1:], None], strict=True):
+                state = coming.result() if coming is not None else {}
+                coming = thread.submit(self._read, following) if following is not None else None
+                layer = self.model.get_submodule(name)
+                layer.load_state_dict({part: value.to(self.device) for part, value in state.items()}, assign=True)
+                try:
+                    yield name
+                finally:
+                    layer.load_state_dict(self._empty[name], assign=True)
+                    if name not in self._resident:
+                        self._spare.append(state)
+
+    def begin(
+        self,
+        *,
+        inputs_embeds: Tensor,
+        attention_mask: Tensor,
+        position_ids: Tensor,
+        cache: Any = None,
+    ) -> "LayerwiseForward":
+        """Start a forward pass, to be run layer by layer.
+
+        Args:
+            inputs_embeds: (batch, tokens, hidden).
+            attention_mask: (batch, past + tokens) int64.
+            position_ids: (batch, tokens) int64.
+            cache: a ``transformers`` cache with all layers at the same length, or None to keep no keys and values.
+        """
+        with torch.inference_mode():
+            output = self._outline(
+                inputs_embeds=inputs_embeds,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                cache=cache,
+                use_cache=cache is not None,
+            )
+        calls = {name: recorder.taken() for name, recorder in zip(self._layers, self._recorders, strict=True)}
+        return LayerwiseForward(self.model, output.last_hidden_state, calls)
+
+    def embed(self, input_ids: Tensor) -> Tensor:
+        """Look up the rows (batch, tokens, hidden) of token ids (batch, tokens); only these rows are read."""
+        numbers, at = input_ids.cpu().unique(return_inverse=True)
+        rows = self.weights.read_rows(EMBEDDING_TABLE, numbers).to(self.dtype)
+        lookup: nn.Module = copy.copy(self.model.get_input_embeddings())
+        lookup.__dict__["_parameters"] = {"weight": nn.Parameter(rows.to(self.device), requires_grad=False)}
+        lookup.__dict__["padding_idx"] = None  # a row of the whole table
+        with torch.inference_mode():
+            embeddings: Tensor = lookup(at.to(self.device))
+        return embeddings
+
+    def blocks(self, name: str) -> Iterator[tuple[slice, Tensor]]:
+        """Yield a weight as blocks of rows on the device, with their range; the next is read meanwhile."""
+        step = rows_of_block(self.model.get_parameter(name).shape)
+        blocks = self.weights.blocks(name, rows_at_once=step)
+        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="next-block") as thread:
+            start, coming = 0, thread.submit(next, blocks, None)
+            while (block := coming.result()) is not None:
+                coming = thread.submit(next, blocks, None)
+                yield slice(start, start + len(block)), block.to(device=self.device, dtype=self.dtype)
+                start += len(block)
+
+    def head_blocks(self) -> Iterator[slice]:
+        """Give ``lm_head`` one block of rows of its weight after another; yields their range."""
+        empty = self.model.lm_head.weight
+        try:
+            for rows, block in self.blocks(LM_HEAD):
+                self.model.lm_head.weight = nn.Parameter(block, requires_grad=False)
+                yield rows
+        finally:
+            self.model.lm_head.weight = empty
+
+    def _read(self, name: str) -> State:
+        """Read a layer, into memory that another one has left if there is some."""
+        if name in self._resident:
+            return self._resident[name]
+        empty = self._empty[name]
+        if self._spare and all(self._spare[-1][part].shape == value.shape for part, value in empty.items()):
+            state = self._spare.pop()
+        else:
+            pinned = self.device.type == "cuda"
+            state = {
+                part: torch.empty(value.shape, dtype=self.dtype, pin_memory=pinned) for part, value in empty.items()
+            }
+        for part, value in state.items():
+            self.weights.read(f"{name}.{part}", value)
+        if name in self._resident_layers:
+            self._resident[name] = {part: value.to(self.device) for part, value in state.items()}
+        return state
+
+
+class LayerwiseForward:
+    """A forward pass of one batch that is run layer by layer.
+
+    Attributes:
+        hidden: (batch, tokens, hidden), what the next layer reads; after the last one, what the final norm reads.
+    """
+
+    def __init__(self, model: nn.Module, hidden: Tensor, calls: Mapping[str, Call]) -> None:
+        """Take what ``StreamedModel.begin`` recorded."""
+        self.hidden = hidden
+        self._model, self._calls = model, calls
+
+    def run(self, layer: str) -> None:
+        """Run a decoder layer, which has to be the next one and to have its weights."""
+        arguments, options = self._calls[layer]
+        with torch.inference_mode():
+            self.hidden = self._model.get_submodule(layer)(self.hidden, *arguments, **options)
+
+
+class _Recorder(nn.Module):
+    """Stands in for a decoder layer and keeps what it is called with."""
+
+    def forward(self, hidden: Tensor, *arguments: Any, **options: Any) -> Tensor:
+        self._call = (arguments, options)
+        return hidden
+
+    def taken(self) -> Call:
+        """Return the arguments, and forget them."""
+        call = self._call
+        del self._call
+        return call
+
+
+def _model_without_weights(config: Any) -> Any:
+    """Return the causal LM with its parameters on the meta device; buffers, which no checkpoint holds, are real."""
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+
+    with quiet_transformers(), init_empty_weights(include_buffers=False):
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
+    return model.eval().requires_grad_(False)
+
+
+def _move_buffers(model: nn.Module, device: torch.device) -> None:
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, buffer.to(device))
+
+
+def _replace(model: nn.Module, name: str, value: Tensor) -> None:
+    module, _, parameter = name.rpartition(".")
+    setattr(model.get_submodule(module), parameter, nn.Parameter(value, requires_grad=False))
