@@ -105,16 +105,18 @@ EXACT = Variation()
 
 
 class Reference(Protocol):
-    """The reference, whole or streamed.
+    """The reference, whole or streamed."""
 
-    Attributes:
-        model: Hugging Face's causal LM, for hooks. Its parameters may be on the meta device between uses, and lm_head
-            may be called once per block of its rows.
-        notes: what was chosen and why, a line each.
-    """
+    @property
+    def model(self) -> Any:
+        """Hugging Face's causal LM, for hooks.
 
-    model: Any
-    notes: tuple[str, ...]
+        Its parameters may be on the meta device between uses, and lm_head may be called once per block of its rows.
+        """
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What was chosen and why, a line each."""
 
     def refine(
         self,
@@ -137,6 +139,9 @@ class Reference(Protocol):
         Yields:
             Every state once. The steps of a batch come in order, with other batches in between or not.
         """
+
+    def estimate_seconds(self, batches: Sequence[TokenBatch], *, steps: int, variations: int = 1) -> float | None:
+        """Return how long ``refine`` will take, from a short measurement; None where nobody has to wait for it."""
 
 
 @dataclass(frozen=True)
@@ -171,6 +176,9 @@ class WholeReference:
                     for step, state in enumerate(states):
                         yield BatchState(state.hidden, state.probabilities, state.soft_token, number, index, step)
                     advance(len(batch.rows))
+
+    def estimate_seconds(self, batches: Sequence[TokenBatch], *, steps: int, variations: int = 1) -> None:
+        """Estimate nothing: a model that is in memory is quick."""
 
 
 def tensors_of(batch: TokenBatch, device: torch.device) -> tuple[Tensor, Tensor]:

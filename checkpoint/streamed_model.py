@@ -35,6 +35,8 @@ class StreamedModel:
         weights: where they come from.
         device: where it computes.
         dtype: of weights and arithmetic.
+        num_layers: number of decoder layers.
+        resident_layers: how many of them, from the first on, keep their weights once these have been read.
     """
 
     def __init__(
@@ -53,7 +55,7 @@ class StreamedModel:
             weights: of the checkpoint, with its adapter.
             device: a torch device.
             precision: type of weights and arithmetic.
-            resident_layers: how many layers, from the first on, keep their weights once these have been read.
+            resident_layers: see the attribute.
 
         Raises:
             CheckpointError: a weight cannot be read or merged, or is not finite.
@@ -65,7 +67,8 @@ class StreamedModel:
         self.model: Any = _model_without_weights(config)
         _move_buffers(self.model, self.device)
         self._layers = [f"model.layers.{index}" for index in range(config.num_hidden_layers)]
-        self._resident_layers = frozenset(self._layers[:resident_layers])
+        self.num_layers = len(self._layers)
+        self.resident_layers = resident_layers
         self._resident: dict[str, State] = {}
         self._spare: list[State] = []
         self._empty = {name: self.model.get_submodule(name).state_dict() for name in self._layers}
@@ -96,10 +99,11 @@ class StreamedModel:
         """
         names = self._layers[start:]
         with ThreadPoolExecutor(max_workers=1, thread_name_prefix="next-layer") as thread:
-            coming = thread.submit(self._read, names[0]) if names else None
-            for name, following in zip(names, [*names[1:], None], strict=True):
-                state = coming.result() if coming is not None else {}
-                coming = thread.submit(self._read, following) if following is not None else None
+            coming = thread.submit(self._read, names[0])
+            for index, name in enumerate(names):
+                state = coming.result()
+                if index + 1 < len(names):
+                    coming = thread.submit(self._read, names[index + 1])
                 layer = self.model.get_submodule(name)
                 layer.load_state_dict({part: value.to(self.device) for part, value in state.items()}, assign=True)
                 try:
@@ -107,7 +111,7 @@ class StreamedModel:
                 finally:
                     layer.load_state_dict(self._empty[name], assign=True)
                     if name not in self._resident:
-                        self._spare.append(state)
+                        self._spare.append(state)  # the next layer but one is read into it
 
     def begin(
         self,
@@ -182,7 +186,7 @@ class StreamedModel:
             }
         for part, value in state.items():
             self.weights.read(f"{name}.{part}", value)
-        if name in self._resident_layers:
+        if name in self._layers[: self.resident_layers]:
             self._resident[name] = {part: value.to(self.device) for part, value in state.items()}
         return state
 

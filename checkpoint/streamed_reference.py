@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gircse.checkpoint.model_weights import rows_of_block
 from gircse.checkpoint.reference import (
     EXACT,
     Advance,
@@ -22,6 +23,7 @@ from gircse.checkpoint.reference import (
     tensors_of,
 )
 from gircse.checkpoint.streamed_model import StreamedModel
+from gircse.checkpoint.streaming_time import StreamingRates
 from gircse.checkpoint.tensor_naming import EMBEDDING_TABLE
 from gircse.runtime.tokenization import TokenBatch
 
@@ -45,6 +47,7 @@ class StreamedReference:
         self.model = streamed.model
         self.notes = notes
         self._streamed, self._group_bytes = streamed, group_bytes
+        self._rates: StreamingRates | None = None
 
     def refine(
         self,
@@ -72,6 +75,26 @@ class StreamedReference:
                 if step < steps:
                     self._make_soft_tokens(runs, variations, temperature)
 
+    def estimate_seconds(self, batches: Sequence[TokenBatch], *, steps: int, variations: int = 1) -> float:
+        """Return how long ``refine`` will take, from what one layer takes now."""
+        if self._rates is None:
+            self._rates = StreamingRates.measure(self._streamed)
+        rates, resident = self._rates, self._streamed.resident_layers
+        table = self.model.get_input_embeddings().weight
+        blocks = table.shape[0] / rows_of_block(table.shape)
+        layers_of_table = table.numel() / sum(value.numel() for value in self.model.model.layers[0].parameters())
+        wanted = [(number, index) for number in range(variations) for index in range(len(batches))]
+        seconds = 0.0
+        for group in self._groups(wanted, batches, steps):
+            texts = sum(len(batches[index].rows) for _, index in group)
+            tokens = sum(batches[index].input_ids.size for _, index in group)
+            for rows in (tokens, *[texts] * steps):
+                kept, read = (rates.layer(rows=rows, batches=len(group), read=read) for read in (0, rates.read))
+                seconds += resident * kept + (self._streamed.num_layers - resident) * read
+            read = blocks * rates.block / layers_of_table
+            seconds += 2 * steps * layers_of_table * rates.layer(rows=texts, batches=len(group), read=read)
+        return seconds
+
     def _groups(
         self, wanted: Sequence[tuple[int, int]], batches: Sequence[TokenBatch], steps: int
     ) -> Iterator[list[tuple[int, int]]]:
@@ -79,7 +102,7 @@ class StreamedReference:
         group: list[tuple[int, int]] = []
         held = 0
         for run in wanted:
-            needed = self.bytes_of(batches[run[1]], steps)
+            needed = self._bytes_of(batches[run[1]], steps)
             if group and held + needed > self._group_bytes:
                 yield group
                 group, held = [], 0
@@ -88,7 +111,7 @@ class StreamedReference:
         if group:
             yield group
 
-    def bytes_of(self, batch: TokenBatch, steps: int) -> int:
+    def _bytes_of(self, batch: TokenBatch, steps: int) -> int:
         """Return what a batch holds from step to step: keys and values, a hidden state, probabilities and logits."""
         config = self.model.config
         heads, head_size = int(config.num_key_value_heads), _head_size(config)
