@@ -3,7 +3,7 @@
 import argparse
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import psutil
 
@@ -98,29 +98,34 @@ def open_reference(
     """
     from gircse.checkpoint.model_weights import ModelWeights
 
-    _check_device(options.device)
     config = read_model_config(checkpoint.directory)
     weights = ModelWeights.open(checkpoint, config, steps=steps, allow_partial_adapter=allow_partial_adapter)
-    sizes = ReferenceSizes.of(weights, config, options)
-    memory = int(psutil.virtual_memory().available * FREE_SHARE) if options.memory is None else options.memory
-    on_device = _device_memory(options.device)
-    if sizes.whole <= memory and (on_device is None or sizes.whole_on_device <= on_device):
+    budget = ReferenceBudget.of(weights, config, options)
+    if (shortage := budget.shortage) is not None:
+        raise CheckpointError(
+            "the PyTorch model", shortage, None, "Raise --reference-memory, or use a machine with more memory."
+        )
+    if budget.fits_whole:
         return _open_whole(checkpoint, options, steps, allow_partial_adapter)
-    return _open_streamed(weights, config, options, sizes, memory, on_device)
+    return _open_streamed(weights, config, options, budget)
 
 
 @dataclass(frozen=True)
-class ReferenceSizes:
-    """Memory that a reference needs, in bytes.
+class ReferenceBudget:
+    """What a reference needs, and what there is for it, in bytes.
 
     Attributes:
+        memory: main memory that it may take.
+        device: memory of the GPU that it may take; None on a CPU.
         whole: main memory for the whole model, which PyTorch loads in FP32.
-        whole_on_device: memory of a GPU for the whole model.
-        layer: the largest decoder layer as it computes.
+        whole_on_device: memory of the GPU for the whole model.
+        layer: the largest decoder layer, as it computes.
         streamed: least main memory with one layer at a time.
-        streamed_on_device: least memory of a GPU with one layer at a time.
+        streamed_on_device: least memory of the GPU with one layer at a time.
     """
 
+    memory: int
+    device: int | None
     whole: int
     whole_on_device: int
     layer: int
@@ -128,23 +133,57 @@ class ReferenceSizes:
     streamed_on_device: int
 
     @classmethod
-    def of(cls, weights: "ModelWeights", config: Any, options: ReferenceOptions) -> "ReferenceSizes":
-        """Add up the shapes of a checkpoint."""
+    def of(cls, weights: "ModelWeights", config: Any, options: ReferenceOptions) -> Self:
+        """Add up the shapes of a checkpoint, and ask what is free.
+
+        Raises:
+            OptionError: torch cannot use the device.
+        """
+        device = _device_memory(options.device)
         item = 4 if options.dtype is Precision.FP32 else 2
-        prefixes = [f"model.layers.{index}." for index in range(config.num_hidden_layers)]
-        shapes = {name: math.prod(entry.shape) for name, entry in weights.base.entries.items()}
-        layer = max(
-            (sum(size for name, size in shapes.items() if name.startswith(prefix)) for prefix in prefixes), default=0
-        )
+        layer = item * max(_layer_sizes(weights, config.num_hidden_layers), default=0)
         merging = 3 * weights.largest_read_bytes  # a weight, its copy and what PEFT adds to it, in FP32
-        held = (2 if options.device == "cpu" else 3) * item * layer  # one computes, the next one is read
+        group = MIN_GROUP_BYTES
+        read_ahead = 2 * layer  # one layer is used, and the next one is read
         return cls(
+            memory=int(psutil.virtual_memory().available * FREE_SHARE) if options.memory is None else options.memory,
+            device=device,
             whole=BASE_BYTES + int(1.2 * weights.total_bytes) + 2 * weights.adapter_bytes,
             whole_on_device=BASE_BYTES + weights.total_bytes * item // 4,
-            layer=item * layer,
-            streamed=BASE_BYTES + held + merging + MIN_GROUP_BYTES,
-            streamed_on_device=BASE_BYTES + item * layer + merging + MIN_GROUP_BYTES,
+            layer=layer,
+            streamed=BASE_BYTES + read_ahead + merging + (group if device is None else 0),
+            streamed_on_device=BASE_BYTES + layer + merging + group,
         )
+
+    @property
+    def fits_whole(self) -> bool:
+        """Whether there is memory for the whole model."""
+        return self.whole <= self.memory and (self.device is None or self.whole_on_device <= self.device)
+
+    @property
+    def shortage(self) -> str | None:
+        """Why there can be no reference at all; None if there can."""
+        if self.fits_whole:
+            return None
+        needs = [("memory", self.streamed, self.memory), ("GPU memory", self.streamed_on_device, self.device)]
+        for what, needed, there in needs:
+            if there is not None and needed > there:
+                return f"needs {_gib(needed)} of {what} with one layer at a time, {_gib(there)} are there for it"
+        return None
+
+    @property
+    def spare(self) -> int:
+        """What a streamed reference may take on top of the least, where it computes."""
+        return self.memory - self.streamed if self.device is None else self.device - self.streamed_on_device
+
+
+def _layer_sizes(weights: "ModelWeights", layers: int) -> list[int]:
+    """Return the number of weights in each decoder layer."""
+    sizes = [0] * layers
+    for name, entry in weights.base.entries.items():
+        if name.startswith("model.layers."):
+            sizes[int(name.split(".")[2])] += math.prod(entry.shape)
+    return sizes
 
 
 def _open_whole(
@@ -163,41 +202,27 @@ def _open_whole(
 
 
 def _open_streamed(
-    weights: "ModelWeights",
-    config: Any,
-    options: ReferenceOptions,
-    sizes: ReferenceSizes,
-    memory: int,
-    on_device: int | None,
+    weights: "ModelWeights", config: Any, options: ReferenceOptions, budget: ReferenceBudget
 ) -> "StreamedReference":
     from gircse.checkpoint.streamed_model import StreamedModel
     from gircse.checkpoint.streamed_reference import StreamedReference
 
-    for place, needed, there in (("memory", sizes.streamed, memory), ("GPU", sizes.streamed_on_device, on_device)):
-        if there is not None and needed > there:
-            raise CheckpointError(
-                f"the {place} for the PyTorch model",
-                f"is {_gib(there)}",
-                f"one layer at a time needs {_gib(needed)}",
-                "Raise --reference-memory, or use a machine with more.",
-            )
-    spare = memory - sizes.streamed if on_device is None else on_device - sizes.streamed_on_device
-    group = min(MIN_GROUP_BYTES + spare // 2, MAX_GROUP_BYTES)
-    resident = min((spare + MIN_GROUP_BYTES - group) // sizes.layer, config.num_hidden_layers)
-    stays = f"; {resident} of {config.num_hidden_layers} stay" if resident else ""
+    layers = config.num_hidden_layers
+    more = min(budget.spare // 2, MAX_GROUP_BYTES - MIN_GROUP_BYTES)
+    resident = min((budget.spare - more) // budget.layer, layers)
     note = (
-        f"the PyTorch model needs {_gib(sizes.whole)} of memory, {_gib(memory)} are there for it: its layers are "
-        + (f"streamed, one at a time{stays}")
+        f"the PyTorch model as a whole needs {_gib(budget.whole)} of memory, {_gib(budget.memory)} are there for it: "
+        f"its {layers} layers come one at a time" + (f", {resident} of them stay" if resident else "")
     )
     streamed = StreamedModel(config, weights, device=options.device, precision=options.dtype, resident_layers=resident)
-    return StreamedReference(streamed, group_bytes=group, notes=(note,))
+    return StreamedReference(streamed, group_bytes=MIN_GROUP_BYTES + more, notes=(note,))
 
 
-def _check_device(device: str) -> None:
-    """Refuse a device that torch does not have.
+def _device_memory(device: str) -> int | None:
+    """Return the memory of a GPU that is free for a reference, None for a device without memory of its own.
 
     Raises:
-        OptionError: it cannot be used.
+        OptionError: torch cannot use the device.
     """
     import torch
 
@@ -210,12 +235,6 @@ def _check_device(device: str) -> None:
             None,
             "Choose a device of this machine's torch, such as cpu.",
         ) from err
-
-
-def _device_memory(device: str) -> int | None:
-    """Return the free memory of a GPU in bytes, None for a device that shares main memory."""
-    import torch
-
     if torch.device(device).type != "cuda":
         return None
     free, _ = torch.cuda.mem_get_info(device)

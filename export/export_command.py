@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from gircse.checkpoint.model_settings import ModelSettings, add_model_flags
+from gircse.checkpoint.reference_choice import add_reference_flags
 from gircse.reporting.sizes import gib, peak_memory
 from gircse.runtime.command import comma_separated, parse_arguments, run_command
 from gircse.runtime.manifest import Layout
@@ -73,6 +74,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="TEXT",
         help="instruction that Embedder.encode_query puts before a text (default: none)",
     )
+    add_reference_flags(parser, dtype=False)
     parser.add_argument("--output", type=Path, metavar="DIR", help="bundle directory (default: gircse-MODEL-K)")
     parser.add_argument("--force", action="store_true", help="replace an existing bundle")
     return parser

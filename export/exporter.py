@@ -2,29 +2,30 @@
 
 import importlib.metadata
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
+import numpy as np
 import psutil
 
 from gircse.calibration.fingerprint import fingerprint_of
 from gircse.checkpoint.model_weights import ModelWeights
-from gircse.checkpoint.reference import load_reference
-from gircse.export.golden import CASES as GOLDEN_CASES
-from gircse.export.golden import write_golden
+from gircse.checkpoint.reference_choice import ReferenceBudget, open_reference
+from gircse.export.golden import golden_batch, write_golden
 from gircse.export.graph.mixed_precision import onnx_dtype
 from gircse.export.graph.simplify import simplify_decoder
 from gircse.export.graph.trace import trace_decoder
 from gircse.export.int8.quantize import OpenedCalibration
 from gircse.export.model_source import SourceModel, open_source
 from gircse.export.options import ExportOptions
-from gircse.export.overflow_probe import largest_magnitudes
+from gircse.export.overflow_probe import MagnitudeRecorder, Magnitudes
 from gircse.export.overflow_report import overflow_risks, write_magnitudes
 from gircse.export.proof import check_runtime, prove_bundle
 from gircse.export.staging import check_destination, staged_directory
 from gircse.export.variants import DecoderGraph, VariantDraft, draft_variant, write_variant
-from gircse.reporting.progress import Advance, StageProgress
-from gircse.reporting.sizes import gib
+from gircse.reporting.progress import StageProgress
+from gircse.reporting.sizes import duration, gib
 from gircse.runtime.bundle import file_sha256
 from gircse.runtime.errors import ExportError, OptionError, OutputError, readable
 from gircse.runtime.manifest import MANIFEST_NAME, SCHEMA_VERSION, FileEntry, Manifest, Variant
@@ -36,9 +37,6 @@ TOOLS = ("gircse-deploy", "torch", "transformers", "peft", "onnx", "onnxscript",
 
 TRACE_BYTES = 1 << 30
 """Memory of torch, transformers and the graphs while nothing else is held (measured: 0.8 GiB on 28 layers)."""
-
-REFERENCE_BYTES = 1 << 28
-"""What the PyTorch reference takes on top of its weights."""
 
 PROBE_BATCH, PROBE_BATCH_TOKENS = 16, 2048
 """Texts and tokens of a batch of the overflow probe."""
@@ -72,14 +70,15 @@ def export_bundle(options: ExportOptions, *, progress: StageProgress | None = No
     check_runtime()
     check_destination(output, force=options.force)
     calibration = _open_calibration(options)
-    probe_texts = read_texts(options.probe_texts) if options.probe_texts else [text for _, text in GOLDEN_CASES]
+    probe_texts = read_texts(options.probe_texts) if options.probe_texts else []
     with progress.stage(f"find the model {options.model}"):
         source = open_source(options)
     for note in source.notes:
         progress.note(f"  {readable(note)}")
     if calibration is not None:
         calibration.calibration.check(fingerprint_of(source.checkpoint, options), calibration.path)
-    golden_missing_reason = _check_resources(source.weights, options.precisions, output, progress)
+    _check_resources(source.weights, options.precisions, output, progress)
+    golden_missing_reason = _reference_shortage(options, source, progress)
     drafts = _draft_variants(options, source, calibration, progress)
     try:
         with staged_directory(output, force=options.force) as directory:
@@ -93,7 +92,7 @@ def export_bundle(options: ExportOptions, *, progress: StageProgress | None = No
                     directory,
                     options.settings,
                     weight_bytes=source.weights.total_bytes,
-                    load_model=lambda: load_reference(source.checkpoint, steps=options.steps),
+                    open_reference=lambda: open_reference(source.checkpoint, options.reference, steps=options.steps),
                     progress=progress,
                 )
     except OSError as err:
@@ -141,26 +140,20 @@ def _draft_variants(
 
 def _check_resources(
     weights: ModelWeights, precisions: Sequence[Precision], output: Path, progress: StageProgress
-) -> str | None:
+) -> None:
     """Compare what the export needs with what is free, and say so, before anything expensive starts.
-
-    Returns:
-        Why the golden vectors cannot be computed, or None if they can.
 
     Raises:
         OutputError: the disk is too small.
         ExportError: memory does not suffice.
     """
-    total, largest = weights.total_bytes, weights.largest_read_bytes
     parent = next(path for path in output.parents if path.exists())
-    written = sum(total * _bytes_per_weight(precision) // 4 for precision in precisions)
+    written = sum(weights.total_bytes * _bytes_per_weight(precision) // 4 for precision in precisions)
     disk_needed, disk_free = written + SMALL_FILES_BYTES, shutil.disk_usage(parent).free
-    memory_needed, memory_free = TRACE_BYTES + 3 * largest, psutil.virtual_memory().available
-    # PEFT merges layer by layer, and copies what an adapter stores whole.
-    reference_needed = TRACE_BYTES + REFERENCE_BYTES + int(1.2 * total) + 2 * weights.adapter_bytes
+    memory_needed, memory_free = TRACE_BYTES + 3 * weights.largest_read_bytes, psutil.virtual_memory().available
     progress.note(
-        f"  needs {gib(disk_needed)} of disk ({gib(disk_free)} free) and {gib(memory_needed)} of memory, "
-        f"{gib(reference_needed)} with golden vectors ({gib(memory_free)} available)"
+        f"  needs {gib(disk_needed)} of disk ({gib(disk_free)} free) and {gib(memory_needed)} of memory "
+        f"({gib(memory_free)} available), PyTorch's vectors not counted"
     )
     if disk_needed > disk_free:
         raise OutputError(
@@ -176,12 +169,17 @@ def _check_resources(
             f"the export needs {gib(memory_needed)}",
             "Close other programs.",
         )
-    if reference_needed > memory_free:
-        reason = f"the PyTorch reference needs {gib(reference_needed)} of memory, {gib(memory_free)} were available"
-        probe = ", no overflow probe of FP16" if Precision.FP16 in precisions else ""
-        progress.note(f"  no golden vectors{probe}: {reason}")
-        return reason
-    return None
+
+
+def _reference_shortage(options: ExportOptions, source: SourceModel, progress: StageProgress) -> str | None:
+    """Return why the golden vectors cannot be computed, or None if they can."""
+    shortage = ReferenceBudget.of(source.weights, source.config, options.reference).shortage
+    if shortage is None:
+        return None
+    reason = f"the PyTorch reference {shortage}"
+    probe = ", no overflow probe of FP16" if Precision.FP16 in options.precisions else ""
+    progress.note(f"  no golden vectors{probe}: {reason}")
+    return reason
 
 
 def _bytes_per_weight(precision: Precision) -> int:
@@ -218,33 +216,60 @@ def _write_variants(
 def _use_reference(
     directory: Path, options: ExportOptions, source: SourceModel, probe_texts: Sequence[str], progress: StageProgress
 ) -> None:
-    """Compute what the bundle has from PyTorch: golden vectors, and the magnitudes that FP16 must hold."""
+    """Compute what the bundle has from PyTorch: golden vectors, and the magnitudes that FP16 must hold.
+
+    One run serves both, because a streamed reference takes as long for one batch as for a few.
+    """
     with progress.stage("load the PyTorch reference"):
-        model = load_reference(source.checkpoint, steps=options.steps)
-    with progress.stage("compute golden vectors"):
-        write_golden(directory, model, source.prompts, options.settings)
-    if Precision.FP16 not in options.precisions:
-        return
+        reference = open_reference(source.checkpoint, options.reference, steps=options.steps)
+    golden, is_probed = golden_batch(source.prompts), Precision.FP16 in options.precisions
+    probed = _probe_batches(source, probe_texts) if is_probed else []
+    batches = [golden, *probed]
+    for note in reference.notes:
+        progress.note(f"  {note}")
+    if (seconds := reference.estimate_seconds(batches, steps=options.steps)) is not None:
+        progress.note(f"  PyTorch's vectors will take about {duration(seconds)}")
+    states = np.empty((len(golden.rows), options.steps + 1, source.shape.hidden_size), np.float32)
+    recorder = MagnitudeRecorder(options.steps)
+    texts = sum(len(batch.rows) for batch in batches)
+    title = "compute golden vectors" + (f", and probe {texts} texts for FP16 overflow" if is_probed else "")
+    with (
+        progress.stage(title, total=texts) as advance,
+        recorder.recording(reference.model) if is_probed else nullcontext(),
+    ):
+        for state in reference.refine(batches, steps=options.steps, temperature=options.temperature, advance=advance):
+            recorder.after(state.step)
+            if state.batch == 0:
+                states[:, state.step] = state.hidden.float().cpu().numpy()
+    write_golden(directory, golden, states, options.pooling)
+    if is_probed:
+        _report_magnitudes(directory, options, source, recorder.found, texts, progress)
+
+
+def _probe_batches(source: SourceModel, probe_texts: Sequence[str]) -> Sequence[TokenBatch]:
+    """Return the texts of the overflow probe besides the golden ones, as batches."""
     token_ids, _ = source.prompts.tokenize(probe_texts)
-    with progress.stage(f"probe {len(token_ids)} texts for FP16 overflow", total=len(token_ids)) as advance:
-        batches = padded_batches(
+    return list(
+        padded_batches(
             token_ids, pad_token_id=source.prompts.pad_token_id, batch_size=PROBE_BATCH, batch_tokens=PROBE_BATCH_TOKENS
         )
-        magnitudes = largest_magnitudes(
-            model, _counted(batches, advance), steps=options.steps, temperature=options.temperature
-        )
-    write_magnitudes(directory / Precision.FP16 / "magnitudes.json", magnitudes, texts=len(token_ids))
+    )
+
+
+def _report_magnitudes(
+    directory: Path,
+    options: ExportOptions,
+    source: SourceModel,
+    magnitudes: Magnitudes,
+    texts: int,
+    progress: StageProgress,
+) -> None:
+    write_magnitudes(directory / Precision.FP16 / "magnitudes.json", magnitudes, texts=texts)
     risks = overflow_risks(magnitudes, keep_float32=options.keep_float32, tied=source.shape.tied)
     for risk in risks[:MOST_RISKS]:
         progress.note(f"  warning: {risk}")
     if len(risks) > MOST_RISKS:
         progress.note(f"  warning: and {len(risks) - MOST_RISKS} more: see fp16/magnitudes.json")
-
-
-def _counted(batches: Iterable[TokenBatch], advance: Advance) -> Iterator[TokenBatch]:
-    for batch in batches:
-        yield batch
-        advance(len(batch.rows))
 
 
 def _write_manifest(

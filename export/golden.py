@@ -5,16 +5,13 @@ A bundle carries them so that any runtime, anywhere, can check itself (``Embedde
 
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import torch
 from safetensors.numpy import save
 
-from gircse.checkpoint.reference import step_states
-from gircse.export.graph.builder import RefinementSettings
-from gircse.runtime.numerics import l2_normalize, pool_states
-from gircse.runtime.tokenization import PromptTokenizer, pad_batch
+from gircse.runtime.manifest import Pooling
+from gircse.runtime.numerics import Float32, l2_normalize, pool_states
+from gircse.runtime.tokenization import PromptTokenizer, TokenBatch, pad_batch
 
 INSTRUCTION = "Given a question, retrieve passages that answer it"
 
@@ -39,29 +36,31 @@ CASES: tuple[tuple[str, str], ...] = (
 )
 
 
-def write_golden(directory: Path, model: Any, tokenizer: PromptTokenizer, settings: RefinementSettings) -> None:
-    """Compute the golden vectors and write golden.json and golden.safetensors.
+def golden_batch(tokenizer: PromptTokenizer) -> TokenBatch:
+    """Return the token ids of the cases, as one batch in their order."""
+    token_ids = [ids for instruction, text in CASES for ids in tokenizer.tokenize([text], instruction=instruction)[0]]
+    return pad_batch(tuple(range(len(CASES))), token_ids, pad_token_id=tokenizer.pad_token_id)
+
+
+def write_golden(directory: Path, batch: TokenBatch, states: Float32, pooling: Pooling) -> None:
+    """Write golden.json and golden.safetensors.
 
     golden.json: ``cases``, each with ``instruction``, ``text`` and ``token_ids``. golden.safetensors:
     ``prompt_embedding`` (n, hidden) and ``step_embeddings`` (n, K, hidden), float32, in the order of the cases.
 
     Args:
         directory: where to write.
-        model: the reference of ``load_reference``.
-        tokenizer: that of the bundle.
-        settings: K, pooling, temperature.
+        batch: of ``golden_batch``.
+        states: (n, K + 1, hidden) float32, h_0..h_K of the reference.
+        pooling: of the vectors.
     """
-    token_ids = [ids for instruction, text in CASES for ids in tokenizer.tokenize([text], instruction=instruction)[0]]
-    batch = pad_batch(tuple(range(len(CASES))), token_ids, pad_token_id=tokenizer.pad_token_id)
-    ids, mask = torch.from_numpy(batch.input_ids), torch.from_numpy(batch.attention_mask)
-    states = step_states(model, ids, mask, steps=settings.steps, temperature=settings.temperature).numpy()
-    vectors_of_steps = l2_normalize(pool_states(states, settings.pooling))
     cases = [
-        {"instruction": instruction, "text": text, "token_ids": ids}
-        for (instruction, text), ids in zip(CASES, token_ids, strict=True)
+        {"instruction": instruction, "text": text, "token_ids": ids[mask.astype(bool)].tolist()}
+        for (instruction, text), ids, mask in zip(CASES, batch.input_ids, batch.attention_mask, strict=True)
     ]
     text = json.dumps({"cases": cases}, indent=1, ensure_ascii=False) + "\n"
     (directory / "golden.json").write_text(text, encoding="utf-8")
+    vectors_of_steps = l2_normalize(pool_states(states, pooling))
     vectors = {
         "prompt_embedding": np.ascontiguousarray(vectors_of_steps[:, 0]),
         "step_embeddings": np.ascontiguousarray(vectors_of_steps[:, 1:]),

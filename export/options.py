@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gircse.checkpoint.model_settings import ModelSettings
+from gircse.checkpoint.reference_choice import ReferenceOptions
 from gircse.export.graph.builder import RefinementSettings
 from gircse.runtime.errors import OptionError, member_of
 from gircse.runtime.manifest import Layout
@@ -23,6 +24,8 @@ class ExportOptions(ModelSettings):
         keep_float32: parts of weight names whose matrix products stay in FP32 in every variant.
         query_instruction: what ``Embedder.encode_query`` puts before a text unless told otherwise.
         force: replace an existing bundle.
+        device: where PyTorch computes the golden vectors.
+        memory: bytes that PyTorch may take for that; None takes what is free.
     """
 
     output: Path
@@ -33,6 +36,8 @@ class ExportOptions(ModelSettings):
     probe_texts: Path | None = None
     query_instruction: str = ""
     force: bool = False
+    device: str = "cpu"
+    memory: int | None = None
 
     def __post_init__(self) -> None:
         """Take plain strings for the enums, and refuse what cannot be exported.
@@ -45,6 +50,11 @@ class ExportOptions(ModelSettings):
         precisions = dict.fromkeys(member_of(Precision, "--precision", name) for name in self.precisions)
         object.__setattr__(self, "precisions", tuple(precisions))
         _check_instruction(self.query_instruction)
+
+    @property
+    def reference(self) -> ReferenceOptions:
+        """How PyTorch runs; golden vectors are those of FP32."""
+        return ReferenceOptions(device=self.device, memory=self.memory)
 
     @property
     def settings(self) -> RefinementSettings:

@@ -5,50 +5,54 @@ and outputs of all matrix products are recorded; nothing else in an FP16 graph i
 embedding, which can enlarge an element by sqrt(2).
 """
 
-from collections.abc import Iterable, Mapping
-from contextlib import ExitStack
-from typing import Any
+import functools
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from gircse.checkpoint.reference import refine
 from gircse.runtime.errors import CheckpointError
-from gircse.runtime.tokenization import TokenBatch
 
 Magnitudes = Mapping[str, NDArray[np.float64]]
 """Tensor name, such as ``model.layers.3.mlp.down_proj output``, to its largest magnitude: (K + 1,), prompt first."""
 
 
-def largest_magnitudes(model: Any, batches: Iterable[TokenBatch], *, steps: int, temperature: float) -> Magnitudes:
-    """Run batches through the reference and record the largest magnitude of every matrix product's input and output.
+class MagnitudeRecorder:
+    """Keeps the largest magnitude of every matrix product's input and output, in the prompt and at each step.
 
-    Args:
-        model: a ``transformers`` causal LM in FP32.
-        batches: prompts, padded.
-        steps: K.
-        temperature: divisor of the logits.
-
-    Returns:
-        The magnitudes. The logits have none in the prompt, 0.
-
-    Raises:
-        CheckpointError: a value is NaN or infinite even in FP32.
+    Attributes:
+        found: the magnitudes so far. The logits have none in the prompt, 0.
     """
-    recorder = _Recorder(steps)
-    with ExitStack() as hooks:
-        for name, module in model.named_modules():
-            if isinstance(module, nn.Linear):
-                hooks.callback(module.register_forward_hook(recorder.hook(name)).remove)
-        for batch in batches:
-            ids, mask = (torch.from_numpy(array).to(model.device) for array in (batch.input_ids, batch.attention_mask))
-            recorder.step = 0
-            for _ in refine(model, ids, mask, steps=steps, temperature=temperature):
-                recorder.step += 1  # what runs before the next state belongs to the next step
-    _check_finite(recorder.found)
-    return recorder.found
+
+    def __init__(self, steps: int) -> None:
+        """Start with nothing; ``steps`` is K."""
+        self.found: dict[str, NDArray[np.float64]] = {}
+        self._steps, self._step = steps, 0
+
+    @contextmanager
+    def recording(self, model: nn.Module) -> Iterator[None]:
+        """Record what a model computes while the block runs it with ``Reference.refine``.
+
+        Raises:
+            CheckpointError: a value is NaN or infinite even in FP32.
+        """
+        with ExitStack() as hooks:
+            for name, module in model.named_modules():
+                if isinstance(module, nn.Linear):
+                    hooks.callback(module.register_forward_hook(functools.partial(self._hook, name)).remove)
+            yield
+        _check_finite(self.found)
+
+    def after(self, step: int) -> None:
+        """Take note that a step is done: what runs before the next state belongs to the next step, or prompt."""
+        self._step = step + 1 if step < self._steps else 0
+
+    def _hook(self, name: str, _: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        for what, value in (("input", inputs[0]), ("output", output)):
+            maxima = self.found.setdefault(f"{name} {what}", np.zeros(self._steps + 1))
+            maxima[self._step] = np.maximum(maxima[self._step], float(value.abs().amax()))
 
 
 def _check_finite(magnitudes: Magnitudes) -> None:
@@ -66,23 +70,3 @@ def _check_finite(magnitudes: Magnitudes) -> None:
             None,
             "The checkpoint or the adapter is damaged: download it again.",
         )
-
-
-class _Recorder:
-    """Keeps the maxima of the step that is being computed."""
-
-    def __init__(self, steps: int) -> None:
-        self.step = 0
-        self.found: dict[str, NDArray[np.float64]] = {}
-        self._steps = steps
-
-    def hook(self, name: str) -> Any:
-        def record(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            self._record(f"{name} input", inputs[0])
-            self._record(f"{name} output", output)
-
-        return record
-
-    def _record(self, name: str, value: Tensor) -> None:
-        maxima = self.found.setdefault(name, np.zeros(self._steps + 1))
-        maxima[self.step] = np.maximum(maxima[self.step], float(value.abs().amax()))

@@ -2,12 +2,11 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import psutil
 import torch
 
-from gircse.checkpoint.reference import step_states
+from gircse.checkpoint.reference import Reference, WholeReference, step_states, tensors_of
 from gircse.export.graph.builder import RefinementSettings
 from gircse.reporting.progress import StageProgress
 from gircse.reporting.sizes import gib
@@ -29,8 +28,8 @@ EXCUSE = 0.01
 """A model amplifies rounding if PyTorch itself, in another precision, misses a hundredth of what the export missed. A
 faulty export of a sound model: 1e-7 and less."""
 
-LoadModel = Callable[[], Any]
-"""Loads the PyTorch reference, in FP32."""
+OpenReference = Callable[[], Reference]
+"""Opens the PyTorch reference, in FP32."""
 
 
 def check_runtime() -> None:
@@ -51,7 +50,12 @@ def check_runtime() -> None:
 
 
 def prove_bundle(
-    directory: Path, settings: RefinementSettings, *, weight_bytes: int, load_model: LoadModel, progress: StageProgress
+    directory: Path,
+    settings: RefinementSettings,
+    *,
+    weight_bytes: int,
+    open_reference: OpenReference,
+    progress: StageProgress,
 ) -> None:
     """Run every graph that the CPU runs, and compare every step of the golden texts with PyTorch's vectors.
 
@@ -59,7 +63,7 @@ def prove_bundle(
         directory: the staged bundle, complete.
         settings: K, pooling, temperature.
         weight_bytes: of the model in FP32.
-        load_model: is asked for the reference again only if a graph fails, to find out why.
+        open_reference: is asked for the reference again only if a graph fails, to find out why.
         progress: where to show the stages.
 
     Raises:
@@ -77,7 +81,7 @@ def prove_bundle(
             with progress.stage(f"check {precision} ({layout}) against PyTorch"):
                 report = _run(directory, precision, layout)
                 if not report.passed:
-                    raise _failure(bundle, precision, layout, report, settings, load_model)
+                    raise _failure(bundle, precision, layout, report, settings, open_reference)
 
 
 def _run(directory: Path, precision: Precision, layout: Layout) -> SelfTestReport:
@@ -101,7 +105,7 @@ def _failure(
     layout: Layout,
     report: SelfTestReport,
     settings: RefinementSettings,
-    load_model: LoadModel,
+    open_reference: OpenReference,
 ) -> ExportError:
     """Return the error for a vector that is too far from PyTorch's, with what is likely behind it."""
     step = f"step {report.worst_step}" if report.worst_step else "the prompt"
@@ -110,17 +114,21 @@ def _failure(
         f"the {precision} graph ({layout})",
         f"differs from PyTorch from {step} on, most there for {text!r}; smallest cosine {report.min_cosine:.6f}",
         f"at least {report.limit} is expected; nothing was published",
-        _likely_cause(bundle, precision, report, settings, load_model),
+        _likely_cause(bundle, precision, report, settings, open_reference),
     )
 
 
 def _likely_cause(
-    bundle: Bundle, precision: Precision, report: SelfTestReport, settings: RefinementSettings, load_model: LoadModel
+    bundle: Bundle,
+    precision: Precision,
+    report: SelfTestReport,
+    settings: RefinementSettings,
+    open_reference: OpenReference,
 ) -> str:
     spec = SPECS[precision]
     other = "float64" if spec.dtype == "float32" else spec.dtype
-    theirs = _pytorch_cosine(bundle, other, settings, load_model)
-    if not 1 - theirs < EXCUSE * (1 - report.min_cosine):  # NaN counts
+    theirs = _pytorch_cosine(bundle, other, settings, open_reference)
+    if theirs is not None and not 1 - theirs < EXCUSE * (1 - report.min_cosine):  # NaN counts
         return (
             f"The model amplifies rounding: PyTorch's own float32 and {other} differ too, down to a cosine of "
             f"{theirs:.6f}, so no two programs give the same vectors. Fewer --steps may help; a trained adapter does."
@@ -132,13 +140,22 @@ def _likely_cause(
     return "The prompt is right, the soft tokens are not: please report it with the model's config.json."
 
 
-def _pytorch_cosine(bundle: Bundle, dtype: str, settings: RefinementSettings, load_model: LoadModel) -> float:
-    """Return the smallest cosine between the golden vectors and PyTorch's in another precision."""
+def _pytorch_cosine(
+    bundle: Bundle, dtype: str, settings: RefinementSettings, open_reference: OpenReference
+) -> float | None:
+    """Return the smallest cosine between the golden vectors and PyTorch's in another precision.
+
+    Returns:
+        None for a model that does not fit into memory as a whole.
+    """
+    reference = open_reference()
+    if not isinstance(reference, WholeReference):
+        return None
     golden = read_golden_vectors(bundle)
     rows = tuple(range(len(golden.token_ids)))
     batch = pad_batch(rows, golden.token_ids, pad_token_id=bundle.manifest.pad_token_id)
-    ids, mask = torch.from_numpy(batch.input_ids), torch.from_numpy(batch.attention_mask)
-    model = load_model().to(getattr(torch, dtype))
+    model = reference.model.to("cpu", getattr(torch, dtype))
+    ids, mask = tensors_of(batch, model.device)
     states = step_states(model, ids, mask, steps=settings.steps, temperature=settings.temperature)
     vectors = l2_normalize(pool_states(states.float().numpy(), settings.pooling))
     return float(row_cosine(vectors, golden.vectors).min())

@@ -1,4 +1,4 @@
-"""Sizes of memory and files, as reports and messages print them."""
+"""Sizes and durations, as reports and messages print them."""
 
 import resource
 import sys
@@ -7,6 +7,13 @@ import sys
 def gib(size: int) -> str:
     """Return a size in bytes as text: ``1.20 GiB``."""
     return f"{size / 2**30:.2f} GiB"
+
+
+def duration(seconds: float) -> str:
+    """Return a rough duration as text: ``40 s``, ``12 min``, ``2.5 h``."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def peak_memory() -> int:

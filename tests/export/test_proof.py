@@ -11,6 +11,7 @@ from support.odd_models import OddModel, odd_model, refused
 from support.small_models import DATA, SIZES, SmallModels
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from gircse.checkpoint.reference import WholeReference
 from gircse.export import exporter
 from gircse.export.graph.builder import RefinementSettings
 from gircse.export.options import ExportOptions
@@ -48,10 +49,7 @@ def test_wrong_weights_are_not_published(
     odd = odd_model(small_models, tmp_path, "llama")
     other = odd_model(small_models, tmp_path / "other", "llama", target_modules=["q_proj"])
 
-    def load(*_: Any, **__: Any) -> Any:
-        return other.truth
-
-    monkeypatch.setattr(exporter, "load_reference", load)
+    monkeypatch.setattr(exporter, "open_reference", lambda *_, **__: WholeReference(other.truth))
     refused(odd, tmp_path, r"from the prompt on, .*A weight or a field of config\.json is read")
 
 
