@@ -118,6 +118,10 @@ class Reference(Protocol):
     def notes(self) -> tuple[str, ...]:
         """What was chosen and why, a line each."""
 
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of the checkpoint that ``refine`` has read so far."""
+
     def refine(
         self,
         batches: Sequence[TokenBatch],
@@ -151,10 +155,12 @@ class WholeReference:
     Attributes:
         model: Hugging Face's causal LM, see ``load_reference``.
         notes: none.
+        bytes_read: none; the model was read before.
     """
 
     model: Any
     notes: tuple[str, ...] = ()
+    bytes_read: int = 0
 
     def refine(
         self,

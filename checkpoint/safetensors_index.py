@@ -26,7 +26,8 @@ class SafetensorsIndex:
     """Where each tensor of a set of safetensors files is stored.
 
     Attributes:
-        entries: tensor name to its place.
+        entries: tensor name to its place, in the order of the files and of the places in each.
+        bytes_read: of tensors, so far.
     """
 
     def __init__(self, files: Sequence[Path]) -> None:
@@ -37,9 +38,10 @@ class SafetensorsIndex:
                 holds one that another file holds too.
         """
         self.entries: dict[str, StoredTensor] = {}
+        self.bytes_read = 0
         for path in files:
             with open_safetensors(path) as file:
-                for name in file.keys():
+                for name in file.offset_keys():
                     view = file.get_slice(name)
                     if view.get_dtype() not in _FLOAT_TYPES:
                         raise CheckpointError(
@@ -57,7 +59,9 @@ class SafetensorsIndex:
     def renamed(self, stored: Mapping[str, str]) -> Self:
         """Return an index of some of the tensors under other names; ``stored`` is new name to old."""
         index = copy.copy(self)
-        index.entries = {name: self.entries[old] for name, old in stored.items()}
+        places = {name: place for place, name in enumerate(self.entries)}
+        in_order = sorted(stored.items(), key=lambda names: places[names[1]])
+        index.entries = {name: self.entries[old] for name, old in in_order}
         return index
 
     def read_rows(self, name: str, rows: slice = slice(None)) -> Tensor:
@@ -65,13 +69,16 @@ class SafetensorsIndex:
         stored = self.entries[name]
         with open_safetensors(stored.file) as file:
             block: Tensor = file.get_slice(stored.name)[rows]
+            self.bytes_read += block.nbytes
             return block.to(torch.float32, copy=True)
 
     def copy_to(self, name: str, out: Tensor) -> None:
         """Read a whole tensor into another of its shape, which converts it; nothing else is allocated."""
         stored = self.entries[name]
         with open_safetensors(stored.file) as file:
-            out.copy_(file.get_tensor(stored.name))
+            tensor = file.get_tensor(stored.name)
+            self.bytes_read += tensor.nbytes
+            out.copy_(tensor)
 
 
 def open_safetensors(path: Path) -> Any:

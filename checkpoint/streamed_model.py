@@ -71,6 +71,7 @@ class StreamedModel:
         self.resident_layers = resident_layers
         self._resident: dict[str, State] = {}
         self._spare: list[State] = []
+        self._places = {name: place for place, name in enumerate(weights.base.entries)}
         self._empty = {name: self.model.get_submodule(name).state_dict() for name in self._layers}
         for name, parameter in list(self.model.named_parameters()):
             if name not in (EMBEDDING_TABLE, LM_HEAD) and not name.startswith("model.layers."):
@@ -184,8 +185,8 @@ class StreamedModel:
             state = {
                 part: torch.empty(value.shape, dtype=self.dtype, pin_memory=pinned) for part, value in empty.items()
             }
-        for part, value in state.items():
-            self.weights.read(f"{name}.{part}", value)
+        for part in sorted(state, key=lambda part: self._places[f"{name}.{part}"]):  # no disk likes to jump
+            self.weights.read(f"{name}.{part}", state[part])
         if name in self._layers[: self.resident_layers]:
             self._resident[name] = {part: value.to(self.device) for part, value in state.items()}
         return state

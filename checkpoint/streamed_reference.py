@@ -49,6 +49,11 @@ class StreamedReference:
         self._streamed, self._group_bytes = streamed, group_bytes
         self._rates: StreamingRates | None = None
 
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of the checkpoint that were read so far."""
+        return self._streamed.weights.bytes_read
+
     def refine(
         self,
         batches: Sequence[TokenBatch],

@@ -241,6 +241,8 @@ def _use_reference(
             recorder.after(state.step)
             if state.batch == 0:
                 states[:, state.step] = state.hidden.float().cpu().numpy()
+    if reference.bytes_read:
+        progress.note(f"  read {gib(reference.bytes_read)} of weights in {options.steps + 1} sweeps over the layers")
     write_golden(directory, golden, states, options.pooling)
     if is_probed:
         _report_magnitudes(directory, options, source, recorder.found, texts, progress)

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from support.odd_models import edit_tensors, odd_model
 from support.small_models import CONFIGS, SmallModels
 from support.vectors import PROMPTS
@@ -196,3 +197,16 @@ def scaling(name: str, factor: float) -> Any:
             weight.data = exact
 
     return changed
+
+
+def test_every_tensor_is_read_once_in_a_sweep(small_models: SmallModels, tmp_path: Path) -> None:
+    odd = odd_model(small_models, tmp_path, "qwen2-yarn-bf16", use_rslora=True)
+    reference = streamed_reference(resolve_checkpoint(str(odd.model), adapter=str(odd.adapter)))
+    before = reference.bytes_read
+    states_of(reference)
+    sizes = {name: 2 * tensor.numel() for name, tensor in load_file(odd.model / "model.safetensors").items()}
+    layers = sum(size for name, size in sizes.items() if ".layers." in name)
+    factors = sum(4 * tensor.numel() for tensor in load_file(odd.adapter / "adapter_model.safetensors").values())
+    vocabulary = sizes["lm_head.weight"] + sizes["model.embed_tokens.weight"]
+    rows = sum(len(np.unique(batch.input_ids)) for batch in BATCHES) * 2 * 48
+    assert reference.bytes_read - before == (STEPS + 1) * (layers + factors) + STEPS * vocabulary + rows
