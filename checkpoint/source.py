@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from gircse.checkpoint.demo import ADAPTER_DIRECTORY, DEMO_NAME, demo_checkpoint
+from gircse.checkpoint.hub import Download, download_snapshot
 from gircse.runtime.bundle import file_sha256
 from gircse.runtime.errors import CheckpointError, OptionError
 from gircse.runtime.manifest import AdapterSource, ModelSource
@@ -62,7 +63,9 @@ class Checkpoint:
     notes: tuple[str, ...] = ()
 
 
-def resolve_checkpoint(model: str, *, adapter: str | None = None, revision: str | None = None) -> Checkpoint:
+def resolve_checkpoint(
+    model: str, *, adapter: str | None = None, revision: str | None = None, download: Download = download_snapshot
+) -> Checkpoint:
     """Find a model and its adapter, and download what is not local.
 
     Args:
@@ -70,12 +73,13 @@ def resolve_checkpoint(model: str, *, adapter: str | None = None, revision: str 
         adapter: a local directory or Hugging Face id of a PEFT LoRA, or ``none``. None means the demo's own adapter
             for ``demo`` and no adapter for any other model.
         revision: branch, tag or commit of a Hugging Face model.
+        download: fetches a repository from Hugging Face.
 
     Raises:
         CheckpointError: something is missing, cannot be downloaded, or is pickled.
         OptionError: a revision was given for a local model.
     """
-    directory, name, commit = _resolve_model(model, revision)
+    directory, name, commit = _resolve_model(model, revision, download)
     if revision is not None and commit is None:
         raise OptionError(
             "--revision",
@@ -86,7 +90,7 @@ def resolve_checkpoint(model: str, *, adapter: str | None = None, revision: str 
     if adapter is None:
         _refuse_unasked_adapter(directory, model)
         adapter = DEMO_NAME if model == DEMO_NAME else NO_ADAPTER
-    adapter_directory, adapter_source = _resolve_adapter(adapter)
+    adapter_directory, adapter_source = _resolve_adapter(adapter, download)
     config = directory / "config.json"
     raw = read_json(config)  # missing or damaged: say so before it is hashed
     if raw.get("transformers_weights"):
@@ -144,19 +148,19 @@ def check_in_reach(flag: str, source: ModelSource | AdapterSource) -> None:
         )
 
 
-def _resolve_model(model: str, revision: str | None) -> tuple[Path, str, str | None]:
+def _resolve_model(model: str, revision: str | None, download: Download) -> tuple[Path, str, str | None]:
     if model == DEMO_NAME:
         return demo_checkpoint(), DEMO_NAME, None
-    return _resolve_directory(model, revision, _MODEL_FILES, "--model")
+    return _resolve_directory(model, revision, _MODEL_FILES, "--model", download)
 
 
-def _resolve_adapter(adapter: str) -> tuple[Path | None, AdapterSource | None]:
+def _resolve_adapter(adapter: str, download: Download) -> tuple[Path | None, AdapterSource | None]:
     if adapter == NO_ADAPTER:
         return None, None
     if adapter == DEMO_NAME:
         directory, name, commit = ADAPTER_DIRECTORY, DEMO_NAME, None
     else:
-        directory, name, commit = _resolve_directory(adapter, None, _ADAPTER_FILES, "--adapter")
+        directory, name, commit = _resolve_directory(adapter, None, _ADAPTER_FILES, "--adapter", download)
     weights = directory / ADAPTER_WEIGHTS
     if not weights.is_file():
         _refuse_pickles(directory, "peft.PeftModel.from_pretrained(model, DIR).save_pretrained(DIR)")
@@ -165,31 +169,15 @@ def _resolve_adapter(adapter: str) -> tuple[Path | None, AdapterSource | None]:
 
 
 def _resolve_directory(
-    name: str, revision: str | None, patterns: Sequence[str], flag: str
+    name: str, revision: str | None, patterns: Sequence[str], flag: str, download: Download
 ) -> tuple[Path, str, str | None]:
     local = Path(name).expanduser()
     if local.is_dir():
         return local, local.resolve().name, None  # not the path, which says more of the machine than of the model
     if not _HUB_ID.fullmatch(name):
         raise CheckpointError(f"{flag} {name}", "is neither a directory nor a Hugging Face id", None, "Check the path.")
-    snapshot = _download(name, revision, patterns)
+    snapshot = download(name, revision, patterns)
     return snapshot, name, snapshot.name
-
-
-def _download(repository: str, revision: str | None, patterns: Sequence[str]) -> Path:
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(repository, revision=revision, allow_patterns=list(patterns)))
-    except Exception as err:  # hub, HTTP and socket errors share only Exception
-        at = f" at revision {revision}" if revision else ""
-        reason = (str(err) or "no message").splitlines()[0]
-        raise CheckpointError(
-            f"{repository}{at}",
-            f"cannot be downloaded from Hugging Face ({type(err).__name__}: {reason})",
-            None,
-            "Check the name and the network, run 'hf auth login' for a gated model, or pass a local directory.",
-        ) from err
 
 
 def _refuse_unasked_adapter(directory: Path, model: str) -> None:
