@@ -13,7 +13,6 @@ from gircse.calibration.fingerprint import fingerprint_of
 from gircse.checkpoint.model_weights import ModelWeights
 from gircse.checkpoint.reference_choice import ReferenceBudget, open_reference
 from gircse.export.golden import golden_batch, write_golden
-from gircse.export.graph.mixed_precision import onnx_dtype
 from gircse.export.graph.simplify import simplify_decoder
 from gircse.export.graph.trace import trace_decoder
 from gircse.export.int8.quantize import OpenedCalibration
@@ -22,12 +21,13 @@ from gircse.export.options import ExportOptions
 from gircse.export.overflow_probe import MagnitudeRecorder, Magnitudes
 from gircse.export.overflow_report import overflow_risks, write_magnitudes
 from gircse.export.proof import check_runtime, prove_bundle
+from gircse.export.resources import ExportNeeds, free_disk
 from gircse.export.staging import check_destination, staged_directory
 from gircse.export.variants import DecoderGraph, VariantDraft, draft_variant, write_variant
 from gircse.reporting.progress import StageProgress
 from gircse.reporting.sizes import duration, gib
 from gircse.runtime.bundle import file_sha256
-from gircse.runtime.errors import ExportError, OptionError, OutputError, readable
+from gircse.runtime.errors import OptionError, OutputError, readable
 from gircse.runtime.manifest import MANIFEST_NAME, SCHEMA_VERSION, FileEntry, Manifest, Variant
 from gircse.runtime.precision import SPECS, Precision
 from gircse.runtime.text_files import read_texts
@@ -35,17 +35,12 @@ from gircse.runtime.tokenization import TokenBatch, padded_batches
 
 TOOLS = ("gircse-deploy", "torch", "transformers", "peft", "onnx", "onnxscript", "onnx-ir", "safetensors", "tokenizers")
 
-TRACE_BYTES = 1 << 30
-"""Memory of torch, transformers and the graphs while nothing else is held (measured: 0.8 GiB on 28 layers)."""
 
 PROBE_BATCH, PROBE_BATCH_TOKENS = 16, 2048
 """Texts and tokens of a batch of the overflow probe."""
 
 MOST_RISKS = 10
 """Overflow risks that are shown one by one."""
-
-SMALL_FILES_BYTES = 64 << 20
-"""Disk space for everything in a bundle but the weights."""
 
 
 def export_bundle(options: ExportOptions, *, progress: StageProgress | None = None) -> Path:
@@ -147,28 +142,13 @@ def _check_resources(
         OutputError: the disk is too small.
         ExportError: memory does not suffice.
     """
-    parent = next(path for path in output.parents if path.exists())
-    written = sum(weights.total_bytes * _bytes_per_weight(precision) // 4 for precision in precisions)
-    disk_needed, disk_free = written + SMALL_FILES_BYTES, shutil.disk_usage(parent).free
-    memory_needed, memory_free = TRACE_BYTES + 3 * weights.largest_read_bytes, psutil.virtual_memory().available
+    needs = ExportNeeds.of(weights, precisions)
     progress.note(
-        f"  needs {gib(disk_needed)} of disk ({gib(disk_free)} free) and {gib(memory_needed)} of memory "
-        f"({gib(memory_free)} available), PyTorch's vectors not counted"
+        f"  needs {gib(needs.disk)} of disk ({gib(free_disk(output))} free) and {gib(needs.memory)} of memory "
+        f"({gib(psutil.virtual_memory().available)} available), PyTorch's vectors not counted"
     )
-    if disk_needed > disk_free:
-        raise OutputError(
-            f"--output {output}",
-            f"has {gib(disk_free)} of free disk space",
-            f"the bundle needs {gib(disk_needed)}",
-            "Free some space, or choose another disk.",
-        )
-    if memory_needed > memory_free:
-        raise ExportError(
-            "memory",
-            f"has {gib(memory_free)} available",
-            f"the export needs {gib(memory_needed)}",
-            "Close other programs.",
-        )
+    needs.check_disk(output)
+    needs.check_memory()
 
 
 def _reference_shortage(options: ExportOptions, source: SourceModel, progress: StageProgress) -> str | None:
@@ -180,11 +160,6 @@ def _reference_shortage(options: ExportOptions, source: SourceModel, progress: S
     probe = ", no overflow probe of FP16" if Precision.FP16 in options.precisions else ""
     progress.note(f"  no golden vectors{probe}: {reason}")
     return reason
-
-
-def _bytes_per_weight(precision: Precision) -> int:
-    # INT8 variants hold the vocabulary twice, and scales: less than two bytes a weight.
-    return 2 if SPECS[precision].calibrated else int(onnx_dtype(precision).itemsize)
 
 
 def _write_variants(
