@@ -46,7 +46,7 @@ class HeaderDownload:
             CheckpointError: they cannot be downloaded.
         """
         from huggingface_hub import HfApi, constants, hf_hub_download, try_to_load_from_cache
-        from huggingface_hub.utils import filter_repo_objects
+        from huggingface_hub.utils._paths import filter_repo_objects
 
         if constants.HF_HUB_OFFLINE:
             return download_snapshot(repository, revision, patterns)
