@@ -3,7 +3,7 @@
 import contextlib
 import re
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -75,27 +75,53 @@ class StepwiseSession:
 
     def run(self, input_ids: Int64, attention_mask: Int64, *, steps: int) -> StepOutputs:
         """Embed one batch; (batch, tokens) int64 each. State and KV cache stay on the device from step to step."""
+        states = np.empty((len(input_ids), steps + 1, self._facts.hidden_size), np.float32)
+        for k, (hidden,) in enumerate(self.passes(input_ids, attention_mask, steps=steps)):
+            states[:, k] = hidden[:, 0]
+        return step_outputs(states, self._facts.pooling)
+
+    def passes(
+        self,
+        input_ids: Int64,
+        attention_mask: Int64,
+        *,
+        steps: int,
+        inner: Sequence[str] = (),
+        inputs_of: Callable[[int], Mapping[str, Any]] = lambda _: {},
+    ) -> Iterator[list[Any]]:
+        """Run the graph on the prompts of one batch, then once a step.
+
+        Args:
+            input_ids: (batch, tokens) int64.
+            attention_mask: the same.
+            steps: how often to run it after the prompt.
+            inner: further outputs of an edited graph, of the steps.
+            inputs_of: further inputs of an edited graph, by step, 0 being the prompt.
+
+        Yields:
+            h_k (batch, 1, hidden) float32, and the further outputs as arrays.
+        """
         from onnxruntime import OrtValue
 
         graph = _still_open(self._graph)  # kept for all passes, should another thread close the session meanwhile
         run_once = self._run_on_cpu if self._device == "cpu" else self._run_on_device
         mask = np.pad(attention_mask, ((0, 0), (0, steps)), constant_values=1)
         batch, tokens = input_ids.shape
-        states = np.empty((batch, steps + 1, self._facts.hidden_size), np.float32)
-        arrays = {tensor_names.INPUT_IDS: input_ids}
+        arrays: dict[str, Any] = {tensor_names.INPUT_IDS: input_ids}
         if self._facts.steps:
             arrays[tensor_names.HIDDEN] = np.empty((batch, 0, self._facts.hidden_size), np.float32)
         no_past = OrtValue.ortvalue_from_shape_and_type((batch, 0, self._facts.kv_size), self._cache_type)
         kept = dict.fromkeys(self._past, no_past)
         for k in range(steps + 1):
             arrays[tensor_names.ATTENTION_MASK] = np.ascontiguousarray(mask[:, : tokens + k])
-            names = [tensor_names.NEXT_HIDDEN, *(self._present if k < steps else [])]
+            read = [tensor_names.NEXT_HIDDEN, *(inner if k else ())]
+            names = [*read, *(self._present if k < steps else ())]
             with run_errors(input_ids):
-                hidden, *cache = run_once(graph, arrays, kept, names)
-            states[:, k] = (hidden if isinstance(hidden, np.ndarray) else hidden.numpy())[:, 0]
+                values = run_once(graph, {**arrays, **inputs_of(k)}, kept, names)
+            yield [value if isinstance(value, np.ndarray) else value.numpy() for value in values[: len(read)]]
             arrays = {tensor_names.INPUT_IDS: input_ids[:, :0]}
-            kept = {tensor_names.HIDDEN: hidden, **dict(zip(self._past, cache, strict=False))}  # no cache at the end
-        return step_outputs(states, self._facts.pooling)
+            cache = zip(self._past, values[len(read) :], strict=False)  # none at the end
+            kept = {tensor_names.HIDDEN: values[0], **dict(cache)}
 
     def max_batch(self, tokens: int) -> int | None:
         """Return None: any batch that fits in memory."""
@@ -193,7 +219,12 @@ def open_session(
         )
     if layout is Layout.UNROLLED:
         return UnrolledSession(graph)
-    return StepwiseSession(graph, facts, device="cpu" if provider is Provider.CPU else "cuda")
+    return StepwiseSession(graph, facts, device=ort_device(provider))
+
+
+def ort_device(provider: Provider) -> str:
+    """Return ONNX Runtime's name of the device that a provider computes on."""
+    return "cpu" if provider is Provider.CPU else "cuda"
 
 
 def load_graph(

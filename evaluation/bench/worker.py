@@ -5,19 +5,15 @@ would take the cores of the next one. A process per backend also gives each its 
 parent decides whose turn it is, so the backends still run in turn.
 """
 
-import contextlib
-import multiprocessing
-import os
-import signal
 import time
-from collections.abc import Iterator, Mapping
 from multiprocessing.connection import Connection
 from pathlib import Path
+from types import TracebackType
 from typing import Any, Self
 
 from gircse.evaluation.bench.backends import BackendSpec, import_libraries
+from gircse.evaluation.worker_process import WorkerProcess, WorkerSpec
 from gircse.reporting.sizes import peak_memory
-from gircse.runtime.errors import GircseError, MeasurementError
 from gircse.runtime.numerics import Float32, Int64
 
 
@@ -32,25 +28,24 @@ class Worker:
             MeasurementError: the process died.
         """
         self.spec = spec
-        context = multiprocessing.get_context("spawn")
-        self._connection, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, spec), daemon=True)
-        with _environment(spec.environment):
-            self._process.start()
-        theirs.close()
+        hint = "Try a smaller batch, or leave this backend out."
+        worker = WorkerSpec(spec.name, hint, environment=spec.environment, crash_hint=spec.crash_hint)
+        self._process = WorkerProcess(worker, _serve, spec)
         try:
-            self.load_s: float = self._receive()
+            self.load_s: float = self._process.receive()
         except BaseException:
-            self.close()
+            self._process.close(patience_s=0)
             raise
 
     def __enter__(self) -> Self:
         """Return the worker."""
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
         """End the process."""
-        self.close()
+        self._process.__exit__(kind, error, traceback)
 
     def run(self, input_ids: Int64, steps: int) -> tuple[float, Float32]:
         """Embed (batch, tokens) ids of equal length; return the seconds and the vectors (batch, hidden).
@@ -67,68 +62,25 @@ class Worker:
         peak: int = self._ask(None)
         return peak
 
-    def close(self) -> None:
-        """End the process."""
-        self._connection.close()
-        self._process.join(timeout=10)
-        if self._process.is_alive():
-            self._process.kill()
-            self._process.join()
-
     def _ask(self, request: Any) -> Any:
-        with contextlib.suppress(OSError):  # a dead process shows when it does not answer
-            self._connection.send(request)
-        return self._receive()
-
-    def _receive(self) -> Any:
-        try:
-            answer = self._connection.recv()
-        except (EOFError, OSError) as err:
-            self._process.join(timeout=10)
-            code = self._process.exitcode
-            hint = self.spec.crash_hint if code == -signal.SIGSEGV else None
-            raise MeasurementError(
-                f"the process of {self.spec.name}",
-                f"ended with code {code}",
-                None,
-                hint or "If memory ran out, try a smaller batch, or leave this backend out.",
-            ) from err
-        if isinstance(answer, BaseException):
-            raise answer
-        return answer
+        self._process.send(request)
+        return self._process.receive()
 
 
 def _serve(connection: Connection, spec: BackendSpec) -> None:
     """Load the backend, then answer until the parent hangs up: ids and steps with a timed run, None with the peak."""
-    try:
-        import_libraries(spec)
+    import_libraries(spec)
+    start = time.perf_counter()
+    run = spec.open()
+    connection.send(time.perf_counter() - start)
+    while True:
+        request = connection.recv()
+        if request is None:
+            connection.send(_peak_bytes())
+            continue
         start = time.perf_counter()
-        run = spec.open()
-        connection.send(time.perf_counter() - start)
-        while True:
-            request = connection.recv()
-            if request is None:
-                connection.send(_peak_bytes())
-                continue
-            start = time.perf_counter()
-            vectors = run(*request)
-            connection.send((time.perf_counter() - start, vectors))
-    except EOFError:
-        return
-    except (GircseError, ValueError, ImportError) as err:
-        connection.send(err)
-
-
-@contextlib.contextmanager
-def _environment(changes: Mapping[str, str]) -> Iterator[None]:
-    """Change the environment that a process is started with; libraries read it when they load."""
-    before = dict(os.environ)
-    os.environ.update(changes)
-    try:
-        yield
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
+        vectors = run(*request)
+        connection.send((time.perf_counter() - start, vectors))
 
 
 def _peak_bytes() -> int:

@@ -3,41 +3,30 @@
 Both take token ids and sort them into the same batches of like length, so that nothing but the computation differs.
 """
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 import onnx_ir as ir
-import psutil
 
 from gircse.checkpoint.source import Checkpoint
 from gircse.evaluation.parity.emulation import emulated_graph
 from gircse.evaluation.parity.graph_probe import GraphProbe
-from gircse.evaluation.parity.step_trace import (
-    Advance,
-    Batches,
-    StepTrace,
-    StepValues,
-    check_finite,
-    collect_states,
-    collect_trace,
-)
-from gircse.reporting.sizes import gib
+from gircse.evaluation.parity.step_trace import StepTrace, StepValues, check_finite, collect_trace
+from gircse.reporting.progress import Advance
 from gircse.runtime import Embedder
 from gircse.runtime.bundle import Bundle
 from gircse.runtime.embedder import DEFAULT_BATCH_SIZE, DEFAULT_BATCH_TOKENS
-from gircse.runtime.errors import MeasurementError, OptionError
-from gircse.runtime.manifest import Layout, Manifest
+from gircse.runtime.errors import OptionError
+from gircse.runtime.manifest import Layout
 from gircse.runtime.numerics import Float32, l2_normalize, pool_states
 from gircse.runtime.ort_session import open_session
 from gircse.runtime.precision import Precision, precision_spec
 from gircse.runtime.provider import Provider
-from gircse.runtime.tokenization import open_tokenizer, padded_batches
+from gircse.runtime.tokenization import TokenBatch, open_tokenizer, padded_batches
 
 TokenIds = Sequence[list[int]]
-
-TORCH_BYTES = 5 << 28
-"""Memory of torch, transformers and one batch besides the weights."""
 
 
 class Backend(Protocol):
@@ -47,11 +36,20 @@ class Backend(Protocol):
     def name(self) -> str:
         """What it is, for reports."""
 
-    def embed(self, token_ids: TokenIds, advance: Advance) -> Float32:
-        """Return z_0..z_K (n, K + 1, hidden) float32, where z_0 is the normalized prompt state."""
+    def embed_and_trace(
+        self, token_ids: TokenIds, advance: Advance, *, more: TokenIds = ()
+    ) -> tuple[Float32, StepTrace]:
+        """Return z_0..z_K and what is computed on the way.
 
-    def embed_and_trace(self, token_ids: TokenIds, advance: Advance) -> tuple[Float32, StepTrace]:
-        """Return the same, and what is computed on the way."""
+        Args:
+            token_ids: token ids of each text.
+            advance: told how many texts were just done.
+            more: further texts, of which the embeddings are enough.
+
+        Returns:
+            (n, K + 1, hidden) float32 of all texts, where z_0 is the normalized prompt state, and the trace of the
+            first ones.
+        """
 
 
 class TorchBackend:
@@ -69,7 +67,6 @@ class TorchBackend:
 
         Raises:
             OptionError: torch cannot use the device.
-            MeasurementError: there is not enough memory.
         """
         import torch
 
@@ -79,7 +76,6 @@ class TorchBackend:
             torch.set_num_threads(threads)
         self._manifest, self._tokens = bundle.manifest, token_count(bundle)
         self._device = device
-        _check_memory(bundle.manifest)
         try:
             self._model = load_reference(checkpoint, device=device, precision=Precision(dtype))
         except (RuntimeError, AssertionError) as err:  # what torch raises for a device that is not there
@@ -91,37 +87,40 @@ class TorchBackend:
             ) from err
         self.name = f"PyTorch {dtype} on {device}"
 
-    def embed(self, token_ids: TokenIds, advance: Advance) -> Float32:
-        """Return z_0..z_K (n, K + 1, hidden) float32."""
-        facts = self._manifest.graph
-        batches = self._refine(token_ids)
-        states = collect_states(self.name, batches, facts, texts=len(token_ids), advance=advance)
-        return l2_normalize(pool_states(states, facts.pooling))
+    def embed_and_trace(
+        self, token_ids: TokenIds, advance: Advance, *, more: TokenIds = ()
+    ) -> tuple[Float32, StepTrace]:
+        """Return z_0..z_K (n, K + 1, hidden) float32 of all texts, and the trace of the first ones."""
+        facts, texts = self._manifest.graph, len(token_ids)
+        # In one stream: a model that does not fit in memory is read once a step, however many texts there are.
+        batches = [*self._batches(token_ids), *self._batches(more, first_row=texts)]
+        values = self._refine(batches, advance)
+        trace = collect_trace(self.name, values, facts, texts=texts + len(more), traced=texts, tokens=self._tokens)
+        vectors = l2_normalize(pool_states(trace.states, facts.pooling))
+        return vectors, dataclasses.replace(trace, states=trace.states[:texts])
 
-    def embed_and_trace(self, token_ids: TokenIds, advance: Advance) -> tuple[Float32, StepTrace]:
-        """Return z_0..z_K (n, K + 1, hidden) float32, and what is computed on the way."""
-        facts, batches = self._manifest.graph, self._refine(token_ids)
-        trace = collect_trace(self.name, batches, facts, texts=len(token_ids), tokens=self._tokens, advance=advance)
-        return l2_normalize(pool_states(trace.states, facts.pooling)), trace
-
-    def _refine(self, token_ids: TokenIds) -> Batches:
+    def _batches(self, token_ids: TokenIds, *, first_row: int = 0) -> Iterator[TokenBatch]:
         for batch in padded_batches(
             token_ids,
             pad_token_id=self._manifest.pad_token_id,
             batch_size=DEFAULT_BATCH_SIZE,
             batch_tokens=DEFAULT_BATCH_TOKENS,
         ):
-            yield list(batch.rows), self._run(batch.input_ids, batch.attention_mask)
+            yield dataclasses.replace(batch, rows=tuple(first_row + row for row in batch.rows))
 
-    def _run(self, input_ids: Any, attention_mask: Any) -> Iterator[StepValues]:
+    def _refine(self, batches: Sequence[TokenBatch], advance: Advance) -> Iterator[StepValues]:
         import torch
 
         from gircse.checkpoint.reference import refine
 
-        ids, mask = (torch.from_numpy(array).to(self._device) for array in (input_ids, attention_mask))
         facts = self._manifest.graph
-        for state in refine(self._model, ids, mask, steps=facts.steps, temperature=facts.temperature):
-            yield StepValues(_numpy(state.hidden), _numpy(state.soft_token), _numpy(state.probabilities))
+        for batch in batches:
+            ids, mask = (torch.from_numpy(array).to(self._device) for array in (batch.input_ids, batch.attention_mask))
+            states = refine(self._model, ids, mask, steps=facts.steps, temperature=facts.temperature)
+            for step, state in enumerate(states):
+                arrays = (_numpy(state.hidden), _numpy(state.soft_token), _numpy(state.probabilities))
+                yield StepValues(list(batch.rows), step, *arrays)
+            advance(len(batch.rows))
 
 
 class BundleBackend:
@@ -142,7 +141,8 @@ class BundleBackend:
             bundle: an opened bundle.
             precision: name of one of its variants. On the CPU, FP16 and BF16 are emulated.
             layout: which of its graphs; None is its default.
-            provider: where the runtime runs; the probe runs on the CPU.
+            provider: where the runtime runs. The probe runs there too if it is ``cuda``, else, as an engine shows no
+                inner values, on the CPU.
             threads: threads of one run; None lets ONNX Runtime take the physical cores.
         """
         self._emulated = precision_spec(precision).emulated and provider is Provider.CPU
@@ -150,6 +150,7 @@ class BundleBackend:
         self.name = f"{bundle.directory.name}:{precision}{place}"
         self._bundle, self._precision, self._layout = bundle, precision, layout
         self._provider, self._threads = provider, threads
+        self._probe_provider = provider if provider is Provider.CUDA else Provider.CPU
         self._facts, self._tokens = bundle.manifest.graph, token_count(bundle)
 
     def open_embedder(self) -> Embedder:
@@ -185,9 +186,19 @@ class BundleBackend:
         check_finite(self.name, "embedding z", result, first_step=0)
         return result
 
-    def embed_and_trace(self, token_ids: TokenIds, advance: Advance) -> tuple[Float32, StepTrace]:
-        """Return z_0..z_K (n, K + 1, hidden) float32 of the runtime, and what a probe sees on the way."""
-        return self.embed(token_ids, lambda _: None), self._trace(self._open_probe(), token_ids, advance)
+    def embed_and_trace(
+        self, token_ids: TokenIds, advance: Advance, *, more: TokenIds = ()
+    ) -> tuple[Float32, StepTrace]:
+        """Return z_0..z_K (n, K + 1, hidden) float32 of all texts, from the runtime, and a probe's trace of the first.
+
+        The texts are counted when they are embedded, not once more when they are traced.
+        """
+        embedder = self.open_embedder()
+        vectors = self.embed_with(embedder, token_ids, advance)
+        if more:
+            vectors = np.concatenate([vectors, self.embed_with(embedder, more, advance)])
+        del embedder  # its weights, before the probe loads them again
+        return vectors, self._trace(self._open_probe(), token_ids, advance=lambda _: None)
 
     def trace_and_force(self, token_ids: TokenIds, soft_tokens: Float32, advance: Advance) -> tuple[StepTrace, Float32]:
         """Return what is computed on the way, and the states when every step is fed another backend's soft tokens.
@@ -202,40 +213,29 @@ class BundleBackend:
         """
         probe = self._open_probe()
         trace = self._trace(probe, token_ids, advance)
-        batches = probe.refine(token_ids, forced=soft_tokens)
-        name = f"{self.name}, teacher-forced"
-        return trace, collect_states(name, batches, self._facts, texts=len(token_ids), advance=advance)
+        values = probe.refine(token_ids, forced=soft_tokens, advance=advance)
+        name, texts = f"{self.name}, teacher-forced", len(token_ids)
+        forced = collect_trace(name, values, self._facts, texts=texts, traced=0, tokens=self._tokens)
+        return trace, forced.states
 
     def _open_probe(self) -> GraphProbe:
-        return GraphProbe(self._bundle, self._precision, layout=self._layout, threads=self._threads)
+        return GraphProbe(
+            self._bundle,
+            self._precision,
+            layout=self._layout,
+            provider=self._probe_provider,
+            threads=self._threads,
+        )
 
     def _trace(self, probe: GraphProbe, token_ids: TokenIds, advance: Advance) -> StepTrace:
-        batches = probe.refine(token_ids)
-        return collect_trace(
-            self.name, batches, self._facts, texts=len(token_ids), tokens=self._tokens, advance=advance
-        )
+        values, texts = probe.refine(token_ids, advance=advance), len(token_ids)
+        return collect_trace(self.name, values, self._facts, texts=texts, traced=texts, tokens=self._tokens)
 
 
 def token_count(bundle: Bundle) -> int:
     """Return the number of vocabulary rows that belong to a token; the rows after them are padding."""
     vocabulary = open_tokenizer(bundle).tokenizer.get_vocab()
     return max(*vocabulary.values(), bundle.manifest.pad_token_id) + 1
-
-
-def _check_memory(manifest: Manifest) -> None:
-    """Refuse to load a model that cannot fit; only the FP32 weights of a bundle tell its size."""
-    variant = manifest.variants.get("fp32")
-    if variant is None:
-        return
-    needed = TORCH_BYTES + int(1.2 * manifest.files[variant.weights].bytes)  # PEFT merges layer by layer
-    free = psutil.virtual_memory().available
-    if needed > free:
-        raise MeasurementError(
-            "the PyTorch model in FP32",
-            f"needs {gib(needed)} of memory",
-            f"{gib(free)} are available",
-            "Use a larger machine, or name another bundle or precision as --reference.",
-        )
 
 
 def _numpy(tensor: Any) -> Any:

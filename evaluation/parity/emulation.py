@@ -10,7 +10,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-_LOW = {ir.DataType.FLOAT16, ir.DataType.BFLOAT16}
+LOW_TYPES = {ir.DataType.FLOAT16, ir.DataType.BFLOAT16}
 _WIDE = ir.TensorType(ir.DataType.FLOAT)
 
 
@@ -26,19 +26,19 @@ def emulated_graph(path: Path) -> ir.Model:
     graph = model.graph
     nodes = list(graph)
     for value in (*graph.inputs, *graph.outputs):
-        if value.dtype in _LOW:
+        if value.dtype in LOW_TYPES:
             value.type = _WIDE
     for node in nodes:
-        if node.op_type == "Cast" and node.attributes["to"].as_int() in _LOW:
+        if node.op_type == "Cast" and node.attributes["to"].as_int() in LOW_TYPES:
             node.attributes["to"] = ir.AttrInt64("to", ir.DataType.FLOAT)
         for value in node.outputs:
-            if value.dtype in _LOW:
+            if value.dtype in LOW_TYPES:
                 _round(graph, node, value)
     for weight in list(graph.initializers.values()):
-        if weight.dtype in _LOW:
+        if weight.dtype in LOW_TYPES:
             wide = ir.Value(type=_WIDE)
             weight.replace_all_uses_with(wide)
-            graph.insert_before(nodes[0], _cast(weight, ir.DataType.FLOAT, wide))
+            graph.insert_before(nodes[0], cast(weight, ir.DataType.FLOAT, wide))
     return model
 
 
@@ -49,8 +49,9 @@ def _round(graph: ir.Graph, node: ir.Node, exact: ir.Value) -> None:
     rounded, wide = ir.Value(), ir.Value(type=_WIDE, shape=shape)
     exact.replace_all_uses_with(wide)
     exact.name, exact.type, wide.name = f"{name}.exact", _WIDE, name
-    graph.insert_after(node, (_cast(exact, low, rounded), _cast(rounded, ir.DataType.FLOAT, wide)))
+    graph.insert_after(node, (cast(exact, low, rounded), cast(rounded, ir.DataType.FLOAT, wide)))
 
 
-def _cast(value: ir.Value, to: ir.DataType | None, result: ir.Value) -> ir.Node:
+def cast(value: ir.Value, to: ir.DataType | None, result: ir.Value) -> ir.Node:
+    """Return a node that casts a value to a type; ``result`` becomes its output."""
     return ir.node("Cast", [value], {"to": to}, outputs=[result])

@@ -17,17 +17,19 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from gircse.evaluation.parity.emulation import emulated_graph
-from gircse.evaluation.parity.step_trace import Batches, StepValues
+from gircse.evaluation.parity.emulation import LOW_TYPES, cast, emulated_graph
+from gircse.evaluation.parity.step_trace import StepValues
+from gircse.reporting.progress import Advance
 from gircse.runtime import tensor_names
 from gircse.runtime.bundle import Bundle
 from gircse.runtime.embedder import DEFAULT_BATCH_SIZE, DEFAULT_BATCH_TOKENS
 from gircse.runtime.errors import BundleError
 from gircse.runtime.manifest import Layout
 from gircse.runtime.numerics import Float32
-from gircse.runtime.ort_session import load_graph, run_errors
+from gircse.runtime.ort_session import StepwiseSession, load_graph, ort_device, run_errors
 from gircse.runtime.precision import precision_spec
-from gircse.runtime.tokenization import padded_batches
+from gircse.runtime.provider import Provider
+from gircse.runtime.tokenization import TokenBatch, padded_batches
 
 FORCE = "force"
 FORCED = ".forced"
@@ -36,21 +38,29 @@ Feed = dict[str, Any]
 
 
 class GraphProbe:
-    """The graphs of one precision, opened for inspection; CPU only."""
+    """The graphs of one precision, opened for inspection."""
 
     def __init__(
-        self, bundle: Bundle, precision: str, *, layout: Layout | None = None, threads: int | None = None
+        self,
+        bundle: Bundle,
+        precision: str,
+        *,
+        layout: Layout | None = None,
+        provider: Provider = Provider.CPU,
+        threads: int | None = None,
     ) -> None:
         """Load the edited graphs.
 
         Args:
             bundle: an opened bundle.
-            precision: name of one of its variants.
+            precision: name of one of its variants. On the CPU, FP16 and BF16 are emulated.
             layout: which of its graphs; None is its default.
+            provider: one of ONNX Runtime's.
             threads: threads of one run; None lets ONNX Runtime take the physical cores.
 
         Raises:
             BundleError: the graphs lack the names of the inner values, or do not load.
+            ProviderError: the provider is not there, or does not run the precision.
         """
         self._facts = bundle.manifest.graph
         self._pad_token_id = bundle.manifest.pad_token_id
@@ -67,15 +77,21 @@ class GraphProbe:
             | {prefix + tensor_names.STATE for prefix in states},
         )
         path = bundle.graph(precision, layout)
-        emulated = precision_spec(precision).emulated
+        emulated = precision_spec(precision).emulated and provider is Provider.CPU
         model = emulated_graph(path) if emulated else ir.load(path)
-        self._graph = load_graph(path, threads=threads, content=_instrumented(path, model, prefixes, inner))
+        content = _instrumented(path, model, prefixes, inner)
+        self._graph = load_graph(path, provider=provider, threads=threads, content=content)
+        if not self._unrolled:
+            self._session = StepwiseSession(self._graph, self._facts, device=ort_device(provider))
 
-    def refine(self, token_ids: Sequence[list[int]], *, forced: Float32 | None = None) -> Batches:
+    def refine(
+        self, token_ids: Sequence[list[int]], *, advance: Advance, forced: Float32 | None = None
+    ) -> Iterator[StepValues]:
         """Refine texts in batches of like length.
 
         Args:
             token_ids: token ids of each text.
+            advance: told how many texts were just done.
             forced: (n, K, hidden) float32, soft tokens to feed in place of the computed ones; None feeds those.
         """
         run = self._run_unrolled if self._unrolled else self._run_stepwise
@@ -85,50 +101,45 @@ class GraphProbe:
             batch_size=DEFAULT_BATCH_SIZE,
             batch_tokens=DEFAULT_BATCH_TOKENS,
         ):
-            rows = list(batch.rows)
-            prompt = {tensor_names.INPUT_IDS: batch.input_ids, tensor_names.ATTENTION_MASK: batch.attention_mask}
-            yield rows, run(prompt, None if forced is None else forced[rows])
+            yield from run(batch, None if forced is None else forced[list(batch.rows)])
+            advance(len(batch.rows))
 
-    def _run_unrolled(self, prompt: Feed, forced: Float32 | None) -> Iterator[StepValues]:
-        feed = dict(prompt)
+    def _run_unrolled(self, batch: TokenBatch, forced: Float32 | None) -> Iterator[StepValues]:
+        feed: Feed = {tensor_names.INPUT_IDS: batch.input_ids, tensor_names.ATTENTION_MASK: batch.attention_mask}
         names = [tensor_names.PROMPT_PREFIX + tensor_names.STATE]
         for index, prefix in enumerate(self._prefixes):
             feed |= _force(prefix, forced, index)
             names += [prefix + tensor_names.STATE, *_soft_token_names(prefix)]
-        with run_errors(prompt[tensor_names.INPUT_IDS]):
+        with run_errors(batch.input_ids):
             hidden, *values = self._graph.run(names, feed)
-        yield StepValues(hidden)
-        for start in range(0, len(values), 3):
-            yield _step_values(*values[start : start + 3])
+        yield StepValues(list(batch.rows), 0, hidden)
+        for step in range(1, len(self._prefixes) + 1):
+            yield _step_values(batch, step, *values[3 * (step - 1) : 3 * step])
 
-    def _run_stepwise(self, prompt: Feed, forced: Float32 | None) -> Iterator[StepValues]:
-        past, present = (tensor_names.cache_names(prefix, self._facts.num_layers) for prefix in ("past", "present"))
-        ids, mask = prompt[tensor_names.INPUT_IDS], prompt[tensor_names.ATTENTION_MASK]
-        no_past = np.empty((len(ids), 0, self._facts.kv_size), np.float32)
-        feed = {**prompt, **dict.fromkeys(past, no_past)}
-        if self._prefixes:
-            feed[tensor_names.HIDDEN] = np.empty((len(ids), 0, self._facts.hidden_size), np.float32)
-            feed |= _force(self._prefixes[0], None, 0)
-        with run_errors(ids):
-            hidden, *cache = self._graph.run([tensor_names.NEXT_HIDDEN, *present], feed)
-        yield StepValues(hidden[:, 0])
-        for index, prefix in enumerate(self._prefixes):
-            mask = np.pad(mask, ((0, 0), (0, 1)), constant_values=1)
-            feed = {tensor_names.INPUT_IDS: ids[:, :0], tensor_names.HIDDEN: hidden, tensor_names.ATTENTION_MASK: mask}
-            feed |= dict(zip(past, cache, strict=True)) | _force(prefix, forced, index)
-            names = [tensor_names.NEXT_HIDDEN, *_soft_token_names(prefix), *present]
-            with run_errors(ids):
-                hidden, soft_token, probabilities, *cache = self._graph.run(names, feed)
-            yield _step_values(hidden, soft_token, probabilities)
+    def _run_stepwise(self, batch: TokenBatch, forced: Float32 | None) -> Iterator[StepValues]:
+        prefix = tensor_names.step_prefix(None)
+        passes = self._session.passes(
+            batch.input_ids,
+            batch.attention_mask,
+            steps=len(self._prefixes),
+            inner=_soft_token_names(prefix),
+            inputs_of=lambda step: _force(prefix, forced if step else None, step - 1) if self._prefixes else {},
+        )
+        (hidden,) = next(passes)
+        yield StepValues(list(batch.rows), 0, hidden[:, 0])
+        for step, values in enumerate(passes, start=1):
+            yield _step_values(batch, step, *values)
 
 
 def _soft_token_names(prefix: str) -> list[str]:
     return [prefix + tensor_names.SOFT_TOKEN, prefix + tensor_names.PROBABILITIES]
 
 
-def _step_values(state: Float32, soft_token: Float32, probabilities: Float32) -> StepValues:
-    """Bring a step's values into one shape: the unrolled state is (batch, 1, hidden), probabilities (vocab, batch)."""
-    return StepValues(state.reshape(len(soft_token), -1), soft_token[:, 0], probabilities.T)
+def _step_values(
+    batch: TokenBatch, step: int, state: Float32, soft_token: Float32, probabilities: Float32
+) -> StepValues:
+    """Bring a step's values into one shape; states are (batch, 1, hidden), probabilities (vocab, batch)."""
+    return StepValues(list(batch.rows), step, state[:, 0], soft_token[:, 0], probabilities.T)
 
 
 def _force(prefix: str, forced: Float32 | None, index: int) -> Feed:
@@ -163,7 +174,7 @@ def _instrumented(path: Path, model: ir.Model, prefixes: set[str], inner: _Inner
     if inner.soft_tokens:
         graph.inputs.append(force)
     for name in sorted(inner.soft_tokens):
-        _add_switch(graph, values[name], force)
+        values[name] = _add_switch(graph, values[name], force)
     graph.outputs.extend(values[name] for name in sorted(inner.read | inner.soft_tokens))
     content: bytes = ir.to_proto(model).SerializeToString()
     return content
@@ -177,11 +188,22 @@ def _add_probabilities(graph: ir.Graph, logits: ir.Value, name: str) -> ir.Value
     return probabilities
 
 
-def _add_switch(graph: ir.Graph, computed: ir.Value, force: ir.Value) -> None:
-    forced = ir.val(f"{computed.name}{FORCED}", ir.DataType.FLOAT, [None, 1, None])
+def _add_switch(graph: ir.Graph, computed: ir.Value, force: ir.Value) -> ir.Value:
+    """Let every reader of a soft token read the forced one instead, if so told; return the computed one in FP32."""
+    name = str(computed.name)
+    forced = ir.val(f"{name}{FORCED}", ir.DataType.FLOAT, [None, 1, None])
     graph.inputs.append(forced)
     chosen, producer = ir.Value(), computed.producer()
     if producer is None:
         raise ValueError(f"{computed.name} is not computed")
     computed.replace_all_uses_with(chosen)
-    graph.insert_after(producer, ir.node("Where", [force, forced, computed], outputs=[chosen]))
+    low = computed.dtype
+    if low not in LOW_TYPES:
+        graph.insert_after(producer, ir.node("Where", [force, forced, computed], outputs=[chosen]))
+        return computed
+    # Read and fed in FP32: numpy has no BF16.
+    forced_low, shown = ir.Value(), ir.val(name, ir.DataType.FLOAT)
+    computed.name = f"{name}.low"
+    switch = ir.node("Where", [force, forced_low, computed], outputs=[chosen])
+    graph.insert_after(producer, (cast(forced, low, forced_low), switch, cast(computed, ir.DataType.FLOAT, shown)))
+    return shown

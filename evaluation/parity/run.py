@@ -1,18 +1,16 @@
-"""The parity run from end to end: a reference, one or more candidates, and how far they differ."""
+"""The parity run from end to end: a reference, one or more candidates, and how far they differ.
 
+Each side runs in a process of its own, one after the other: the reference first, because its soft tokens are fed to the
+candidates.
+"""
+
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
-
 from gircse.evaluation.environment import describe_environment
-from gircse.evaluation.parity.backends import (
-    Backend,
-    BundleBackend,
-    TokenIds,
-    TorchBackend,
-)
+from gircse.evaluation.parity.backends import BundleBackend
 from gircse.evaluation.parity.compare import (
     ReferenceRun,
     compare_batches,
@@ -26,11 +24,20 @@ from gircse.evaluation.parity.compare import (
 from gircse.evaluation.parity.gates import all_passed, limits_of
 from gircse.evaluation.parity.references import (
     check_same_task,
-    checkpoint_token_ids,
     parse_bundle_reference,
     source_checkpoint,
 )
 from gircse.evaluation.parity.report_schema import SCHEMA_VERSION, CandidateReport, ParityReport
+from gircse.evaluation.parity.side_process import run_side
+from gircse.evaluation.parity.sides import (
+    CandidateSide,
+    ReferenceSide,
+    SideInputs,
+    TorchSettings,
+    compute_bundle_reference,
+    compute_candidate,
+    compute_torch_reference,
+)
 from gircse.evaluation.tasks.files import TaskOptions, read_tasks
 from gircse.evaluation.tasks.prompts import Prompt, read_prompts, tokenize_prompts
 from gircse.evaluation.tasks.scoring import Task
@@ -44,9 +51,6 @@ from gircse.runtime.provider import Provider
 from gircse.runtime.tokenization import open_tokenizer
 
 TORCH = "torch"
-
-ALONE_TEXTS = 32
-"""Texts that are also run alone, evenly spread from the shortest to the longest."""
 
 
 @dataclass(frozen=True)
@@ -106,14 +110,13 @@ class ParityResult:
 
 
 @dataclass(frozen=True)
-class _Inputs:
-    """What both backends embed: texts that are traced step by step, and task prompts, which need only vectors."""
+class _Data:
+    """The texts and tasks, and what both sides embed of them."""
 
     prompts: Sequence[Prompt]
-    text_ids: TokenIds
     tasks: Sequence[Task]
-    task_ids: TokenIds
-    task_rows: Sequence[Sequence[int]]  # for each task, the row of each of its prompts in task_ids
+    inputs: SideInputs
+    task_rows: Sequence[Sequence[int]]  # for each task, the row of each of its prompts in inputs.task_ids
 
     def by_task(self, vectors: Float32) -> list[Float32]:
         """Return the vectors of each task's prompts; a prompt that two tasks share was embedded once."""
@@ -121,7 +124,7 @@ class _Inputs:
 
 
 def measure_parity(options: ParityOptions, *, progress: StageProgress | None = None) -> ParityResult:
-    """Compare the precisions of a bundle with a reference.
+    """Compare the precisions of a bundle with a reference; in a script, under ``if __name__ == "__main__"``.
 
     Raises:
         GircseError: a bundle, checkpoint, text file or task cannot be used, or a value is not finite.
@@ -135,19 +138,29 @@ def measure_parity(options: ParityOptions, *, progress: StageProgress | None = N
     bundle = Bundle.open(options.bundle)
     reference_bundle = _open_reference_bundle(options, bundle)
     precisions = _choose_precisions(options, bundle, reference_bundle)
-    inputs = _read_inputs(options, bundle)
-    reference = _run_reference(options, bundle, reference_bundle, inputs, progress)
+    data = _read_data(options, bundle)
     candidates, reports = {}, []
-    for precision in precisions:
-        candidates[precision], candidate = _run_candidate(options, bundle, precision, inputs, reference, progress)
-        reports.append(candidate)
+    with tempfile.TemporaryDirectory(prefix="gircse-parity-") as scratch:
+        folder = Path(scratch) / "reference"
+        side = _run_reference(options, bundle, reference_bundle, data, folder, progress)
+        tasks = data.by_task(side.task_vectors)
+        reference = ReferenceRun(side.name, side.vectors, side.trace, tasks, side.token_mismatches)
+        for precision in precisions:
+            backend = BundleBackend(
+                bundle, precision, layout=options.layout, provider=options.provider, threads=options.threads
+            )
+            place = Path(scratch) / precision
+            candidate = run_side(backend.name, place, progress, compute_candidate, backend, data.inputs, folder)
+            with progress.stage(f"compare {precision} with {reference.name}"):
+                reports.append(_compare(options, bundle, precision, data, candidate, reference))
+            candidates[precision] = candidate.vectors
     report = ParityReport(
         schema_version=SCHEMA_VERSION,
         bundle=bundle.directory.name,
         manifest_sha256=file_sha256(bundle.directory / MANIFEST_NAME),
         reference=reference.name,
         steps=bundle.manifest.graph.steps,
-        texts=len(inputs.prompts),
+        texts=len(data.prompts),
         texts_source=str(options.texts or "built-in"),
         reference_soft_tokens=tuple(
             summarize_soft_tokens(reference.trace.stats, step) for step in range(1, bundle.manifest.graph.steps + 1)
@@ -155,7 +168,7 @@ def measure_parity(options: ParityOptions, *, progress: StageProgress | None = N
         candidates=tuple(reports),
         environment=describe_environment(),
     )
-    return ParityResult(report, inputs.prompts, reference.vectors, candidates)
+    return ParityResult(report, data.prompts, reference.vectors, candidates)
 
 
 def _open_reference_bundle(options: ParityOptions, bundle: Bundle) -> tuple[Bundle, str] | None:
@@ -189,16 +202,15 @@ def _choose_precisions(options: ParityOptions, bundle: Bundle, reference: tuple[
     return chosen
 
 
-def _read_inputs(options: ParityOptions, bundle: Bundle) -> _Inputs:
+def _read_data(options: ParityOptions, bundle: Bundle) -> _Data:
     prompts = read_prompts(options.texts, instruction=options.instruction)
     tasks = read_tasks(options.tasks)
     row_of = {prompt: row for row, prompt in enumerate(dict.fromkeys(p for task in tasks for p in task.prompts))}
     tokenizer = open_tokenizer(bundle)
-    return _Inputs(
+    return _Data(
         prompts=prompts,
-        text_ids=tokenize_prompts(tokenizer, prompts),
         tasks=tasks,
-        task_ids=tokenize_prompts(tokenizer, list(row_of)),
+        inputs=SideInputs(tokenize_prompts(tokenizer, prompts), tokenize_prompts(tokenizer, list(row_of))),
         task_rows=[[row_of[prompt] for prompt in task.prompts] for task in tasks],
     )
 
@@ -207,59 +219,45 @@ def _run_reference(
     options: ParityOptions,
     bundle: Bundle,
     reference_bundle: tuple[Bundle, str] | None,
-    inputs: _Inputs,
+    data: _Data,
+    folder: Path,
     progress: StageProgress,
-) -> ReferenceRun:
-    mismatches: int | None = None
-    backend: Backend
+) -> ReferenceSide:
+    """Compute the reference, and keep what it gives in a folder."""
     if reference_bundle is not None:
         backend = BundleBackend(*reference_bundle, threads=options.threads)
-    else:
-        with progress.stage(f"load the PyTorch model {bundle.manifest.model.name}"):
-            checkpoint = source_checkpoint(bundle.manifest, model=options.model, adapter=options.adapter)
-            backend = TorchBackend(
-                bundle, checkpoint, device=options.device, dtype=options.dtype, threads=options.threads
-            )
-            theirs = checkpoint_token_ids(checkpoint, bundle, inputs.prompts)
-            mismatches = sum(a != b for a, b in zip(inputs.text_ids, theirs, strict=True))
-    total = len(inputs.text_ids) + len(inputs.task_ids)
-    with progress.stage(f"embed {total} texts: {backend.name}", total=total) as advance:
-        vectors, trace = backend.embed_and_trace(inputs.text_ids, advance)
-        task_vectors = backend.embed(inputs.task_ids, advance) if inputs.tasks else vectors[:0]
-    return ReferenceRun(backend.name, vectors, trace, inputs.by_task(task_vectors), mismatches)
+        return run_side(backend.name, folder, progress, compute_bundle_reference, backend, data.inputs)
+    checkpoint = source_checkpoint(bundle.manifest, model=options.model, adapter=options.adapter)
+    return run_side(
+        "the PyTorch model",
+        folder,
+        progress,
+        compute_torch_reference,
+        bundle,
+        checkpoint,
+        data.inputs,
+        prompts=data.prompts,
+        settings=TorchSettings(options.device, options.dtype, options.threads),
+    )
 
 
-def _run_candidate(
+def _compare(
     options: ParityOptions,
     bundle: Bundle,
     precision: str,
-    inputs: _Inputs,
+    data: _Data,
+    candidate: CandidateSide,
     reference: ReferenceRun,
-    progress: StageProgress,
-) -> tuple[Float32, CandidateReport]:
-    backend = BundleBackend(
-        bundle, precision, layout=options.layout, provider=options.provider, threads=options.threads
-    )
-    alone_rows = _spread_by_length(inputs.text_ids)
-    total = len(inputs.text_ids) + len(inputs.task_ids)
-    title = f"embed {total} texts, {len(alone_rows)} of them also alone: {backend.name}"
-    with progress.stage(title, total=total + len(alone_rows)) as advance:
-        embedder = backend.open_embedder()
-        vectors = backend.embed_with(embedder, inputs.text_ids, advance)
-        alone = backend.embed_with(embedder, [inputs.text_ids[row] for row in alone_rows], advance, batch_size=1)
-        task_vectors = backend.embed_with(embedder, inputs.task_ids, advance) if inputs.tasks else vectors[:0]
-        del embedder  # its weights, before the probe loads them again
-    with progress.stage(f"look inside: {backend.name}", total=2 * len(inputs.text_ids)) as advance:
-        trace, forced = backend.trace_and_force(inputs.text_ids, reference.trace.soft_tokens, advance)
-    with progress.stage(f"compare {precision} with {reference.name}"):
-        by_task = inputs.by_task(task_vectors)
-        texts = compare_texts(vectors, trace, reference, bundle.manifest.graph.pooling)
-        steps = compare_steps(vectors, trace, forced, reference, texts)
-        variance = compare_batches(alone, vectors[alone_rows])
-        tasks = compare_tasks(inputs.tasks, by_task, reference.task_vectors)
-        cross = compare_cross_steps(inputs.tasks, by_task, vectors, reference) if options.cross_steps else None
+) -> CandidateReport:
+    vectors, trace = candidate.vectors, candidate.trace
+    by_task = data.by_task(candidate.task_vectors)
+    texts = compare_texts(vectors, trace, reference, bundle.manifest.graph.pooling)
+    steps = compare_steps(vectors, trace, candidate.forced, reference, texts)
+    variance = compare_batches(candidate.alone, vectors[candidate.alone_rows])
+    tasks = compare_tasks(data.tasks, by_task, reference.task_vectors)
+    cross = compare_cross_steps(data.tasks, by_task, vectors, reference) if options.cross_steps else None
     gates = evaluate_gates(limits_of(precision, options.limits), steps, variance, tasks, reference.token_mismatches)
-    return vectors, CandidateReport(
+    return CandidateReport(
         precision=precision,
         passed=all_passed(gates),
         gates=tuple(gates),
@@ -269,9 +267,3 @@ def _run_candidate(
         tasks=tuple(tasks),
         cross_steps=cross,
     )
-
-
-def _spread_by_length(token_ids: TokenIds) -> list[int]:
-    by_length = sorted(range(len(token_ids)), key=lambda row: len(token_ids[row]))
-    at = np.linspace(0, len(by_length) - 1, min(ALONE_TEXTS, len(by_length))).round().astype(int)
-    return [by_length[index] for index in at]

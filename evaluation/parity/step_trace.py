@@ -1,6 +1,6 @@
 """What a backend computes on its way to the embedding, collected text by text, and checked to be finite."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from typing import NamedTuple
 
@@ -11,25 +11,23 @@ from gircse.runtime.errors import MeasurementError
 from gircse.runtime.manifest import GraphFacts
 from gircse.runtime.numerics import Float32
 
-Advance = Callable[[float], None]
-
 
 class StepValues(NamedTuple):
-    """A batch after the prompt or after a refinement step, float32.
+    """Some texts after the prompt (step 0) or after a refinement step, float32.
 
     Attributes:
+        rows: positions of the texts.
+        step: k.
         state: (batch, hidden), h_k.
         soft_token: (batch, hidden), s_k as computed; None for the prompt.
         probabilities: (batch, vocab), of s_k; None for the prompt.
     """
 
+    rows: list[int]
+    step: int
     state: Float32
     soft_token: Float32 | None = None
     probabilities: Float32 | None = None
-
-
-Batches = Iterable[tuple[list[int], Iterator[StepValues]]]
-"""Positions of a batch's texts, with the values after the prompt and after each step."""
 
 
 @dataclass(frozen=True)
@@ -48,34 +46,37 @@ class StepTrace:
 
 
 def collect_trace(
-    backend: str, batches: Batches, facts: GraphFacts, *, texts: int, tokens: int, advance: Advance
+    backend: str, values: Iterable[StepValues], facts: GraphFacts, *, texts: int, traced: int, tokens: int
 ) -> StepTrace:
-    """Run batches and keep what is computed on the way.
+    """Keep what is computed on the way.
 
     Args:
         backend: who computes, for errors.
-        batches: every text once.
+        values: every text and step once; the steps of a text in their order, everything else in any.
         facts: K and hidden size.
         texts: number of texts.
+        traced: number of texts, the first ones, whose soft tokens are kept; of the others, only the states are.
         tokens: tokens of the tokenizer; vocabulary rows from there on are padding.
-        advance: told how many texts were just done.
+
+    Returns:
+        States of ``texts`` texts, soft tokens and statistics of ``traced``.
 
     Raises:
         MeasurementError: a value is NaN or infinite; names the step.
     """
     states = np.empty((texts, facts.steps + 1, facts.hidden_size), np.float32)
-    soft_tokens = np.empty((texts, facts.steps, facts.hidden_size), np.float32)
-    stats = SoftTokenStats(*(np.empty((texts, facts.steps), np.float32) for _ in fields(SoftTokenStats)))
-    for rows, steps in batches:
-        for step, values in enumerate(steps):
-            states[rows, step] = values.state
-            if values.soft_token is None or values.probabilities is None:
-                continue
-            soft_tokens[rows, step - 1] = values.soft_token
-            of_step = soft_token_stats(values.probabilities, values.soft_token, tokens=tokens)
-            for field in fields(SoftTokenStats):
-                getattr(stats, field.name)[rows, step - 1] = getattr(of_step, field.name)
-        advance(len(rows))
+    soft_tokens = np.empty((traced, facts.steps, facts.hidden_size), np.float32)
+    stats = SoftTokenStats(*(np.empty((traced, facts.steps), np.float32) for _ in fields(SoftTokenStats)))
+    for rows, step, state, soft_token, probabilities in values:
+        states[rows, step] = state
+        kept = [at for at, row in enumerate(rows) if row < traced]
+        if not kept or soft_token is None or probabilities is None:
+            continue
+        kept_rows = [rows[at] for at in kept]
+        soft_tokens[kept_rows, step - 1] = soft_token[kept]
+        of_step = soft_token_stats(probabilities[kept], soft_token[kept], tokens=tokens)
+        for field in fields(SoftTokenStats):
+            getattr(stats, field.name)[kept_rows, step - 1] = getattr(of_step, field.name)
     # In the order of the computation: the first value that is not finite is where it went wrong.
     check_finite(backend, "state h", states[:, :1], first_step=0)
     for step in range(1, facts.steps + 1):
@@ -84,21 +85,6 @@ def collect_trace(
         check_finite(backend, "soft token s", soft_tokens[:, one], first_step=step)
         check_finite(backend, "state h", states[:, step : step + 1], first_step=step)
     return StepTrace(states, soft_tokens, stats)
-
-
-def collect_states(backend: str, batches: Batches, facts: GraphFacts, *, texts: int, advance: Advance) -> Float32:
-    """Run batches and keep their states h_0..h_K (n, K + 1, hidden) float32; the arguments are as above.
-
-    Raises:
-        MeasurementError: a value is NaN or infinite; names the step.
-    """
-    states = np.empty((texts, facts.steps + 1, facts.hidden_size), np.float32)
-    for rows, steps in batches:
-        for step, values in enumerate(steps):
-            states[rows, step] = values.state
-        advance(len(rows))
-    check_finite(backend, "state h", states, first_step=0)
-    return states
 
 
 def check_finite(backend: str, what: str, values: Float32, *, first_step: int) -> None:

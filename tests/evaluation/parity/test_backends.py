@@ -1,15 +1,11 @@
-"""The PyTorch reference is the plain loop, and says beforehand what it cannot load."""
-
-from types import SimpleNamespace
+"""The PyTorch reference is the plain loop."""
 
 import numpy as np
-import pytest
 import torch
 from support.reference_loop import plain_states
 from support.small_models import SmallModels
 from support.tolerances import PROBE_MAX_DIFFERENCE
 
-from gircse.evaluation import parity_command
 from gircse.evaluation.parity.backends import token_count
 from gircse.evaluation.parity.step_trace import StepTrace
 from gircse.runtime.bundle import Bundle
@@ -35,11 +31,3 @@ def test_reference_is_the_plain_loop(
         assert padded.min() > 0.001
         np.testing.assert_allclose(trace.stats.padded_mass[row], padded, atol=PROBE_MAX_DIFFERENCE)
     np.testing.assert_allclose(vectors, l2_normalize(pool_states(trace.states, Pooling.MEAN)), atol=1e-7)
-
-
-def test_too_little_memory_is_said_beforehand(
-    small_models: SmallModels, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=1 << 30))
-    assert parity_command.main([str(small_models.bundle("llama"))]) == 2
-    assert "PyTorch model in FP32 needs 1.25 GiB of memory; 1.00 GiB are available" in capsys.readouterr().err

@@ -42,9 +42,8 @@ def test_teacher_forcing_feeds_the_given_soft_tokens(
     probe = GraphProbe(Bundle.open(small_models.bundle("llama", layout=layout)), "fp32", threads=2)
     given = np.roll(reference[1].soft_tokens, 1, axis=0)  # each text gets another one's
     states = np.empty_like(reference[1].states)
-    for rows, steps in probe.refine(token_ids, forced=given):
-        for step, values in enumerate(steps):
-            states[rows, step] = values.state
+    for values in probe.refine(token_ids, forced=given, advance=lambda _: None):
+        states[values.rows, values.step] = values.state
     assert np.abs(states[:, 1:] - reference[1].states[:, 1:]).max() > CONTROL_MIN_DIFFERENCE
     model = small_models.load("llama")
     table = model.get_input_embeddings().weight
@@ -65,6 +64,6 @@ def test_probe_refuses_graphs_without_names(bundle_copy: Path) -> None:
 @pytest.mark.parametrize("layout", Layout)
 def test_what_fails_in_a_run_is_an_error_of_ours(small_models: SmallModels, layout: Layout) -> None:
     probe = GraphProbe(Bundle.open(small_models.bundle("llama", layout=layout)), "fp32", threads=2)
-    ((_, steps),) = probe.refine([[1, 10**6]])  # the second is outside the vocabulary
+    values = probe.refine([[1, 10**6]], advance=lambda _: None)  # the second is outside the vocabulary
     with pytest.raises(ProviderError, match=r"^ONNX Runtime failed in a batch of 1 texts of 2 tokens: "):
-        list(steps)
+        list(values)
