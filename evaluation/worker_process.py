@@ -8,9 +8,9 @@ import contextlib
 import multiprocessing
 import os
 import signal
-import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from types import TracebackType
 from typing import Any, Self
@@ -50,7 +50,7 @@ class WorkerProcess:
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
         self._process = context.Process(target=_run, args=(theirs, serve, arguments), daemon=True)
-        with _environment(spec.environment), _interrupts_ignored():
+        with _environment(spec.environment), _interrupts_blocked():
             self._process.start()
         theirs.close()
 
@@ -110,7 +110,6 @@ class WorkerProcess:
 
 def _run(connection: Connection, serve: Callable[..., None], arguments: tuple[Any, ...]) -> None:
     """Serve; errors that have a message of their own travel to the parent, all others are printed here."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         serve(connection, *arguments)
     except (EOFError, ConnectionError):  # the parent has hung up
@@ -121,16 +120,17 @@ def _run(connection: Connection, serve: Callable[..., None], arguments: tuple[An
 
 
 @contextlib.contextmanager
-def _interrupts_ignored() -> Iterator[None]:
-    """Start a process that ignores Ctrl-C from its first moment on: the parent, which gets it too, ends it."""
-    if threading.current_thread() is not threading.main_thread():  # which alone may change it
-        yield
-        return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _interrupts_blocked() -> Iterator[None]:
+    """Start a process that never sees a Ctrl-C, which a terminal sends to both: the parent ends it.
+
+    What is blocked here stays blocked there; here it only waits until the process has started.
+    """
+    resource_tracker.ensure_running()  # which unblocks it when it starts
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextlib.contextmanager

@@ -70,14 +70,13 @@ class TorchBackend:
         """
         import torch
 
-        from gircse.checkpoint.reference import load_reference
+        from gircse.checkpoint.reference import WholeReference, load_reference
 
         if threads is not None:
             torch.set_num_threads(threads)
         self._manifest, self._tokens = bundle.manifest, token_count(bundle)
-        self._device = device
         try:
-            self._model = load_reference(checkpoint, device=device, precision=Precision(dtype))
+            self._reference = WholeReference(load_reference(checkpoint, device=device, precision=Precision(dtype)))
         except (RuntimeError, AssertionError) as err:  # what torch raises for a device that is not there
             raise OptionError(
                 f"--device {device}",
@@ -109,18 +108,10 @@ class TorchBackend:
             yield dataclasses.replace(batch, rows=tuple(first_row + row for row in batch.rows))
 
     def _refine(self, batches: Sequence[TokenBatch], advance: Advance) -> Iterator[StepValues]:
-        import torch
-
-        from gircse.checkpoint.reference import refine
-
         facts = self._manifest.graph
-        for batch in batches:
-            ids, mask = (torch.from_numpy(array).to(self._device) for array in (batch.input_ids, batch.attention_mask))
-            states = refine(self._model, ids, mask, steps=facts.steps, temperature=facts.temperature)
-            for step, state in enumerate(states):
-                arrays = (_numpy(state.hidden), _numpy(state.soft_token), _numpy(state.probabilities))
-                yield StepValues(list(batch.rows), step, *arrays)
-            advance(len(batch.rows))
+        for state in self._reference.refine(batches, steps=facts.steps, temperature=facts.temperature, advance=advance):
+            arrays = (_numpy(state.hidden), _numpy(state.soft_token), _numpy(state.probabilities))
+            yield StepValues(list(batches[state.batch].rows), state.step, *arrays)
 
 
 class BundleBackend:

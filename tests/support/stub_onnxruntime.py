@@ -39,7 +39,7 @@ class StubOnnxRuntime(ModuleType):
         sys.stdout.write("Failed to load libcublas.so.13\n")
 
     def InferenceSession(
-        self, path: str, options: Any, *, providers: list[tuple[str, dict[str, str]]]
+        self, path: str | bytes, options: Any, *, providers: list[tuple[str, dict[str, str]]]
     ) -> "StubSession":
         self.asked.append(providers)
         names = [name for name, _ in providers]
@@ -50,10 +50,10 @@ class StubOnnxRuntime(ModuleType):
 class StubSession:
     """A session that says it runs on a GPU and records what is bound to it."""
 
-    def __init__(self, path: str, options: Any, providers: list[str]) -> None:
-        self.path, self.providers = Path(path), providers
+    def __init__(self, path: str | bytes, options: Any, providers: list[str]) -> None:
+        self.path, self.providers = path if isinstance(path, bytes) else Path(path), providers
         # A GPU runs BF16; the CPU that stands for it does not.
-        runnable = path.replace("/bf16/", "/fp32/") if providers != [CPU] else path
+        runnable = path.replace("/bf16/", "/fp32/") if isinstance(path, str) and providers != [CPU] else path
         self._session = real_onnxruntime.InferenceSession(runnable, options, providers=[CPU])
         self.bindings: list[StubBinding] = []
 

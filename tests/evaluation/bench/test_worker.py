@@ -40,7 +40,5 @@ def test_worker_errors_reach_the_parent(small_models: SmallModels) -> None:
             worker.run(np.ones((1, 3), np.int64), 9)
     with Worker(spec) as worker:
         os.kill(worker._process.pid, signal.SIGKILL)
-        with pytest.raises(
-            MeasurementError, match=r":fp32 was killed by SIGKILL\. Most likely memory ran out"
-        ):
+        with pytest.raises(MeasurementError, match=r":fp32 was killed by SIGKILL\. Most likely memory ran out"):
             worker.run(np.ones((1, 3), np.int64), 1)
