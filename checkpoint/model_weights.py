@@ -202,7 +202,7 @@ class ModelWeights:
         """Return a weight of a module with LoRA factors, merged by PEFT."""
         path, _, parameter = name.rpartition(".")
         module = copy.deepcopy(self.model.get_submodule(path))
-        for part, _ in list(module.named_parameters(recurse=False)):
+        for part in [part for part, _ in module.named_parameters(recurse=False) if adapter.merges(f"{path}.{part}")]:
             weight = nn.Parameter(self.base.read_rows(f"{path}.{part}"), requires_grad=False)
             module.register_parameter(part, weight)
         before = torch.hash_tensor(module.get_parameter("weight"))  # a copy would be as large as the weight
