@@ -137,7 +137,7 @@ def main() -> None:
     args = parser.parse_args()
     adapter = args.adapter or args.directory.with_name(f"{args.directory.name}-adapter")
     make_checkpoint(args.shape, args.directory, layers=args.layers, seed=args.seed)
-    make_adapter(args.shape, adapter, layers=args.layers, seed=args.seed)
+    make_adapter(args.shape, adapter, base=args.directory.name, layers=args.layers, seed=args.seed)
     print(args.directory)
 
 
@@ -169,8 +169,8 @@ def make_checkpoint(shape: str, directory: Path, *, layers: int | None = None, s
     unfinished.rename(directory)
 
 
-def make_adapter(shape: str, directory: Path, *, layers: int | None = None, seed: int = 0) -> None:
-    """Write a LoRA adapter of rank 16 on the seven projections, trained as far as ``ADAPTER_SHARE`` says."""
+def make_adapter(shape: str, directory: Path, *, base: str, layers: int | None = None, seed: int = 0) -> None:
+    """Write a LoRA adapter of rank 16 on the seven projections, for the model called ``base``."""
     config = _config(shape, layers)
     recipe = Recipe(config, sinks=(), seed=seed)
     tensors = {}
@@ -187,7 +187,7 @@ def make_adapter(shape: str, directory: Path, *, layers: int | None = None, seed
     directory.mkdir(parents=True)
     save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
     LoraConfig(
-        base_model_name_or_path=shape,
+        base_model_name_or_path=base,
         inference_mode=True,
         lora_alpha=ALPHA,
         r=RANK,

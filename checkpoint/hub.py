@@ -24,6 +24,13 @@ def download_snapshot(repository: str, revision: str | None, patterns: Sequence[
         return Path(snapshot_download(repository, revision=revision, allow_patterns=list(patterns)))
 
 
+def hub_cache() -> Path:
+    """Return the directory that downloads go to."""
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HUB_CACHE)
+
+
 class HeaderDownload:
     """A ``Download`` that fetches small files, and of safetensors their headers.
 

@@ -12,7 +12,7 @@ from typing import Any
 from gircse.checkpoint.model_settings import ModelSettings, add_model_flags
 from gircse.checkpoint.reference_choice import add_reference_flags
 from gircse.reporting.sizes import gib, peak_memory
-from gircse.runtime.command import comma_separated, parse_arguments, run_command
+from gircse.runtime.command import comma_separated, parse_arguments, run_command, write_stdout
 from gircse.runtime.manifest import Layout
 from gircse.runtime.precision import Precision
 
@@ -77,6 +77,12 @@ def build_parser() -> argparse.ArgumentParser:
     add_reference_flags(parser, dtype=False)
     parser.add_argument("--output", type=Path, metavar="DIR", help="bundle directory (default: gircse-MODEL-K)")
     parser.add_argument("--force", action="store_true", help="replace an existing bundle")
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="write nothing: print what each stage will take, and what would be refused; of a Hugging Face model only "
+        "small files and headers are downloaded",
+    )
     return parser
 
 
@@ -96,12 +102,19 @@ def _weight_name(name: str) -> str:
 def _export(args: argparse.Namespace) -> int:
     start = time.perf_counter()
     # Here, not above: torch takes seconds to import, and --help should not.
+    from gircse.export.dry_run import plan_export
     from gircse.export.exporter import export_bundle
     from gircse.export.options import ExportOptions
 
     settings = _model_settings(args)
     flags = {**vars(args), **dataclasses.asdict(settings), "output": args.output or _default_output(settings)}
-    bundle = export_bundle(ExportOptions(**flags))
+    is_dry_run = flags.pop("dry_run")
+    options = ExportOptions(**flags)
+    if is_dry_run:
+        plan = plan_export(options)
+        write_stdout(f"{line}\n" for line in plan.lines())
+        return 2 if plan.refusals else 0
+    bundle = export_bundle(options)
     _print_summary(bundle, time.perf_counter() - start)
     return 0
 

@@ -21,7 +21,7 @@ from gircse.export.options import ExportOptions
 from gircse.export.overflow_probe import MagnitudeRecorder, Magnitudes
 from gircse.export.overflow_report import overflow_risks, write_magnitudes
 from gircse.export.proof import check_runtime, prove_bundle
-from gircse.export.resources import ExportNeeds, free_disk
+from gircse.export.resources import ExportNeeds, check_disk, free_disk
 from gircse.export.staging import check_destination, staged_directory
 from gircse.export.variants import DecoderGraph, VariantDraft, draft_variant, write_variant
 from gircse.reporting.progress import StageProgress
@@ -64,7 +64,7 @@ def export_bundle(options: ExportOptions, *, progress: StageProgress | None = No
     output = options.output.absolute()
     check_runtime()
     check_destination(output, force=options.force)
-    calibration = _open_calibration(options)
+    calibration = open_calibration(options)
     probe_texts = read_texts(options.probe_texts) if options.probe_texts else []
     with progress.stage(f"find the model {options.model}"):
         source = open_source(options)
@@ -100,7 +100,7 @@ def export_bundle(options: ExportOptions, *, progress: StageProgress | None = No
     return output
 
 
-def _open_calibration(options: ExportOptions) -> OpenedCalibration | None:
+def open_calibration(options: ExportOptions) -> OpenedCalibration | None:
     """Open the calibration of INT8 variants, before anything expensive starts."""
     if options.calibration is not None:
         return OpenedCalibration.open(options.calibration)
@@ -147,7 +147,7 @@ def _check_resources(
         f"  needs {gib(needs.disk)} of disk ({gib(free_disk(output))} free) and {gib(needs.memory)} of memory "
         f"({gib(psutil.virtual_memory().available)} available), PyTorch's vectors not counted"
     )
-    needs.check_disk(output)
+    check_disk(f"--output {output}", "the bundle", output, needs.disk)
     needs.check_memory()
 
 

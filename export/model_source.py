@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from gircse.calibration.int8.scheme import check_architecture
+from gircse.checkpoint.hub import Download, download_snapshot
 from gircse.checkpoint.model_config import read_model_config
 from gircse.checkpoint.model_weights import ModelWeights
 from gircse.checkpoint.source import Checkpoint, resolve_checkpoint
@@ -42,15 +43,21 @@ class SourceModel:
     notes: tuple[str, ...]
 
 
-def open_source(options: ExportOptions) -> SourceModel:
+def open_source(options: ExportOptions, *, download: Download = download_snapshot) -> SourceModel:
     """Find a checkpoint and read everything but its weights.
+
+    Args:
+        options: what to export.
+        download: fetches a repository from Hugging Face.
 
     Raises:
         CheckpointError: model, adapter or tokenizer cannot be used.
         CalibrationError: an INT8 variant is wanted, which does not exist for the model.
         OptionError: the model cannot hold the options.
     """
-    checkpoint = resolve_checkpoint(options.model, adapter=options.adapter, revision=options.revision)
+    checkpoint = resolve_checkpoint(
+        options.model, adapter=options.adapter, revision=options.revision, download=download
+    )
     config = read_model_config(checkpoint.directory)
     if any(SPECS[precision].calibrated for precision in options.precisions):
         check_architecture(config.model_type)

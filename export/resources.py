@@ -42,20 +42,6 @@ class ExportNeeds:
         memory = TRACE_BYTES + 3 * weights.largest_read_bytes
         return cls(written, sum(written.values()) + SMALL_FILES_BYTES, memory)
 
-    def check_disk(self, output: Path) -> None:
-        """Refuse a disk that is too small.
-
-        Raises:
-            OutputError: it is.
-        """
-        if self.disk > (free := free_disk(output)):
-            raise OutputError(
-                f"--output {output}",
-                f"has {gib(free)} of free disk space",
-                f"the bundle needs {gib(self.disk)}",
-                "Free some space, or choose another disk.",
-            )
-
     def check_memory(self) -> None:
         """Refuse to start without the memory.
 
@@ -68,9 +54,30 @@ class ExportNeeds:
             )
 
 
-def free_disk(output: Path) -> int:
-    """Return the bytes that are free where a directory will be."""
-    return shutil.disk_usage(next(path for path in output.parents if path.exists())).free
+def check_disk(where: str, what: str, place: Path, needed: int) -> None:
+    """Refuse a disk that is too small.
+
+    Args:
+        where: something will be written, in words.
+        what: will be written, in words.
+        place: path of what will be written.
+        needed: bytes.
+
+    Raises:
+        OutputError: there are fewer.
+    """
+    if needed > (free := free_disk(place)):
+        raise OutputError(
+            where,
+            f"has {gib(free)} of free disk space",
+            f"{what} needs {gib(needed)}",
+            "Free some space, or choose another disk.",
+        )
+
+
+def free_disk(place: Path) -> int:
+    """Return the bytes that are free where something will be."""
+    return shutil.disk_usage(next(path for path in place.parents if path.exists())).free
 
 
 def _bytes_per_weight(precision: Precision) -> int:
