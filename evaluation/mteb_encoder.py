@@ -167,7 +167,7 @@ def model_meta_from_manifest(
             "adapted_from": manifest.model.name if manifest.adapter and manifest.model.revision else None,
             "embed_dim": graph.hidden_size,
             "max_tokens": graph.max_tokens,
-            "memory_usage_mb": manifest.files[manifest.variants[precision].weights].bytes / 2**20,
+            "memory_usage_mb": manifest.weight_bytes(precision) / 2**20,
             "n_embedding_parameters": graph.vocab_size * graph.hidden_size,
             "framework": ["ONNX"],
             "similarity_fn_name": ScoringFunction.COSINE,

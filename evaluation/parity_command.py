@@ -6,6 +6,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from gircse.checkpoint.reference_choice import add_reference_flags
 from gircse.evaluation.task_flags import EXTRAS, add_task_flags, pop_task_options, show_tables
 from gircse.runtime.command import add_runtime_flags, comma_separated, parse_arguments, run_command
 from gircse.runtime.precision import ParityLimits
@@ -81,8 +82,7 @@ def _add_reference_flags(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--model", metavar="M", help="where the checkpoint is now (default: as in the manifest)")
     group.add_argument("--adapter", metavar="A", help="where the adapter is now (default: as in the manifest)")
-    group.add_argument("--device", default="cpu", help="of the PyTorch model (default: cpu)")
-    group.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), default="fp32", help="default: fp32")
+    add_reference_flags(group)
 
 
 def _add_data_flags(parser: argparse.ArgumentParser) -> None:

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import logging
+import math
 import re
 import sys
 import time
@@ -74,6 +75,13 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="TEXT",
         help="instruction that Embedder.encode_query puts before a text (default: none)",
     )
+    parser.add_argument(
+        "--max-shard-gib",
+        dest="max_shard_bytes",
+        type=_gib,
+        metavar="GIB",
+        help="split the weights into files of at most this size, for stores with a limit (default: one file)",
+    )
     add_reference_flags(parser, dtype=False)
     parser.add_argument("--output", type=Path, metavar="DIR", help="bundle directory (default: gircse-MODEL-K)")
     parser.add_argument("--force", action="store_true", help="replace an existing bundle")
@@ -91,6 +99,16 @@ def _precision(name: str) -> Precision:
         return Precision(name)
     except ValueError as err:
         raise ValueError(f"{name!r} is not a precision; choose from {', '.join(Precision)}") from err
+
+
+def _gib(text: str) -> int:
+    try:
+        size = float(text)
+    except ValueError:
+        size = math.nan
+    if not 0 < size < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of GiB above 0")
+    return int(size * 2**30)
 
 
 def _weight_name(name: str) -> str:

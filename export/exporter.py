@@ -24,7 +24,7 @@ from gircse.export.proof import check_runtime, prove_bundle
 from gircse.export.resources import ExportNeeds, check_disk, free_disk
 from gircse.export.staging import check_destination, staged_directory
 from gircse.export.variants import DecoderGraph, VariantDraft, draft_variant, write_variant
-from gircse.reporting.progress import StageProgress
+from gircse.reporting.progress import StageProgress, Unit
 from gircse.reporting.sizes import duration, gib
 from gircse.runtime.bundle import file_sha256
 from gircse.runtime.errors import OptionError, OutputError, readable
@@ -128,7 +128,13 @@ def _draft_variants(
         f"compose {options.steps} refinement steps ({options.layout}, {', '.join(options.precisions)})"
     ):
         return [
-            draft_variant(precision, decoder, keep_float32=options.keep_float32, calibration=calibration)
+            draft_variant(
+                precision,
+                decoder,
+                keep_float32=options.keep_float32,
+                calibration=calibration,
+                max_shard_bytes=options.max_shard_bytes,
+            )
             for precision in options.precisions
         ]
 
@@ -174,12 +180,16 @@ def _write_variants(
     Returns:
         The variants by precision, and the entries of their weights, which were hashed while they were written.
     """
-    variants, files = {}, {}
+    variants: dict[str, Variant] = {}
+    files: dict[str, FileEntry] = {}
     for draft in drafts:
         total = draft.weights.total_bytes
-        with progress.stage(f"write {gib(total)} of {draft.precision} weights", total=total) as advance:
+        with progress.stage(
+            f"write {gib(total)} of {draft.precision} weights", total=total, unit=Unit.BYTES
+        ) as advance:
             written = write_variant(draft, directory, identity=source.facts.identity, on_bytes=advance)
-        variants[str(draft.precision)], files[draft.weights_path] = written.variant, written.entry
+        variants[str(draft.precision)] = written.variant
+        files |= written.entries
         if written.engine_missing_reason is not None:
             progress.note(f"  no graph for TensorRT of {draft.precision}: {written.engine_missing_reason}")
         if SPECS[draft.precision].calibrated and options.calibration is not None:

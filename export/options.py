@@ -23,6 +23,7 @@ class ExportOptions(ModelSettings):
         probe_texts: file of texts for the overflow probe of FP16; None takes the golden ones.
         keep_float32: parts of weight names whose matrix products stay in FP32 in every variant.
         query_instruction: what ``Embedder.encode_query`` puts before a text unless told otherwise.
+        max_shard_bytes: no file of weights may be larger; None for one file a precision.
         force: replace an existing bundle.
         device: where PyTorch computes the golden vectors.
         memory: bytes that PyTorch may take for that; None takes what is free.
@@ -35,6 +36,7 @@ class ExportOptions(ModelSettings):
     calibration: Path | None = None
     probe_texts: Path | None = None
     query_instruction: str = ""
+    max_shard_bytes: int | None = None
     force: bool = False
     device: str = "cpu"
     memory: int | None = None

@@ -1,6 +1,6 @@
 """One precision of a bundle: its graphs in both layouts, its weights, its entry in the manifest."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -23,7 +23,6 @@ from gircse.runtime.precision import SPECS, Precision
 
 GRAPH_FILES = {Layout.UNROLLED: "model.onnx", Layout.STEPWISE: "stepwise.onnx"}
 ENGINE_GRAPH_FILE = "engine.onnx"
-WEIGHTS_FILE = "weights.bin"
 
 
 @dataclass(frozen=True)
@@ -67,11 +66,6 @@ class VariantDraft:
     engine_graph: ir.Model | None = None
     engine_missing_reason: str | None = None
 
-    @property
-    def weights_path(self) -> str:
-        """Path of its weights in the bundle."""
-        return f"{self.precision}/{WEIGHTS_FILE}"
-
 
 def draft_variant(
     precision: Precision,
@@ -79,6 +73,7 @@ def draft_variant(
     *,
     keep_float32: tuple[str, ...],
     calibration: OpenedCalibration | None,
+    max_shard_bytes: int | None = None,
 ) -> VariantDraft:
     """Compose the graphs of a precision and match their weights with the checkpoint.
 
@@ -87,30 +82,39 @@ def draft_variant(
         decoder: what it is made of.
         keep_float32: parts of weight names whose matrix products stay in FP32.
         calibration: for an INT8 variant.
+        max_shard_bytes: no file of weights may be larger; None for one file.
 
     Raises:
         CheckpointError: a tensor of checkpoint or adapter does not fit.
         ExportError: the graph cannot be set to the precision.
+        OptionError: a weight is larger than a file may be.
     """
     if SPECS[precision].calibrated:
         if calibration is None:
             raise ValueError(f"{precision} without a calibration")
         excluded = excluded_inputs(precision, calibration.calibration, decoder.shape, keep_float32=keep_float32)
-        return _draft_int8(decoder, Quantization(precision, calibration, decoder.shape, excluded))
+        quantization = Quantization(precision, calibration, decoder.shape, excluded)
+        return _draft_int8(decoder, quantization, max_shard_bytes)
     graphs, rewrites = {}, {}
     for layout in sorted(decoder.facts.layouts):
         graphs[layout] = compose_graph(decoder.graph, decoder.shape, decoder.settings, layout=layout)
         rewrites[layout] = set_precision(graphs[layout], precision, keep_float32=keep_float32)
-    weights = WeightLayout.match(weight_initializers(graphs.values()), decoder.weights)
+    initializers = weight_initializers(graphs.values())
+    weights = WeightLayout.match(initializers, decoder.weights, max_file_bytes=max_shard_bytes)
     return VariantDraft(precision, graphs, rewrites, weights, (*SPECS[precision].float32, *keep_float32))
 
 
-def _draft_int8(decoder: DecoderGraph, quantization: Quantization) -> VariantDraft:
+def _draft_int8(decoder: DecoderGraph, quantization: Quantization, max_shard_bytes: int | None) -> VariantDraft:
     """Compose the one layout of an INT8 variant; K + 1 copies of the decoder would hold K + 1 copies of its weights."""
     precision = quantization.precision
     layout = Layout.STEPWISE if decoder.settings.steps else decoder.facts.layout
     model, quantized = _compose_int8(decoder, quantization, layout, QdqTarget.ONNX_RUNTIME)
-    weights = WeightLayout.match(weight_initializers([model]), decoder.weights, sources=quantized.weight_sources)
+    weights = WeightLayout.match(
+        weight_initializers([model]),
+        decoder.weights,
+        sources=quantized.weight_sources,
+        max_file_bytes=max_shard_bytes,
+    )
     float32 = (*SPECS[precision].float32, *quantization.excluded)
     draft = VariantDraft(precision, {layout: model}, {layout: quantized.counts}, weights, float32)
     if not SPECS[precision].tensorrt:
@@ -136,15 +140,15 @@ def _compose_int8(
 
 
 class WrittenVariant(NamedTuple):
-    """What the manifest says of a variant, and of the file of its weights.
+    """What the manifest says of a variant, and of the files of its weights.
 
     Attributes:
-        entry: of the weights, which were hashed while they were written.
+        entries: of the weights, which were hashed while they were written, by path in the bundle.
         variant: the variant.
         engine_missing_reason: why it has no graph for TensorRT, where it should have one.
     """
 
-    entry: FileEntry
+    entries: Mapping[str, FileEntry]
     variant: Variant
     engine_missing_reason: str | None
 
@@ -162,16 +166,16 @@ def write_variant(
     """
     folder = directory / draft.precision
     folder.mkdir()
-    written = write_weights(draft.weights, folder / WEIGHTS_FILE, on_bytes=on_bytes)
-    external = external_tensors(draft.weights, WEIGHTS_FILE)
+    written = write_weights(draft.weights, folder, on_bytes=on_bytes)
+    external = external_tensors(draft.weights)
     for layout, model in draft.graphs.items():
         _write_graph(model, external, folder / GRAPH_FILES[layout], identity)
     engine = draft.engine_graph if written.copies_missing_reason is None else None
     if engine is not None:
-        _write_graph(engine, engine_tensors(draft.weights, WEIGHTS_FILE), folder / ENGINE_GRAPH_FILE, identity)
-    return WrittenVariant(
-        written.entry, _manifest_variant(draft, engine), draft.engine_missing_reason or written.copies_missing_reason
-    )
+        _write_graph(engine, engine_tensors(draft.weights), folder / ENGINE_GRAPH_FILE, identity)
+    entries = {f"{draft.precision}/{name}": entry for name, entry in written.entries.items()}
+    reason = draft.engine_missing_reason or written.copies_missing_reason
+    return WrittenVariant(entries, _manifest_variant(draft, engine, list(entries)), reason)
 
 
 def _write_graph(model: ir.Model, external: Mapping[str, ir.ExternalTensor], path: Path, identity: str) -> None:
@@ -181,12 +185,13 @@ def _write_graph(model: ir.Model, external: Mapping[str, ir.ExternalTensor], pat
     ir.save(model, path)
 
 
-def _manifest_variant(draft: VariantDraft, engine: ir.Model | None) -> Variant:
+def _manifest_variant(draft: VariantDraft, engine: ir.Model | None, weight_files: Sequence[str]) -> Variant:
     return Variant(
         graphs={
             layout: _graph_file(draft.precision, GRAPH_FILES[layout], model) for layout, model in draft.graphs.items()
         },
-        weights=draft.weights_path,
+        weights=weight_files[0],
+        more_weights=tuple(weight_files[1:]),
         float32=draft.float32,
         rewrites=draft.rewrites,
         tensorrt=_graph_file(draft.precision, ENGINE_GRAPH_FILE, engine) if engine is not None else None,

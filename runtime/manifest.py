@@ -13,7 +13,7 @@ MANIFEST_NAME = "gircse.json"
 SCHEMA_VERSION = 3
 OLDEST_SCHEMA_VERSION = 1
 """Version 1 had no ``query_instruction`` and no graph of its own for TensorRT, version 2 no ``tokenizer``, no
-``prompt_suffix`` and no ``truncation_side``; all have defaults."""
+``prompt_suffix``, no ``truncation_side`` and no ``more_weights``; all have defaults."""
 MAX_STEPS = 64
 
 
@@ -150,7 +150,8 @@ class Variant(Record, frozen=True):
 
     Attributes:
         graphs: its graphs by layout.
-        weights: the file of their weights.
+        weights: the file of their weights, or the first of several.
+        more_weights: the others, where no file may be larger than a store allows (``gircse-export --max-shard-gib``).
         float32: what stays in FP32 in an FP16 or BF16 variant, in words.
         rewrites: how often each rewrite to this precision applied, by layout and name.
         tensorrt: the graph that TensorRT engines are built from, where it is not the one that ONNX Runtime runs.
@@ -161,12 +162,18 @@ class Variant(Record, frozen=True):
     float32: tuple[str, ...] = ()
     rewrites: Mapping[Layout, Mapping[str, int]] = msgspec.field(default_factory=dict)
     tensorrt: GraphFile | None = None
+    more_weights: tuple[str, ...] = ()
+
+    @property
+    def weight_files(self) -> tuple[str, ...]:
+        """Paths of its weights."""
+        return (self.weights, *self.more_weights)
 
     @property
     def files(self) -> set[str]:
         """Paths of its graphs and weights."""
         graphs = [*self.graphs.values(), *([self.tensorrt] if self.tensorrt else [])]
-        return {self.weights, *(graph.path for graph in graphs)}
+        return {*self.weight_files, *(graph.path for graph in graphs)}
 
 
 class Manifest(Record, frozen=True):
@@ -242,6 +249,10 @@ class Manifest(Record, frozen=True):
                 "a template holds {text} exactly once",
                 "Export the bundle again.",
             )
+
+    def weight_bytes(self, precision: str) -> int:
+        """Return the size of the weights of a variant."""
+        return sum(self.files[path].bytes for path in self.variants[precision].weight_files)
 
     def to_json(self) -> bytes:
         """Return the manifest as the content of ``gircse.json``."""

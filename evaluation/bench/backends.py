@@ -101,9 +101,9 @@ class BundleSpec(_Spec):
 
     def model_bytes(self) -> int:
         """Return the size of the files that it loads."""
-        variant = self.bundle.variant(self.precision)
-        names = [variant.weights, variant.graphs[self.bundle.layout(self.precision, self.layout)].path]
-        return sum(self.bundle.manifest.files[name].bytes for name in names)
+        manifest, variant = self.bundle.manifest, self.bundle.variant(self.precision)
+        graph = variant.graphs[self.bundle.layout(self.precision, self.layout)].path
+        return manifest.weight_bytes(self.precision) + manifest.files[graph].bytes
 
     def weight_bytes_read(self, steps: int) -> int | None:
         """Return the bytes of weights that the CPU reads in one run; None on a GPU."""

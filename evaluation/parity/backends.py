@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 import onnx_ir as ir
 
+from gircse.checkpoint.reference_choice import ReferenceOptions, open_reference
 from gircse.checkpoint.source import Checkpoint
 from gircse.evaluation.parity.emulation import emulated_graph
 from gircse.evaluation.parity.graph_probe import GraphProbe
@@ -18,11 +19,10 @@ from gircse.reporting.progress import Advance
 from gircse.runtime import Embedder
 from gircse.runtime.bundle import Bundle
 from gircse.runtime.embedder import DEFAULT_BATCH_SIZE, DEFAULT_BATCH_TOKENS
-from gircse.runtime.errors import OptionError
 from gircse.runtime.manifest import Layout
 from gircse.runtime.numerics import Float32, l2_normalize, pool_states
 from gircse.runtime.ort_session import open_session
-from gircse.runtime.precision import Precision, precision_spec
+from gircse.runtime.precision import precision_spec
 from gircse.runtime.provider import Provider
 from gircse.runtime.tokenization import TokenBatch, open_tokenizer, padded_batches
 
@@ -55,36 +55,38 @@ class Backend(Protocol):
 class TorchBackend:
     """The reference loop in PyTorch, on the checkpoint that a bundle was exported from."""
 
-    def __init__(self, bundle: Bundle, checkpoint: Checkpoint, *, device: str, dtype: str, threads: int | None) -> None:
-        """Load the model.
+    def __init__(
+        self, bundle: Bundle, checkpoint: Checkpoint, options: ReferenceOptions, *, threads: int | None
+    ) -> None:
+        """Load the model, or get ready to stream it.
 
         Args:
             bundle: gives K, pooling and temperature.
             checkpoint: the model and adapter, see ``source_checkpoint``.
-            device: a torch device.
-            dtype: ``fp32``, ``fp16`` or ``bf16``.
+            options: where and how it runs.
             threads: threads on the CPU; None leaves it to torch.
 
         Raises:
+            CheckpointError: it cannot be loaded, or not even one layer of it fits into the memory.
             OptionError: torch cannot use the device.
         """
         import torch
 
-        from gircse.checkpoint.reference import WholeReference, load_reference
-
         if threads is not None:
             torch.set_num_threads(threads)
         self._manifest, self._tokens = bundle.manifest, token_count(bundle)
-        try:
-            self._reference = WholeReference(load_reference(checkpoint, device=device, precision=Precision(dtype)))
-        except (RuntimeError, AssertionError) as err:  # what torch raises for a device that is not there
-            raise OptionError(
-                f"--device {device}",
-                f"cannot be used: {str(err).splitlines()[0]}",
-                None,
-                "Choose a device of this machine's torch, such as cpu.",
-            ) from err
-        self.name = f"PyTorch {dtype} on {device}"
+        self._reference = open_reference(checkpoint, options, steps=bundle.manifest.graph.steps)
+        self.name = f"PyTorch {options.dtype} on {options.device}"
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What was chosen and why, a line each."""
+        return self._reference.notes
+
+    def estimate_seconds(self, *token_ids: TokenIds) -> float | None:
+        """Return how long texts will take; None where nobody can know."""
+        batches = [batch for ids in token_ids for batch in self._batches(ids)]
+        return self._reference.estimate_seconds(batches, steps=self._manifest.graph.steps)
 
     def embed_and_trace(
         self, token_ids: TokenIds, advance: Advance, *, more: TokenIds = ()

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from gircse.checkpoint.reference_choice import ReferenceOptions
 from gircse.evaluation.environment import describe_environment
 from gircse.evaluation.parity.backends import BundleBackend
 from gircse.evaluation.parity.compare import (
@@ -33,7 +34,6 @@ from gircse.evaluation.parity.sides import (
     CandidateSide,
     ReferenceSide,
     SideInputs,
-    TorchSettings,
     compute_bundle_reference,
     compute_candidate,
     compute_torch_reference,
@@ -46,7 +46,7 @@ from gircse.runtime.bundle import Bundle, file_sha256
 from gircse.runtime.errors import MeasurementError, OptionError
 from gircse.runtime.manifest import MANIFEST_NAME, Layout
 from gircse.runtime.numerics import Float32
-from gircse.runtime.precision import CPU_ORDER, runs_on
+from gircse.runtime.precision import CPU_ORDER, Precision, runs_on
 from gircse.runtime.provider import Provider
 from gircse.runtime.tokenization import open_tokenizer
 
@@ -64,7 +64,8 @@ class ParityOptions:
         model: where the checkpoint is now, if not where the manifest says.
         adapter: where the adapter is now.
         device: of the PyTorch reference.
-        dtype: of the PyTorch reference: ``fp32``, ``fp16`` or ``bf16``.
+        dtype: type that it computes in.
+        memory: bytes that it may take; None takes what is free.
         texts: file of texts, or None for the built-in ones.
         instruction: for texts that bring none.
         tasks: tasks that both backends are scored on.
@@ -81,7 +82,8 @@ class ParityOptions:
     model: str | None = None
     adapter: str | None = None
     device: str = "cpu"
-    dtype: str = "fp32"
+    dtype: Precision = Precision.FP32
+    memory: int | None = None
     texts: Path | None = None
     instruction: str = ""
     tasks: TaskOptions = field(default_factory=TaskOptions)
@@ -237,7 +239,8 @@ def _run_reference(
         checkpoint,
         data.inputs,
         prompts=data.prompts,
-        settings=TorchSettings(options.device, options.dtype, options.threads),
+        options=ReferenceOptions(options.device, options.dtype, options.memory),
+        threads=options.threads,
     )
 
 

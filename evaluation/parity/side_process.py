@@ -15,7 +15,7 @@ from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
 import numpy as np
 
 from gircse.evaluation.worker_process import WorkerProcess, WorkerSpec
-from gircse.reporting.progress import Advance, StageProgress
+from gircse.reporting.progress import Advance, StageProgress, Unit
 from gircse.runtime.errors import OutputError
 
 Arguments = ParamSpec("Arguments")
@@ -27,6 +27,7 @@ HINT = "Use a machine with more memory, --reference-memory, or fewer texts."
 class _StageStart(NamedTuple):
     title: str
     total: float | None
+    unit: Unit
 
 
 class _StageEnd(NamedTuple):
@@ -79,8 +80,8 @@ def run_side(
         while True:
             message = process.receive()
             match message:
-                case _StageStart(title, total):
-                    advance = stage.enter_context(progress.stage(title, total=total))
+                case _StageStart(title, total, unit):
+                    advance = stage.enter_context(progress.stage(title, total=total, unit=unit))
                 case _Advanced(amount) if advance is not None:
                     advance(amount)
                 case _StageEnd():
@@ -133,9 +134,9 @@ class _SentProgress(StageProgress):
         self._connection = connection
 
     @contextlib.contextmanager
-    def stage(self, title: str, *, total: float | None = None) -> Iterator[Advance]:
+    def stage(self, title: str, *, total: float | None = None, unit: Unit = Unit.WORK) -> Iterator[Advance]:
         """Let the other process show a stage while the block runs; an error ends it there."""
-        self._connection.send(_StageStart(title, total))
+        self._connection.send(_StageStart(title, total, unit))
         yield lambda amount: self._connection.send(_Advanced(amount))
         self._connection.send(_StageEnd())
 

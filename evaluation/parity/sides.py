@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from gircse.checkpoint.reference_choice import ReferenceOptions
 from gircse.checkpoint.source import Checkpoint
 from gircse.evaluation.parity.backends import Backend, BundleBackend, TokenIds, TorchBackend
 from gircse.evaluation.parity.references import checkpoint_token_ids
@@ -13,6 +14,7 @@ from gircse.evaluation.parity.side_process import load_result
 from gircse.evaluation.parity.step_trace import StepTrace
 from gircse.evaluation.tasks.prompts import Prompt
 from gircse.reporting.progress import StageProgress
+from gircse.reporting.sizes import duration
 from gircse.runtime.bundle import Bundle
 from gircse.runtime.numerics import Float32
 
@@ -31,15 +33,6 @@ class SideInputs:
     def total(self) -> int:
         """Number of texts and prompts."""
         return len(self.text_ids) + len(self.task_ids)
-
-
-@dataclass(frozen=True)
-class TorchSettings:
-    """How PyTorch computes; the fields are flags of ``gircse-parity``."""
-
-    device: str
-    dtype: str
-    threads: int | None
 
 
 @dataclass(frozen=True)
@@ -90,15 +83,18 @@ def compute_torch_reference(
     inputs: SideInputs,
     *,
     prompts: Sequence[Prompt],
-    settings: TorchSettings,
+    options: ReferenceOptions,
+    threads: int | None,
 ) -> ReferenceSide:
     """Run PyTorch on the checkpoint of a bundle; ``prompts`` are the texts of ``inputs.text_ids``."""
     with progress.stage(f"load the PyTorch model {bundle.manifest.model.name}"):
         theirs = checkpoint_token_ids(checkpoint, bundle, prompts)
-        backend = TorchBackend(
-            bundle, checkpoint, device=settings.device, dtype=settings.dtype, threads=settings.threads
-        )
+        backend = TorchBackend(bundle, checkpoint, options, threads=threads)
     mismatches = sum(a != b for a, b in zip(inputs.text_ids, theirs, strict=True))
+    for note in backend.notes:
+        progress.note(f"  {note}")
+    if (seconds := backend.estimate_seconds(inputs.text_ids, inputs.task_ids)) is not None:
+        progress.note(f"  it will take about {duration(seconds)}")
     return _run_reference(progress, backend, inputs, token_mismatches=mismatches)
 
 

@@ -249,7 +249,7 @@ def _announce_cost(
     progress: StageProgress,
 ) -> None:
     """Say what the build will need, and refuse what cannot fit."""
-    weights = bundle.manifest.files[bundle.manifest.variants[precision].weights].bytes
+    weights = bundle.manifest.weight_bytes(precision)
     needed = BUILD_BYTES + 3 * weights + LAYER_BYTES * builder.num_layers
     free = psutil.virtual_memory().available
     disk = psutil.disk_usage(str(bundle.directory)).free

@@ -1,4 +1,4 @@
-"""Stream the weights of a model into one external data file, weight by weight, with the adapter merged on the way.
+"""Stream the weights of a model into external data files, weight by weight, with the adapter merged on the way.
 
 A weight is merged in FP32 and cast once, to the type that the graph gives it. At no time is more than one in memory,
 and one that is stored as it is in the checkpoint (the vocabulary, the largest) passes through in blocks of rows. What
@@ -7,9 +7,11 @@ an INT8 variant stores instead comes from its weight sources (``int8/weights.py`
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Mapping
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple, Self
 
 import numpy as np
 import onnx_ir as ir
@@ -33,23 +35,23 @@ _TORCH_TYPES = {
 
 
 class WrittenWeights(NamedTuple):
-    """A data file.
+    """The data files.
 
     Attributes:
-        entry: its size and SHA-256, taken while it was written.
-        copies_missing_reason: why it lacks the FP16 copies, which only TensorRT reads; None if it has all it needs.
+        entries: their sizes and SHA-256, taken while they were written, by name.
+        copies_missing_reason: why they lack the FP16 copies, which only TensorRT reads; None if they have all it needs.
     """
 
-    entry: FileEntry
+    entries: dict[str, FileEntry]
     copies_missing_reason: str | None
 
 
-def write_weights(layout: WeightLayout, path: Path, *, on_bytes: Callable[[int], None]) -> WrittenWeights:
-    """Write the data file. A copy that FP16 cannot hold costs the copies, not the file.
+def write_weights(layout: WeightLayout, folder: Path, *, on_bytes: Callable[[int], None]) -> WrittenWeights:
+    """Write the data files. A copy that FP16 cannot hold costs the copies, not the files.
 
     Args:
         layout: the matched weights.
-        path: file to create.
+        folder: where to create them.
         on_bytes: called with the number of bytes after each block.
 
     Raises:
@@ -58,42 +60,35 @@ def write_weights(layout: WeightLayout, path: Path, *, on_bytes: Callable[[int],
     """
     source: WeightSource | None = None
     made: Mapping[str, Tensor] = {}
-    with path.open("wb") as stream:
-        file = _HashedFile(stream, on_bytes)
+    with _HashedFiles([folder / name for name in layout.file_names], on_bytes) as files:
         for weight in layout.weights:
-            file.pad_to(weight.offset)
+            files.move_to(weight.file, weight.offset)
             if weight.source is not None and weight.source is not source:  # its initializers follow one another
                 source = weight.source
                 made = source.tensors(layout.model.blocks)
             for block in copied_blocks(layout, weight) if weight.source is None else [made[weight.name]]:
-                file.write(block.reshape(-1).view(torch.uint8).numpy().data)  # no copy
-        stream.flush()
-        without_copies = FileEntry(stream.tell(), file.sha256)
+                files.write(block.reshape(-1).view(torch.uint8).numpy().data)  # no copy
+        without_copies = files.entries()
         try:
             for copy in layout.fp16_copies:
-                file.pad_to(copy.offset)
-                for values in _fp16_blocks(copy, path):
-                    file.write(values.view(np.uint8).data)
+                files.move_to(copy.file, copy.offset)
+                for values in _fp16_blocks(copy, files.path(copy.original.file)):
+                    files.write(values.view(np.uint8).data)
         except ExportError as err:
-            stream.truncate(without_copies.bytes)
+            files.cut(without_copies)
             return WrittenWeights(without_copies, str(err))
-        return WrittenWeights(FileEntry(stream.tell(), file.sha256), None)
+        return WrittenWeights(files.entries(), None)
 
 
-def external_tensors(layout: WeightLayout, location: str) -> dict[str, ir.ExternalTensor]:
-    """Return the weights as ONNX external data, by initializer name.
-
-    Args:
-        layout: the matched weights.
-        location: name of the data file, relative to the graph's folder.
-    """
-    return {weight.name: _external(weight, location) for weight in layout.weights}
+def external_tensors(layout: WeightLayout) -> dict[str, ir.ExternalTensor]:
+    """Return the weights as ONNX external data in the graph's own folder, by initializer name."""
+    return {weight.name: _external(weight, layout.file_names) for weight in layout.weights}
 
 
-def engine_tensors(layout: WeightLayout, location: str) -> dict[str, ir.ExternalTensor]:
+def engine_tensors(layout: WeightLayout) -> dict[str, ir.ExternalTensor]:
     """Return the weights of the graph for TensorRT: those that have a copy in FP16 are that copy."""
-    copies = {copy.original.name: _external(copy.placed, location) for copy in layout.fp16_copies}
-    return external_tensors(layout, location) | copies
+    copies = {copy.original.name: _external(copy.placed, layout.file_names) for copy in layout.fp16_copies}
+    return external_tensors(layout) | copies
 
 
 def copied_blocks(layout: WeightLayout, weight: PlacedWeight) -> Iterator[Tensor]:
@@ -113,24 +108,56 @@ def copied_blocks(layout: WeightLayout, weight: PlacedWeight) -> Iterator[Tensor
         yield narrow.T.contiguous() if weight.transposed else narrow
 
 
-class _HashedFile:
-    """A file that is hashed while it is written."""
+class _HashedFiles:
+    """Files that are written one after the other and hashed at the same time, in a second thread."""
 
-    def __init__(self, stream: BinaryIO, on_bytes: Callable[[int], None]) -> None:
-        self._stream, self._on_bytes, self._digest = stream, on_bytes, hashlib.sha256()
+    def __init__(self, paths: Sequence[Path], on_bytes: Callable[[int], None]) -> None:
+        self._paths, self._on_bytes = paths, on_bytes
+        self._finished: dict[str, FileEntry] = {}
+        self._hasher = ThreadPoolExecutor(max_workers=1)
+        self._open(0)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._hasher.shutdown()
+        self._stream.close()
+
+    def path(self, file: int) -> Path:
+        """Return the path of a file; what was written to it so far can be read there."""
+        self._stream.flush()
+        return self._paths[file]
+
+    def move_to(self, file: int, offset: int) -> None:
+        """Go on at an offset further on, in this file or the next."""
+        if file != self._file:
+            self._finished = self.entries()
+            self._stream.close()
+            self._open(file)
+        self.write(bytes(offset - self._stream.tell()))
 
     def write(self, data: bytes | memoryview) -> None:
-        self._digest.update(data)
+        hashed = self._hasher.submit(self._digest.update, data)
         self._on_bytes(self._stream.write(data))
+        hashed.result()  # the caller may use the memory again
 
-    def pad_to(self, offset: int) -> None:
-        padding = bytes(offset - self._stream.tell())
-        self._digest.update(padding)
-        self._stream.write(padding)
+    def entries(self) -> dict[str, FileEntry]:
+        """Return what was written so far, by name of the file."""
+        written = FileEntry(self._stream.tell(), self._digest.hexdigest())
+        return {**self._finished, self._paths[self._file].name: written}
 
-    @property
-    def sha256(self) -> str:
-        return self._digest.hexdigest()
+    def cut(self, entries: Mapping[str, FileEntry]) -> None:
+        """Drop what was written after a call of ``entries``; nothing can be written any more."""
+        self._stream.close()
+        for path in self._paths[: self._file + 1]:
+            if path.name in entries:
+                os.truncate(path, entries[path.name].bytes)
+            else:
+                path.unlink()
+
+    def _open(self, file: int) -> None:
+        self._file, self._stream, self._digest = file, self._paths[file].open("wb"), hashlib.sha256()
 
 
 def _fp16_blocks(copy: Fp16Copy, path: Path) -> Iterator[np.ndarray]:
@@ -159,8 +186,8 @@ def _too_large(weight: PlacedWeight, magnitude: float, *, tensor: str) -> Export
     )
 
 
-def _external(weight: PlacedWeight, location: str) -> ir.ExternalTensor:
+def _external(weight: PlacedWeight, names: Sequence[str]) -> ir.ExternalTensor:
     shape = ir.Shape(weight.shape)
     return ir.ExternalTensor(
-        location, weight.offset, weight.bytes, weight.dtype, name=weight.name, shape=shape, base_dir=""
+        names[weight.file], weight.offset, weight.bytes, weight.dtype, name=weight.name, shape=shape, base_dir=""
     )

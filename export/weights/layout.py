@@ -1,6 +1,6 @@
-"""Match the weights of the graphs with those of the model, and give each its place in the data file.
+"""Match the weights of the graphs with those of the model, and give each its place in the data files.
 
-``external_data.py`` writes the file.
+There is one file, unless a store limits the size of files. ``external_data.py`` writes them.
 """
 
 import dataclasses
@@ -14,7 +14,8 @@ import onnx_ir as ir
 from gircse.checkpoint.model_weights import ModelWeights
 from gircse.export.graph.simplify import transpose_of
 from gircse.export.int8.weights import WeightSource
-from gircse.runtime.errors import CheckpointError
+from gircse.reporting.sizes import gib
+from gircse.runtime.errors import CheckpointError, OptionError
 
 ALIGNMENT_BYTES = 4096
 """Tensors start on page boundaries, so that a runtime can map them."""
@@ -22,13 +23,14 @@ ALIGNMENT_BYTES = 4096
 
 @dataclass(frozen=True)
 class PlacedWeight:
-    """One weight of the graphs: what fills it, and where it stands in the data file.
+    """One weight of the graphs: what fills it, and where it stands in the data files.
 
     Attributes:
         name: initializer in the graphs.
         shape: its shape there.
         dtype: type in graph and data file.
-        offset: first byte in the data file.
+        offset: first byte in its data file.
+        file: number of its data file.
         tensor: weight of the model that is copied; empty for a weight with a ``source``.
         transposed: the copy is transposed.
         source: what makes it of one or more tensors; None for a copy.
@@ -38,6 +40,7 @@ class PlacedWeight:
     shape: tuple[int, ...]
     dtype: ir.DataType
     offset: int
+    file: int = 0
     tensor: str = ""
     transposed: bool = False
     source: WeightSource | None = None
@@ -59,39 +62,52 @@ class Fp16Copy:
 
     Attributes:
         original: what is copied.
-        offset: first byte of the copy.
+        offset: first byte of the copy in its data file.
+        file: number of its data file.
         is_scale: it holds scales of integers, which must survive the rounding.
     """
 
     original: PlacedWeight
     offset: int
+    file: int
     is_scale: bool
 
     @property
     def placed(self) -> PlacedWeight:
         """The copy as a weight of its own, under the same name."""
-        return dataclasses.replace(self.original, dtype=ir.DataType.FLOAT16, offset=self.offset)
+        return dataclasses.replace(self.original, dtype=ir.DataType.FLOAT16, offset=self.offset, file=self.file)
 
 
 @dataclass(frozen=True)
 class WeightLayout:
-    """Every weight of the graphs with its place in the data file; exists only if the model's fit them.
+    """Every weight of the graphs with its place in the data files; exists only if the model's fit them.
 
     Attributes:
-        weights: in the order of the file.
+        weights: in the order of the files.
         model: weights of the model.
+        max_file_bytes: no file is larger; None for one file.
         fp16_copies: what stands behind the weights, see :class:`Fp16Copy`.
     """
 
     weights: tuple[PlacedWeight, ...]
     model: ModelWeights
+    max_file_bytes: int | None = None
     fp16_copies: tuple[Fp16Copy, ...] = ()
 
     @property
     def total_bytes(self) -> int:
-        """Size of the data file."""
-        last = self.fp16_copies[-1].placed if self.fp16_copies else self.weights[-1]
-        return last.offset + last.bytes
+        """Size of the data files."""
+        placed = [*self.weights, *(copy.placed for copy in self.fp16_copies)]
+        ends = {weight.file: weight.offset + weight.bytes for weight in placed}  # the last one of each file counts
+        return sum(ends.values())
+
+    @property
+    def file_names(self) -> tuple[str, ...]:
+        """Names of the data files."""
+        files = 1 + (self.fp16_copies[-1].file if self.fp16_copies else self.weights[-1].file)
+        if files == 1:
+            return ("weights.bin",)
+        return tuple(f"weights-{number:05}.bin" for number in range(1, files + 1))
 
     @classmethod
     def match(
@@ -100,6 +116,7 @@ class WeightLayout:
         model: ModelWeights,
         *,
         sources: Sequence[WeightSource] = (),
+        max_file_bytes: int | None = None,
     ) -> Self:
         """Match graph weights and the weights of the model one to one.
 
@@ -107,26 +124,28 @@ class WeightLayout:
             initializers: the weights of the graphs by name.
             model: weights of the model.
             sources: what makes the initializers that are not weights of the model.
+            max_file_bytes: no data file may be larger; None for one file.
 
         Raises:
             CheckpointError: a weight is missing or of another shape; the message names it.
+            OptionError: a weight is larger than a file may be.
         """
         made = {name: source for source in sources for name in source.initializers}
         read: dict[str, tuple[int, ...]] = {}
         weights: list[PlacedWeight] = []
-        offset = 0
+        places = _Places(max_file_bytes)
         for name, value in initializers.items():
             shape, dtype, source = _shape(value), value.dtype or ir.DataType.FLOAT, made.get(name)
+            file, offset = places.take(name, int(dtype.itemsize) * math.prod(shape))
             if source is not None:
-                weight = PlacedWeight(name, shape, dtype, offset, source=source)
+                weight = PlacedWeight(name, shape, dtype, offset, file, source=source)
                 read.update(source.reads)
             else:
                 transposed = transpose_of(value)
                 tensor = transposed or name
-                weight = PlacedWeight(name, shape, dtype, offset, tensor, transposed=transposed is not None)
+                weight = PlacedWeight(name, shape, dtype, offset, file, tensor, transposed=transposed is not None)
                 read[tensor] = weight.checkpoint_shape
             weights.append(weight)
-            offset = _aligned(offset + weight.bytes)
         for tensor, shape in read.items():
             if (found := model.shape(tensor)) != shape:
                 raise CheckpointError(
@@ -135,7 +154,7 @@ class WeightLayout:
                     f"the graph reads {list(shape)}",
                     "Check that config.json and weights belong together.",
                 )
-        return cls(tuple(weights), model)
+        return cls(tuple(weights), model, max_file_bytes)
 
     def with_fp16_copies(self, initializers: Mapping[str, ir.Value], *, scales: Collection[ir.Value]) -> Self:
         """Add copies for a second graph on the same file: of weights that it reads in FP16 and the file has in FP32.
@@ -145,15 +164,43 @@ class WeightLayout:
             scales: those that are scales of integers.
         """
         placed = {weight.name: weight for weight in self.weights}
-        offset, copies = _aligned(self.total_bytes), []
+        last = self.weights[-1]
+        places = _Places(self.max_file_bytes, file=last.file, end=last.offset + last.bytes)
+        copies = []
         for name, value in initializers.items():
             if value.dtype is placed[name].dtype:
                 continue
             if (placed[name].dtype, value.dtype) != (ir.DataType.FLOAT, ir.DataType.FLOAT16):
                 raise ValueError(f"{name}: {value.dtype} of a weight that is stored as {placed[name].dtype}")
-            copies.append(Fp16Copy(placed[name], offset, is_scale=value in scales))
-            offset = _aligned(offset + copies[-1].placed.bytes)
+            file, offset = places.take(name, placed[name].bytes // 2)
+            copies.append(Fp16Copy(placed[name], offset, file, is_scale=value in scales))
         return dataclasses.replace(self, fp16_copies=tuple(copies))
+
+
+class _Places:
+    """Hands out places in the data files, one behind the other."""
+
+    def __init__(self, max_file_bytes: int | None, *, file: int = 0, end: int = 0) -> None:
+        self._most, self._file, self._end = max_file_bytes, file, end
+
+    def take(self, name: str, size: int) -> tuple[int, int]:
+        """Return file and offset for a weight.
+
+        Raises:
+            OptionError: it is larger than a file may be.
+        """
+        if self._most is not None and size > self._most:
+            raise OptionError(
+                "--max-shard-gib",
+                f"is {self._most / 2**30:.6g}",
+                f"{name} alone has {gib(size)}, and a weight is never split",
+                "Raise it.",
+            )
+        offset = _aligned(self._end)
+        if self._most is not None and offset + size > self._most:
+            self._file, offset = self._file + 1, 0
+        self._end = offset + size
+        return self._file, offset
 
 
 def _aligned(offset: int) -> int:

@@ -117,6 +117,10 @@ Variant read_variant(JsonRecord record) {
     variant.files.insert(variant.graphs[layout] = read_graph_path(graph));
   }
   variant.files.insert(record.text("weights"));
+  if (record.has("more_weights")) {
+    const std::vector<std::string> more = record.texts("more_weights");
+    variant.files.insert(more.begin(), more.end());
+  }
   if (record.has("float32")) record.texts("float32");
   check_rewrites(record);
   if (record.has("tensorrt")) {

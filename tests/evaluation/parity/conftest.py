@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from support.small_models import SmallModels
 
+from gircse.checkpoint.reference_choice import ReferenceOptions
 from gircse.evaluation.parity.backends import TorchBackend
 from gircse.evaluation.parity.references import source_checkpoint
 from gircse.evaluation.parity.step_trace import StepTrace
@@ -37,5 +38,5 @@ def reference(bundle: Path, small_models: SmallModels, token_ids: list[list[int]
     """z_0..z_K and the trace of PyTorch."""
     opened = Bundle.open(bundle)
     checkpoint = source_checkpoint(opened.manifest, model=str(small_models.checkpoint("llama")))
-    backend = TorchBackend(opened, checkpoint, device="cpu", dtype="fp32", threads=2)
+    backend = TorchBackend(opened, checkpoint, ReferenceOptions(), threads=2)
     return backend.embed_and_trace(token_ids, lambda _: None)

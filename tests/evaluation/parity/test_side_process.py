@@ -15,7 +15,7 @@ import pytest
 from support.small_models import SmallModels
 
 from gircse.evaluation.parity.side_process import load_result, run_side
-from gircse.reporting.progress import Advance, StageProgress
+from gircse.reporting.progress import Advance, StageProgress, Unit
 from gircse.runtime import MeasurementError, OutputError
 
 
@@ -30,7 +30,7 @@ class Recorder(StageProgress):
         self.seen: list[object] = []
 
     @contextmanager
-    def stage(self, title: str, *, total: float | None = None) -> Iterator[Advance]:
+    def stage(self, title: str, *, total: float | None = None, unit: Unit = Unit.WORK) -> Iterator[Advance]:
         self.seen.append((title, total))
         yield self.seen.append
         self.seen.append("done")

@@ -18,7 +18,7 @@ from gircse.export.engine import builder
 from gircse.export.engine.builder import BuildOptions, build_engine
 from gircse.export.engine.profiles import SizeRange, default_specs, engine_profiles
 from gircse.export.engine.tensorrt_builder import TensorRtBuilder
-from gircse.reporting.progress import StageProgress
+from gircse.reporting.progress import StageProgress, Unit
 from gircse.runtime.bundle import Bundle
 from gircse.runtime.manifest import Layout
 from gircse.runtime.provider import Provider
@@ -181,7 +181,9 @@ def test_build_stages_and_progress(rtx: Any, bundle: Path) -> None:
 
     class Recorded(StageProgress):
         @contextlib.contextmanager
-        def stage(self, title: str, *, total: float | None = None) -> Iterator[Callable[[float], None]]:
+        def stage(
+            self, title: str, *, total: float | None = None, unit: Unit = Unit.WORK
+        ) -> Iterator[Callable[[float], None]]:
             stages.append(title)
             assert (total == 1.0) == title.startswith("build for ")
             yield grown.append
