@@ -259,16 +259,10 @@ def export(options: Options, ready: str) -> Iterator[Command]:
         make = (sys.executable, "-c", MAKE_RANDOM_MODEL, str(ROOT / "benchmarks"), model)
         yield Command("model", make, 900, (ready,))
         ready = "model"
-    adapter = ("--adapter", options.adapter) if options.adapter else ()
-    flags = (
-        "--steps",
-        str(options.steps),
-        "--precision",
-        ",".join(options.precisions),
-        "--output",
-        str(options.bundle),
-    )
-    yield Command("export", ("gircse-export", "--model", model, *adapter, *flags, "--force"), 1800, (ready,))
+    precisions = ",".join(options.precisions)
+    flags = ("--steps", str(options.steps), "--precision", precisions, "--output", str(options.bundle), "--force")
+    argv = ("gircse-export", "--model", model, *flags, *shlex.split(options.export_flags))
+    yield Command("export", argv, 1800, (ready,))
 
 
 def fidelity_and_speed(options: Options, provider: Provider) -> Iterator[Command]:

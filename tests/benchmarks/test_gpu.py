@@ -1,0 +1,141 @@
+"""What would be measured on a GPU: commands that exist, in an order that works, and their table."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import gpu
+import pytest
+from gpu_report import write_report
+from support.small_models import SmallModels
+from timed_commands import Command, Outcome, Status, run_commands
+
+from gircse.evaluation import bench_command, parity_command
+from gircse.evaluation.bench.report_schema import BackendCost, BenchReport, Latency, Spread
+from gircse.export import build_command, export_command
+from gircse.runtime import embed_command
+from gircse.runtime.bundle import Bundle
+from gircse.runtime.command import parse_arguments
+from gircse.runtime.provider import Provider
+
+PARSERS = {
+    "gircse-export": export_command.build_parser,
+    "gircse-build": build_command.build_parser,
+    "gircse-embed": embed_command.build_parser,
+    "gircse-parity": parity_command.build_parser,
+    "gircse-bench": bench_command.build_parser,
+}
+
+
+def planned(*arguments: str) -> list[Command]:
+    return list(gpu.commands(gpu.parse_options(arguments)))
+
+
+@pytest.mark.parametrize(
+    "arguments", [[], ["qwen2.5-7b", "--precision", "fp16,bf16"], ["m", "--providers", "cpu", "--steps", "1"]]
+)
+def test_commands_parse_and_need_earlier_ones(arguments: list[str]) -> None:
+    seen: set[str] = set()
+    for command in planned(*arguments):
+        assert command.name not in seen
+        assert set(command.needs) <= seen
+        seen.add(command.name)
+        if parser := PARSERS.get(command.argv[0]):
+            parse_arguments(parser(), list(command.argv[1:]))
+        else:
+            assert command.argv[0] in (sys.executable, "gircse-embed-cpp")
+
+
+def test_the_most_valuable_come_first() -> None:
+    names = [command.name for command in planned() if not command.name.startswith("small-")]
+    assert names[:4] == [
+        "export",
+        "parity-cuda-stepwise",
+        "latency-cuda-unrolled-fp16",
+        "latency-cuda-stepwise-fp16",
+    ]
+
+
+def test_nothing_runs_after_a_failed_self_test(tmp_path: Path) -> None:
+    """Every command of the plan needs the self-tests of the first provider, directly or not."""
+    broken = [
+        Command(
+            command.name,
+            ("no-such-program",) if command.name == "small-cpu-fp16" else (sys.executable, "-c", ""),
+            60,
+            command.needs,
+            command.missing,
+        )
+        for command in planned("--providers", "cpu,tensorrt")
+    ]
+    outcomes = run_commands(broken, tmp_path, deadline=float("inf"))
+    ran = [outcome.name for outcome in outcomes if outcome.status is Status.DONE]
+    assert ran == ["small-model", "small-export", "small-cpu-fp32"]
+
+
+def test_a_missing_provider_is_named_before_anything_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    assert "needs the package tensorrt" in (gpu.why_missing(Provider.TENSORRT) or "")
+    assert gpu.why_missing(Provider.CPU) is None
+
+
+def test_results_of_another_machine_are_not_mixed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert gpu.of_this_machine(tmp_path)
+    assert gpu.of_this_machine(tmp_path)
+    monkeypatch.setattr(gpu, "describe_environment", lambda: {"gpu": "another"})
+    assert not gpu.of_this_machine(tmp_path)
+
+
+def bench_report(backends: dict[str, float]) -> bytes:
+    spreads = {name: Spread(seconds, seconds, seconds, seconds, 5) for name, seconds in backends.items()}
+    return BenchReport(
+        schema_version=1,
+        threads=2,
+        warm_up=2,
+        bandwidth=1e9,
+        backends=tuple(BackendCost(name, spread, 1, 1, 1.0) for name, spread in spreads.items()),
+        latencies=tuple(Latency(name, 8, 24, 5, spread, 1.0, None) for name, spread in spreads.items()),
+        quality=(),
+        environment={},
+    ).to_json()
+
+
+@pytest.fixture
+def outcome(tmp_path: Path) -> Callable[..., Outcome]:
+    """Make the outcome of a planned command."""
+    plan = {command.name: command for command in planned("m", "--providers", "cpu", "--results", str(tmp_path))}
+
+    def make(name: str, status: Status = Status.DONE, output: str = "") -> Outcome:
+        return Outcome(name, plan[name].argv, status, 0, 1.0, output)
+
+    return make
+
+
+def test_the_table_has_times_and_what_has_none(
+    small_models: SmallModels, tmp_path: Path, outcome: Callable[..., Outcome]
+) -> None:
+    bundle = small_models.bundle("llama", precisions=("fp32", "fp16"))
+    report = tmp_path / "latency-cpu-stepwise-fp16"
+    report.mkdir()
+    (report / "bench.json").write_bytes(bench_report({"bundle:fp16": 0.0125, "torch fp16": 0.05}))
+    weights = Bundle.open(bundle).directory / "fp16" / "weights.bin"
+    text = write_report(
+        [
+            outcome("bandwidth", output=str(float(weights.stat().st_size))),
+            outcome("latency-cpu-stepwise-fp16"),
+            outcome("latency-cpu-unrolled-fp16", Status.FAILED, "noise\nout of memory\n"),
+            outcome("small-cpu-fp32", output="self-test passed: fp32\n"),
+        ],
+        tmp_path,
+        bundle,
+    )
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:1] == "|"]
+    table = {row[0]: dict(zip(rows[0], row, strict=True)) for row in rows[2:4]}
+    fp16 = table["cpu, stepwise, fp16, k = 5"]
+    assert fp16["8 x 24, ms"] == "12.5"
+    # Six passes through the decoder and five through the vocabulary, at one weights file per second.
+    assert 4000 < float(fp16["reading the weights, ms"]) < 11000
+    assert table["torch fp16, beside cpu, stepwise, fp16, k = 5"]["8 x 24, ms"] == "50.0"
+    assert ["failed: out of memory", "latency-cpu-unrolled-fp16"] in rows
+    assert ["small-cpu-fp32", "self-test passed: fp32"] in rows
+    assert (tmp_path / "results.md").read_text() == text
