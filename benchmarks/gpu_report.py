@@ -123,7 +123,7 @@ def _markdown(
     others = [
         (outcome.name, outcome.last_line)
         for outcome in outcomes
-        if outcome.status is Status.DONE and outcome.name.startswith(("small-", "cpp-", "tests")) and outcome.output
+        if outcome.status is Status.DONE and ("--self-test" in outcome.argv or outcome.name == "tests")
     ]
     if others:
         parts.append(markdown_table(("command", "its last line"), others))

@@ -139,7 +139,8 @@ def _run(command: Command, deadline: float) -> Outcome:
     try:
         output, _ = process.communicate(timeout=limit)
     except subprocess.TimeoutExpired:
-        output = f"{_end(process).rstrip()}\nended after {limit:.0f} s"
+        why = "its limit" if limit == command.limit_s else "no time left"
+        output = f"{_end(process).rstrip()}\nended after {limit:.0f} s: {why}"
         return Outcome(command.name, command.argv, Status.TIMEOUT, None, time.monotonic() - start, output)
     except BaseException:
         _end(process)

@@ -74,7 +74,7 @@ def test_a_command_is_ended_with_its_children(tmp_path: Path) -> None:
     (outcome,) = run(tmp_path, Command("spawn", (sys.executable, "-c", SPAWN, str(child)), 3))
     assert time.monotonic() - start < 20
     assert (outcome.status, outcome.exit_code) == (Status.TIMEOUT, None)
-    assert outcome.output.splitlines() == ["started", "ended after 3 s"]
+    assert outcome.output.splitlines() == ["started", "ended after 3 s: its limit"]
     pid = int(child.read_text())
     assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
 
@@ -86,6 +86,7 @@ def test_the_deadline_ends_what_runs_and_starts_nothing_more(tmp_path: Path) -> 
     outcomes = run(tmp_path, sleep, later, deadline=start + 6)
     assert time.monotonic() - start < 20
     assert [outcome.status for outcome in outcomes] == [Status.TIMEOUT, Status.NOT_STARTED]
+    assert outcomes[0].last_line.endswith("no time left")
     assert [outcome.status for outcome in run(tmp_path, later)] == [Status.DONE]
 
 
