@@ -321,25 +321,34 @@ def latency(
 
 def cpp_runtime(options: Options) -> Iterator[Command]:
     """Yield self-tests of the C++ command, see docs/cpp.md."""
-    missing = None if shutil.which("gircse-embed-cpp") else "gircse-embed-cpp is not installed (docs/cpp.md)"
+    libraries = onnxruntime_libraries()
+    missing = None
+    if not shutil.which("gircse-embed-cpp"):
+        missing = "gircse-embed-cpp is not installed (docs/cpp.md)"
+    elif not libraries:
+        missing = "the package onnxruntime has no libonnxruntime.so"
+    environment = {} if missing else {"GIRCSE_ONNXRUNTIME": str(libraries[0]), "LD_LIBRARY_PATH": cuda_search_path()}
     for provider in (name for name in options.providers if name not in MODULES):
         needs = (self_tests_name(provider), "export")
         for precision in options.precisions_of(provider):
             flags = ("--provider", provider, "--precision", precision, "--self-test")
             argv = ("gircse-embed-cpp", str(options.bundle), *flags)
-            yield Command(f"cpp-{provider}-{precision}", argv, 300, needs, missing, environment=cpp_environment())
+            yield Command(f"cpp-{provider}-{precision}", argv, 300, needs, missing, environment=environment)
 
 
-def cpp_environment() -> dict[str, str]:
-    """Return where ONNX Runtime, CUDA and cuDNN from pip lie: the loader does not look there."""
+def onnxruntime_libraries() -> list[Path]:
+    """Return the C libraries of the package onnxruntime, one at most."""
     import onnxruntime
 
-    (library,) = (Path(onnxruntime.__file__).parent / "capi").glob("libonnxruntime.so.*")
+    return list((Path(onnxruntime.__file__).parent / "capi").glob("libonnxruntime.so.*"))
+
+
+def cuda_search_path() -> str:
+    """Return LD_LIBRARY_PATH with CUDA and cuDNN from pip, where the loader does not look."""
     nvidia = find_spec("nvidia")
     roots = (nvidia and nvidia.submodule_search_locations) or []
     folders = [str(path) for root in roots for path in Path(root).glob("*/lib")]
-    search = ":".join([*folders, *filter(None, [os.environ.get("LD_LIBRARY_PATH")])])
-    return {"GIRCSE_ONNXRUNTIME": str(library), "LD_LIBRARY_PATH": search}
+    return ":".join([*folders, *filter(None, [os.environ.get("LD_LIBRARY_PATH")])])
 
 
 if __name__ == "__main__":

@@ -79,6 +79,24 @@ def test_a_missing_provider_is_named_before_anything_runs(monkeypatch: pytest.Mo
     assert gpu.why_missing(Provider.CPU) is None
 
 
+@pytest.mark.parametrize(
+    ("command", "libraries", "reason"),
+    [
+        (None, ["libonnxruntime.so.1"], "gircse-embed-cpp is not installed (docs/cpp.md)"),
+        ("/usr/bin/gircse-embed-cpp", [], "the package onnxruntime has no libonnxruntime.so"),
+        ("/usr/bin/gircse-embed-cpp", ["libonnxruntime.so.1"], None),
+    ],
+)
+def test_the_cpp_runtime_is_optional(
+    monkeypatch: pytest.MonkeyPatch, command: str | None, libraries: list[str], reason: str | None
+) -> None:
+    monkeypatch.setattr(gpu.shutil, "which", lambda _: command)
+    monkeypatch.setattr(gpu, "onnxruntime_libraries", lambda: [Path(name) for name in libraries])
+    cpp = [command for command in planned() if command.name.startswith("cpp-cuda-")]
+    assert [command.missing for command in cpp] == [reason] * 3
+    assert all(command.environment.get("GIRCSE_ONNXRUNTIME") == (None if reason else libraries[0]) for command in cpp)
+
+
 def test_results_of_another_machine_are_not_mixed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert gpu.of_this_machine(tmp_path)
     assert gpu.of_this_machine(tmp_path)

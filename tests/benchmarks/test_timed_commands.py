@@ -10,13 +10,7 @@ from timed_commands import Command, Outcome, Status, run_commands
 
 NEVER = float("inf")
 COUNT = "import sys; open(sys.argv[1], 'a').write('x'); print('counted'); sys.exit(int(sys.argv[2]))"
-SPAWN = """
-import pathlib, subprocess, sys, time
-child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
-pathlib.Path(sys.argv[1]).write_text(str(child.pid))
-print("started", flush=True)
-time.sleep(60)
-"""
+SPAWN = "sleep 60 & echo $! > $0; echo started; sleep 60"
 
 
 def counting(runs: Path, exit_code: int = 0) -> tuple[str, ...]:
@@ -71,10 +65,10 @@ def test_without_the_file_that_it_writes_nothing_is_done(tmp_path: Path) -> None
 def test_a_command_is_ended_with_its_children(tmp_path: Path) -> None:
     child = tmp_path / "child"
     start = time.monotonic()
-    (outcome,) = run(tmp_path, Command("spawn", (sys.executable, "-c", SPAWN, str(child)), 3))
+    (outcome,) = run(tmp_path, Command("spawn", ("sh", "-c", SPAWN, str(child)), 5))
     assert time.monotonic() - start < 20
     assert (outcome.status, outcome.exit_code) == (Status.TIMEOUT, None)
-    assert outcome.output.splitlines() == ["started", "ended after 3 s: its limit"]
+    assert outcome.output.splitlines() == ["started", "ended after 5 s: its limit"]
     pid = int(child.read_text())
     assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
 
