@@ -251,10 +251,10 @@ def _smooth(run: _Run, quantized_input: QuantizedInput, observer: Observer) -> S
     migrations: Migrations = ()
     if kind in SMOOTHED:
         migrations = MIGRATIONS if smooth is None else (smooth,)
-    weight = torch.cat([run.model.get_submodule(name).weight.detach() for name in quantized_input.projections]).cpu()
+    weights = [run.model.get_submodule(name).weight.detach() for name in quantized_input.projections]
     return search_smoothing(
         observer.sampled_rows(quantized_input.name),
-        weight,
+        weights,
         observer.channel_maxima[quantized_input.name].amax(0),
         limbs=LIMBS[kind],
         outlier_channels=OUTLIER_CHANNELS[kind],

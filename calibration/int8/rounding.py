@@ -31,9 +31,14 @@ def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         Integers (out, in) int8 in -127..127, and scales (out,) float32; a row of zeros has scale 1.
     """
-    scales = weight.abs().amax(1) / INT8_MAX
-    scales = torch.where(scales > 0, scales, torch.ones_like(scales))
-    return (weight / scales[:, None]).round().clamp(-INT8_MAX, INT8_MAX).to(torch.int8), scales
+    scales = weight_scales(weight)
+    return (weight / scales[:, None]).round_().clamp_(-INT8_MAX, INT8_MAX).to(torch.int8), scales
+
+
+def weight_scales(weight: Tensor) -> Tensor:
+    """Return the scale (out,) float32 of each output channel of a weight (out, in); 1 for a row of zeros."""
+    scales = torch.linalg.vector_norm(weight, torch.inf, dim=1) / INT8_MAX  # without a copy, as abs() makes one
+    return torch.where(scales > 0, scales, torch.ones_like(scales))
 
 
 def split_weight(weight: Tensor, scales: Tensor, outlier_channels: tuple[int, ...]) -> tuple[Tensor, Tensor]:

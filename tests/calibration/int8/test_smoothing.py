@@ -24,7 +24,9 @@ def example(*, spikes: int, size: float = 1e4) -> tuple[torch.Tensor, torch.Tens
 
 
 def search(rows: torch.Tensor, weight: torch.Tensor, *, limbs: int, migrations: tuple[float | None, ...]) -> Smoothing:
-    return search_smoothing(rows, weight, rows.abs().amax(0), limbs=limbs, outlier_channels=8, migrations=migrations)
+    return search_smoothing(
+        rows, [weight[:9], weight[9:]], rows.abs().amax(0), limbs=limbs, outlier_channels=8, migrations=migrations
+    )
 
 
 @pytest.mark.parametrize("limbs", [1, 2])
