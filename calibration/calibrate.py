@@ -1,60 +1,73 @@
 """The calibration from end to end, as a list of stages. ``calibrate`` is what ``gircse-calibrate`` calls.
 
-A first pass streams the texts through the reference and collects channel ranges, sampled rows, second moments and the
-tail of the soft token; the smoothing is searched on the sampled rows. A method that clips needs a second pass, for
-histograms of the smoothed inputs. The weights are rounded by the inputs' second moments, which are written next to the
-calibration, and the sensitivity is measured on held-out texts.
+A first pass makes the soft tokens of the texts. A second one sweeps once over the decoder layers, with prompts and soft
+tokens side by side, and calibrates each layer while its weights are loaded; both hold one layer in memory where the
+model does not fit. Then the sensitivity is measured on held-out texts, as far as there is time for it, and the second
+moments are written next to the calibration. Finished parts are kept in a folder, from which a killed run resumes.
 """
 
-import hashlib
 import importlib.metadata
-from collections.abc import Mapping, Sequence
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import msgspec
-import torch
 
 from gircse.calibration.calibration_file import (
     SCHEMA_VERSION,
     Calibration,
-    InputCalibration,
     ModelFingerprint,
     Sensitivity,
+    SensitivityMode,
     SoftTokenCalibration,
 )
 from gircse.calibration.corpus import MIN_TEXTS, Corpus, draw_texts, tokenize_texts
+from gircse.calibration.estimate import CalibrationTime, LayerShapes
 from gircse.calibration.fingerprint import fingerprint_of
-from gircse.calibration.int8.fake_quantization import round_weights
-from gircse.calibration.int8.gptq import RoundedWeight
-from gircse.calibration.int8.histogram import MagnitudeHistogram
-from gircse.calibration.int8.scheme import (
-    LIMBS,
-    OUTLIER_CHANNELS,
-    SMOOTHED,
-    TOP_K,
-    InputKind,
-    QuantizedInput,
-    check_architecture,
-    decoder_inputs,
+from gircse.calibration.int8.scheme import TOP_K, VOCABULARY_INPUT, check_architecture, decoder_inputs, layer_inputs
+from gircse.calibration.int8.thresholds import Method
+from gircse.calibration.layers import (
+    InputCalibrations,
+    LayerSweep,
+    Search,
+    calibrate_vocabulary,
+    finished_layers,
+    read_calibrations,
+    read_moments,
+    read_rounded,
+    rounded,
 )
-from gircse.calibration.int8.smoothing import MIGRATIONS, Migrations, Smoothing, range_without, search_smoothing
-from gircse.calibration.int8.thresholds import Method, threshold
-from gircse.calibration.moments_file import moments_content, moments_path
-from gircse.calibration.observe import Observer, run_batch, watched
-from gircse.calibration.resume import ResumeState
-from gircse.calibration.sensitivity import SensitivityStudy, measure_sensitivity
+from gircse.calibration.moments_file import moments_path, write_moments
+from gircse.calibration.resume import ResumeFolder
+from gircse.calibration.sensitivity import UNLIMITED, SensitivityStudy, measure_sensitivity, parts_to_measure
+from gircse.calibration.soft_tokens import SoftTokens, make_soft_tokens
 from gircse.checkpoint.model_config import read_model_config
 from gircse.checkpoint.model_settings import ModelSettings, check_range
-from gircse.checkpoint.reference import load_reference
-from gircse.checkpoint.source import resolve_checkpoint
+from gircse.checkpoint.model_weights import ModelWeights
+from gircse.checkpoint.reference import Reference
+from gircse.checkpoint.reference_choice import ReferenceOptions, check_device, open_reference
+from gircse.checkpoint.source import Checkpoint, resolve_checkpoint
+from gircse.checkpoint.streamed_model import StreamedModel
+from gircse.checkpoint.streamed_reference import StreamedReference
+from gircse.checkpoint.streaming_time import StreamingRates
+from gircse.checkpoint.tensor_naming import EMBEDDING_TABLE
 from gircse.checkpoint.tokenizer import open_checkpoint_tokenizer
 from gircse.reporting.progress import StageProgress
+from gircse.reporting.sizes import gib
 from gircse.runtime.atomic_file import atomic_write
-from gircse.runtime.errors import OutputError, readable
+from gircse.runtime.errors import OutputError, member_of, readable
+from gircse.runtime.precision import Precision
 
 TOOLS = ("gircse-deploy", "torch", "transformers", "peft", "safetensors", "tokenizers")
+
+FULL_SECONDS = 20 * 60.0
+"""Where the full sensitivity is estimated to take no longer, it is measured unless told otherwise; else that of kinds.
+It is also what the search for inputs to exclude may take in the latter."""
+
+MIN_EVALUATIONS = 3
+"""Runs of that search where even one takes long."""
+
+_SOFT_TOKENS = "soft-tokens"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +82,10 @@ class CalibrationOptions(ModelSettings):
         samples: maximum number of texts to observe.
         seed: chooses the texts and the sampled rows.
         max_drop: largest allowed loss of rank correlation; beyond it inputs are excluded from quantization.
+        sensitivity: what it is measured on; None chooses by the estimated time.
+        device: a torch device.
+        dtype: type that the model computes in; statistics are in FP32.
+        memory: bytes that the PyTorch model may take; None takes what is free.
     """
 
     texts: Path
@@ -78,6 +95,10 @@ class CalibrationOptions(ModelSettings):
     samples: int = 512
     seed: int = 0
     max_drop: float = 0.005
+    sensitivity: SensitivityMode | None = None
+    device: str = "cpu"
+    dtype: Precision = Precision.FP32
+    memory: int | None = None
 
     def __post_init__(self) -> None:
         """Refuse values out of range.
@@ -90,6 +111,25 @@ class CalibrationOptions(ModelSettings):
         check_range("--smooth", self.smooth, self.smooth is None or 0 <= self.smooth <= 1, "0 to 1, or auto")
         check_range("--max-drop", self.max_drop, 0 <= self.max_drop <= 1, "0 to 1")
         check_range("--seed", self.seed, self.seed >= 0, "0 or more")
+        if self.sensitivity is not None:
+            object.__setattr__(self, "sensitivity", member_of(SensitivityMode, "--sensitivity", self.sensitivity))
+
+    @property
+    def reference(self) -> ReferenceOptions:
+        """How the PyTorch model runs."""
+        return ReferenceOptions(self.device, self.dtype, self.memory)
+
+
+class _Plan(msgspec.Struct, frozen=True):
+    """What was decided by the estimated time; a resumed run keeps to it.
+
+    Attributes:
+        sensitivity: what it is measured on.
+        evaluations: most runs of the search for inputs to exclude.
+    """
+
+    sensitivity: SensitivityMode
+    evaluations: int
 
 
 @dataclass(frozen=True)
@@ -98,35 +138,51 @@ class _Run:
 
     Attributes:
         options: of the command.
+        checkpoint: model and adapter.
         fingerprint: of the model with these options.
         corpus: the texts.
-        model: the PyTorch reference, in FP32.
-        inputs: what is quantized; without steps the vocabulary projection is never computed.
+        streamed: the model, without its layers and its vocabulary.
+        folder: finished parts.
         progress: shows the stages.
     """
 
     options: CalibrationOptions
+    checkpoint: Checkpoint
     fingerprint: ModelFingerprint
     corpus: Corpus
-    model: Any
-    inputs: tuple[QuantizedInput, ...]
+    streamed: StreamedModel
+    folder: ResumeFolder
     progress: StageProgress
 
     @property
-    def resume_state(self) -> ResumeState:
-        """The file from which an interrupted observation resumes."""
-        facts = (
-            self.fingerprint,
-            self.corpus.used,
-            self.options.max_tokens,
-            self.options.tokenizer,
-            self.options.add_eos,
-            "observe",
-            str(torch.__version__),
+    def layer_names(self) -> list[str]:
+        """Names of the decoder layers."""
+        return [f"model.layers.{layer}" for layer in range(self.streamed.num_layers)]
+
+    def search(self, plan: _Plan) -> Search:
+        """Return how inputs are calibrated."""
+        options = self.options
+        return Search(
+            method=options.method,
+            smooth=options.smooth,
+            steps=options.steps,
+            seed=options.seed,
+            round_weights=plan.sensitivity is not SensitivityMode.OFF,
         )
-        identity = msgspec.json.encode(facts).decode()
-        output = self.options.output
-        return ResumeState(output.with_name(f"{output.name}.partial"), identity=identity)
+
+    def open_reference(self) -> Reference:
+        """Open the PyTorch model, whole or streamed."""
+        options = self.options
+        with self.progress.stage("load the PyTorch reference"):
+            reference = open_reference(
+                self.checkpoint,
+                options.reference,
+                steps=options.steps,
+                allow_partial_adapter=options.allow_partial_adapter,
+            )
+        for note in reference.notes:
+            self.progress.note(f"  {readable(note)}")
+        return reference
 
 
 def calibrate(options: CalibrationOptions, *, progress: StageProgress | None = None) -> Calibration:
@@ -142,19 +198,17 @@ def calibrate(options: CalibrationOptions, *, progress: StageProgress | None = N
     Raises:
         TextFileError: the texts cannot be read.
         CalibrationError: there are too few texts, or INT8 does not exist for the model.
-        CheckpointError: the model or adapter cannot be found, read or used.
+        CheckpointError: the model or adapter cannot be found, read or used, or does not fit into the memory.
+        OptionError: torch cannot use the device.
         OutputError: the file cannot be written.
     """
     _check_output(options.output)
-    run = _prepare(options, progress or StageProgress())
     try:
-        observer = _observe(run)
-        smoothings = _search_smoothing(run, observer)
-        inputs = _calibrate_inputs(run, observer, smoothings)
-        weights = _round_weights(run, observer, inputs)
-        soft_token = _soft_token(run, observer) if options.steps else None
-        sensitivity = _measure(run, inputs, weights, soft_token)
-        moments = moments_content(observer.moments)
+        run = _prepare(options, progress or StageProgress())
+        soft_tokens, plan = _make_soft_tokens(run)
+        inputs = _calibrate_inputs(run, soft_tokens, plan)
+        soft_token = _soft_token(run, soft_tokens) if options.steps else None
+        sensitivity = _measure(run, inputs, soft_token, plan)
         calibration = Calibration(
             schema_version=SCHEMA_VERSION,
             fingerprint=run.fingerprint,
@@ -166,19 +220,19 @@ def calibrate(options: CalibrationOptions, *, progress: StageProgress | None = N
             max_drop=options.max_drop,
             inputs=inputs,
             soft_token=soft_token,
-            moments_sha256=hashlib.sha256(moments).hexdigest(),
+            moments_sha256="",
             sensitivity=sensitivity,
             tools={name: importlib.metadata.version(name) for name in TOOLS},
         )
-        _write(calibration, moments, options.output)
+        calibration = _write(run, calibration)
     except OSError as err:
         raise OutputError(
             f"--output {options.output}",
             f"cannot be written: {err.strerror or err}",
             None,
-            "Free some space or choose another --output; the same command resumes from what was observed so far.",
+            "Free some space or choose another --output; the same command resumes from what is done.",
         ) from err
-    run.resume_state.remove()
+    run.folder.remove()
     return calibration
 
 
@@ -196,169 +250,187 @@ def _check_output(path: Path) -> None:
 
 
 def _prepare(options: CalibrationOptions, progress: StageProgress) -> _Run:
-    """Read the texts, then find the model and load it."""
+    """Read the texts, then find the model and what an interrupted run has left."""
     texts = draw_texts(options.texts, samples=options.samples, seed=options.seed)
     with progress.stage(f"find the model {options.model}"):
         checkpoint = resolve_checkpoint(options.model, adapter=options.adapter, revision=options.revision)
-        check_architecture(read_model_config(checkpoint.directory).model_type)
+        config = read_model_config(checkpoint.directory)
+        check_architecture(config.model_type)
         fingerprint = fingerprint_of(checkpoint, options)
+        weights = ModelWeights.open(
+            checkpoint, config, steps=options.steps, allow_partial_adapter=options.allow_partial_adapter
+        )
+        rows, _ = weights.shape(EMBEDDING_TABLE) or (0, 0)
+        tokenizer = open_checkpoint_tokenizer(checkpoint.directory, options.tokenizer, vocab_size=rows)
+        prompts = tokenizer.prompt_tokenizer(max_tokens=options.max_tokens, add_eos=options.add_eos)
+        corpus = tokenize_texts(texts, prompts)
+        check_device(options.device)
+        streamed = StreamedModel(config, weights, device=options.device, precision=options.dtype)
     for note in checkpoint.notes:
         progress.note(f"  {readable(note)}")
-    with progress.stage("load the PyTorch reference"):
-        model = load_reference(checkpoint, steps=options.steps, allow_partial_adapter=options.allow_partial_adapter)
-    rows = model.get_input_embeddings().num_embeddings
-    tokenizer = open_checkpoint_tokenizer(checkpoint.directory, options.tokenizer, vocab_size=rows)
-    prompts = tokenizer.prompt_tokenizer(max_tokens=options.max_tokens, add_eos=options.add_eos)
-    corpus = tokenize_texts(texts, prompts)
-    inputs = decoder_inputs(model.config.num_hidden_layers)
-    if not options.steps:
-        inputs = tuple(found for found in inputs if found.kind is not InputKind.VOCABULARY)
-    return _Run(options, fingerprint, corpus, model, inputs, progress)
+    path = options.output.with_name(f"{options.output.name}.partial")
+    folder = ResumeFolder(path, identity=_identity(options, fingerprint, corpus))
+    return _Run(options, checkpoint, fingerprint, corpus, streamed, folder, progress)
 
 
-def _observe(run: _Run) -> Observer:
-    """Collect the statistics of the observed texts; resumes after an interruption."""
-    observer = Observer(run.model, run.inputs, steps=run.options.steps, seed=run.options.seed)
-    resume_state, batches, used = run.resume_state, run.corpus.observed, run.corpus.used
-    if (state := resume_state.load()) is not None:
-        observer.load_state(state)
-        run.progress.note(f"  resumes after {observer.batches} of {len(batches)} batches")
-    with run.progress.stage(f"observe {used.samples} texts, {used.tokens} tokens", total=len(batches)) as advance:
-        advance(observer.batches)
-        try:
-            for batch in batches[observer.batches :]:
-                observer.observe(batch, temperature=run.options.temperature)
-                resume_state.save_if_due(observer.state)
-                advance(1)
-        except KeyboardInterrupt:
-            resume_state.save(observer.state())
-            raise
-    return observer
+def _identity(options: CalibrationOptions, fingerprint: ModelFingerprint, corpus: Corpus) -> str:
+    """Return everything that a part of the calibration may depend on."""
+    settings = {
+        name: value
+        for name, value in vars(options).items()
+        if name not in ("texts", "output", "max_drop", "memory", "model", "adapter", "revision")
+    }
+    versions = {name: importlib.metadata.version(name) for name in TOOLS}
+    return msgspec.json.encode((fingerprint, corpus.used, settings, versions)).decode()
 
 
-def _search_smoothing(run: _Run, observer: Observer) -> dict[str, Smoothing]:
-    """Search the smoothing and the outlier channels of every input, by name."""
-    smoothings = {}
-    with run.progress.stage("search the smoothing", total=len(run.inputs)) as advance:
-        for quantized_input in run.inputs:
-            smoothings[quantized_input.name] = _smooth(run, quantized_input, observer)
-            advance(1)
-    return smoothings
+def _make_soft_tokens(run: _Run) -> tuple[SoftTokens, _Plan]:
+    """Make the soft tokens of the observed texts, after an estimate of how long everything will take."""
+    folder, options = run.folder, run.options
+    if (facts := folder.facts(_SOFT_TOKENS)) is not None:
+        done = finished_layers(folder, run.streamed.num_layers)
+        run.progress.note(f"  resumes after the soft tokens and {done} of {run.streamed.num_layers} layers")
+        soft_tokens = SoftTokens.read(lambda key: folder.tensor(_SOFT_TOKENS, key))
+        return soft_tokens, msgspec.json.decode(facts, type=_Plan)
+    reference = run.open_reference()
+    plan = _make_plan(run, reference)
+    _check_disk(run, plan)
+    used = run.corpus.used
+    with run.progress.stage(
+        f"make soft tokens of {used.samples} texts, {used.tokens} tokens", total=used.samples
+    ) as advance:
+        soft_tokens = make_soft_tokens(
+            reference,
+            run.streamed.weights,
+            run.corpus.observed,
+            steps=options.steps,
+            temperature=options.temperature,
+            advance=advance,
+        )
+    folder.save(_SOFT_TOKENS, soft_tokens.tensors(), msgspec.json.encode(plan).decode())
+    return soft_tokens, plan
 
 
-def _smooth(run: _Run, quantized_input: QuantizedInput, observer: Observer) -> Smoothing:
-    kind, smooth = quantized_input.kind, run.options.smooth
-    migrations: Migrations = ()
-    if kind in SMOOTHED:
-        migrations = MIGRATIONS if smooth is None else (smooth,)
-    weights = [run.model.get_submodule(name).weight.detach() for name in quantized_input.projections]
-    return search_smoothing(
-        observer.sampled_rows(quantized_input.name),
-        weights,
-        observer.channel_maxima[quantized_input.name].amax(0),
-        limbs=LIMBS[kind],
-        outlier_channels=OUTLIER_CHANNELS[kind],
-        migrations=migrations,
+def _make_plan(run: _Run, reference: Reference) -> _Plan:
+    """Estimate how long the calibration will take, say so, and decide what there is time for."""
+    options, corpus = run.options, run.corpus
+    with run.progress.stage("estimate the time"):
+        if isinstance(reference, StreamedReference):
+            rates = reference.rates  # once: what was read is cached, and read faster the second time
+        else:
+            rates = StreamingRates.measure(run.streamed)
+        time = CalibrationTime(reference, run.streamed, rates, steps=options.steps)
+        inputs = decoder_inputs(run.streamed.num_layers)
+        seconds = {SensitivityMode.OFF: 0.0}
+        for one, models in ((SensitivityMode.KINDS, 2), (SensitivityMode.FULL, 3)):
+            parts = parts_to_measure(inputs, one)
+            seconds[one] = time.sensitivity(corpus.held_out, parts=parts, models=models)
+        is_quick = seconds[SensitivityMode.FULL] <= FULL_SECONDS
+        mode = options.sensitivity or (SensitivityMode.FULL if is_quick else SensitivityMode.KINDS)
+        parts_seconds = {
+            "soft tokens": time.soft_tokens(corpus.observed),
+            "layers": time.layers(
+                corpus.observed,
+                method=options.method,
+                smooth=options.smooth,
+                rounds=mode is not SensitivityMode.OFF,
+            ),
+            f"sensitivity {mode}": seconds[mode],
+        }
+    split = ", ".join(f"{name} {_minutes(found)}" for name, found in parts_seconds.items())
+    run.progress.note(
+        f"  estimated: {_minutes(sum(parts_seconds.values()))} min on this machine as it is now ({split})"
     )
+    evaluations = UNLIMITED
+    if mode is SensitivityMode.KINDS:
+        one_run = time.sensitivity(corpus.held_out, parts=1, models=1)
+        evaluations = max(MIN_EVALUATIONS, int(FULL_SECONDS / one_run))
+    return _Plan(mode, evaluations)
 
 
-def _calibrate_inputs(
-    run: _Run, observer: Observer, smoothings: Mapping[str, Smoothing]
-) -> dict[str, InputCalibration]:
-    """Choose the thresholds of every input in the prompt and at each step, and record them by name."""
-    method = run.options.method
-    histograms = {} if method is Method.MAX else _fill_histograms(run, smoothings)
-    calibrations = {}
-    for name, smoothing in smoothings.items():
-        ranges = [
-            range_without(maxima / smoothing.scales, smoothing.outlier_channels)
-            for maxima in observer.channel_maxima[name]
-        ]
-        chosen = [threshold(histogram, method) for histogram in histograms[name]] if histograms else ranges
-        calibrations[name] = _input_calibration(smoothing, ranges, chosen)
-    return calibrations
+def _minutes(seconds: float) -> str:
+    return f"{seconds / 60:.1f}" if seconds < 600 else f"{seconds / 60:.0f}"
 
 
-def _fill_histograms(run: _Run, smoothings: Mapping[str, Smoothing]) -> dict[str, list[MagnitudeHistogram]]:
-    """Stream the texts again, for a histogram of every smoothed input in the prompt and at each step."""
-    steps, temperature = run.options.steps, run.options.temperature
-    histograms = {name: [MagnitudeHistogram() for _ in range(steps + 1)] for name in smoothings}
+def _check_disk(run: _Run, plan: _Plan) -> None:
+    """Refuse a disk that the parts do not fit on, before the long work.
 
-    def watch(quantized_input: QuantizedInput, step: int, rows: torch.Tensor) -> None:
-        name = quantized_input.name
-        smoothed = rows / smoothings[name].scales
-        smoothed[:, list(smoothings[name].outlier_channels)] = 0
-        histograms[name][step].add(smoothed.cpu().numpy(), where=name)
-
-    with run.progress.stage("fill the histograms", total=len(run.corpus.observed)) as advance:
-        for batch in run.corpus.observed:
-            with watched(run.model, run.inputs, watch) as position:
-                for _ in run_batch(run.model, batch, position, steps=steps, temperature=temperature):
-                    pass
-            advance(1)
-    return histograms
-
-
-def _input_calibration(smoothing: Smoothing, ranges: Sequence[float], thresholds: Sequence[float]) -> InputCalibration:
-    scales = smoothing.scales
-    return InputCalibration(
-        smoothing.migration,
-        () if bool((scales == 1).all()) else tuple(_rounded(scales.tolist())),
-        smoothing.outlier_channels,
-        tuple(_rounded(ranges)),
-        tuple(_rounded(thresholds)),
-        float(f"{smoothing.error**0.5:.4g}"),
-    )
+    Raises:
+        OutputError: it has too little space.
+    """
+    shapes, layers = LayerShapes.of(run.streamed.weights), run.streamed.num_layers
+    hidden = run.streamed.model.config.hidden_size * run.streamed.dtype.itemsize
+    tokens = sum(batch.input_ids.size + len(batch.rows) * run.options.steps for batch in run.corpus.observed)
+    needed = 2 * layers * 4 * shapes.moments + 2 * tokens * hidden  # the moments in parts, then in one file
+    if run.search(plan).round_weights:
+        needed += layers * shapes.parameters
+    free = shutil.disk_usage(run.folder.path).free
+    if needed > free:
+        raise OutputError(
+            f"--output {run.options.output}",
+            f"has {gib(free)} of free disk",
+            f"the calibration needs {gib(needed)} while it runs",
+            "Free some space or choose another --output.",
+        )
 
 
-def _round_weights(
-    run: _Run, observer: Observer, calibrations: Mapping[str, InputCalibration]
-) -> dict[str, RoundedWeight]:
-    """Round every weight that reads an input, by projection."""
-    weights: dict[str, RoundedWeight] = {}
-    with run.progress.stage("round the weights", total=len(run.inputs)) as advance:
-        for quantized_input in run.inputs:
-            name = quantized_input.name
-            weights |= round_weights(run.model, quantized_input, calibrations[name], observer.moments.get(name))
-            advance(1)
-    return weights
+def _calibrate_inputs(run: _Run, soft_tokens: SoftTokens, plan: _Plan) -> InputCalibrations:
+    """Calibrate the inputs of all layers and of the vocabulary projection."""
+    search = run.search(plan)
+    with run.progress.stage("calibrate the layers", total=run.streamed.num_layers) as advance:
+        LayerSweep(run.streamed, run.corpus.observed, soft_tokens, search).run(run.folder, advance)
+    inputs: InputCalibrations = {}
+    for name in run.layer_names:
+        inputs |= read_calibrations(run.folder, name)
+    if run.options.steps:  # without steps the vocabulary projection is never computed
+        with run.progress.stage("calibrate the vocabulary"):
+            found = calibrate_vocabulary(run.streamed.weights, soft_tokens, search)
+            inputs[VOCABULARY_INPUT.name] = found
+    return inputs
 
 
-def _soft_token(run: _Run, observer: Observer) -> SoftTokenCalibration:
-    return SoftTokenCalibration(min(TOP_K, run.model.config.vocab_size), tuple(_rounded(observer.tail().tolist())))
+def _soft_token(run: _Run, soft_tokens: SoftTokens) -> SoftTokenCalibration:
+    vocabulary, _ = run.streamed.weights.shape(EMBEDDING_TABLE) or (0, 0)
+    return SoftTokenCalibration(min(TOP_K, vocabulary), rounded(soft_tokens.tail.tolist()))
 
 
 def _measure(
-    run: _Run,
-    calibrations: Mapping[str, InputCalibration],
-    weights: Mapping[str, RoundedWeight],
-    soft_token: SoftTokenCalibration | None,
+    run: _Run, calibrations: InputCalibrations, soft_token: SoftTokenCalibration | None, plan: _Plan
 ) -> Sensitivity:
     """Measure the sensitivity on the held-out texts."""
     options = run.options
     study = SensitivityStudy(
-        model=run.model,
-        inputs=run.inputs,
+        open_reference=run.open_reference,
+        inputs=tuple(one for one in decoder_inputs(run.streamed.num_layers) if one.name in calibrations),
         calibrations=calibrations,
-        weights=weights,
+        weights=lambda projection: read_rounded(run.folder, projection),
         soft_token=soft_token,
         batches=run.corpus.held_out,
         steps=options.steps,
         pooling=options.pooling,
         temperature=options.temperature,
     )
-    return measure_sensitivity(study, max_drop=options.max_drop, progress=run.progress)
+    return measure_sensitivity(
+        study,
+        plan.sensitivity,
+        max_drop=options.max_drop,
+        progress=run.progress,
+        evaluations=plan.evaluations,
+    )
 
 
-def _write(calibration: Calibration, moments: bytes, path: Path) -> None:
-    """Write the calibration and its moments, both or neither."""
-    content = calibration.to_json()
+def _write(run: _Run, calibration: Calibration) -> Calibration:
+    """Write the moments and the calibration that names them, both or neither; returns the latter."""
+    path = run.options.output
+    widths = {
+        one.name: width
+        for layer in range(run.streamed.num_layers)
+        for one, (_, width, _) in zip(layer_inputs(layer), LayerShapes.of(run.streamed.weights).inputs, strict=True)
+    }
     with atomic_write(path) as file, atomic_write(moments_path(path)) as moments_file:
-        file.write(content)
-        file.flush()  # a full disk shows before the other file appears
-        moments_file.write(moments)
-
-
-def _rounded(numbers: Sequence[float]) -> list[float]:
-    """Round to six digits: more would only make the file longer, INT8 cannot tell them apart."""
-    return [float(f"{number:.6g}") for number in numbers]
+        sha256 = write_moments(moments_file, widths, lambda name: read_moments(run.folder, name))
+        moments_file.flush()  # a full disk shows before the other file appears
+        named = msgspec.structs.replace(calibration, moments_sha256=sha256)
+        file.write(named.to_json())
+        file.flush()
+    return named

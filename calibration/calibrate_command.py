@@ -6,8 +6,10 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from gircse.calibration.calibration_file import SensitivityMode
 from gircse.calibration.int8.thresholds import Method
 from gircse.checkpoint.model_settings import add_model_flags
+from gircse.checkpoint.reference_choice import add_reference_flags
 from gircse.runtime.command import parse_arguments, run_command
 
 if TYPE_CHECKING:
@@ -61,6 +63,15 @@ def build_parser() -> argparse.ArgumentParser:
         help="allowed loss of rank correlation; beyond it, inputs are excluded from quantization (default: 0.005)",
     )
     parser.add_argument(
+        "--sensitivity",
+        type=_sensitivity,
+        metavar="full|kinds|off|auto",
+        help="what --max-drop is judged by: each kind of input and each layer quantized alone, and each input if the "
+        "loss is too large; each kind alone; or nothing. auto measures what 20 minutes are enough for, at least kinds "
+        "(default: auto)",
+    )
+    add_reference_flags(parser)
+    parser.add_argument(
         "--output",
         type=Path,
         default=Path("calibration.json"),
@@ -93,11 +104,16 @@ def _print_summary(calibration: "Calibration", seconds: float) -> None:
     from gircse.reporting.sizes import gib, peak_memory
 
     result, excluded = calibration.sensitivity.result, len(calibration.sensitivity.excluded)
+    if result is None:
+        fidelity = "sensitivity not measured, so what it costs is unknown"
+    else:
+        fidelity = f"rank correlation {result.rank_correlation:.4f}, top-10 overlap {result.overlap:.3f}"
     print(
-        f"  int8: rank correlation {result.rank_correlation:.4f}, top-10 overlap {result.overlap:.3f}, {excluded} of "
-        f"{len(calibration.inputs)} inputs excluded from quantization",
+        f"  int8: {fidelity}, {excluded} of {len(calibration.inputs)} inputs excluded from quantization",
         file=sys.stderr,
     )
+    if result is not None and 1 - result.rank_correlation > calibration.max_drop:
+        print(f"  warning: the loss is still more than --max-drop {calibration.max_drop:g}", file=sys.stderr)
     print(f"  {seconds:.0f} s, peak memory {gib(peak_memory())}", file=sys.stderr)
 
 
@@ -106,6 +122,13 @@ def _smooth(text: str) -> float | None:
         return None if text == "auto" else float(text)
     except ValueError as err:
         raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor auto; it can be 0 to 1, or auto") from err
+
+
+def _sensitivity(text: str) -> SensitivityMode | None:
+    try:
+        return None if text == "auto" else SensitivityMode(text)
+    except ValueError as err:
+        raise argparse.ArgumentTypeError(f"{text!r} is none of full, kinds, off and auto") from err
 
 
 if __name__ == "__main__":

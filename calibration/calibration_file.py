@@ -6,6 +6,7 @@ settings that it was measured with, and ``check`` refuses it for any other.
 
 import math
 from collections.abc import Mapping
+from enum import StrEnum
 from pathlib import Path
 from typing import Self
 
@@ -106,22 +107,33 @@ class Fidelity(Record, frozen=True):
     overlap: float
 
 
+class SensitivityMode(StrEnum):
+    """What the sensitivity is measured on."""
+
+    FULL = "full"
+    KINDS = "kinds"
+    OFF = "off"
+
+
 class Sensitivity(Record, frozen=True):
     """What ``int8`` costs in fidelity, and where.
 
     Attributes:
-        excluded: inputs that are excluded from quantization, the most sensitive first.
-        result: fidelity with everything else quantized.
+        excluded: inputs that are excluded from quantization, the most sensitive first; none if nothing was measured.
+        result: fidelity with everything else quantized; None if nothing was measured.
         kinds: with one kind of input quantized alone.
-        layers: with one layer quantized alone.
+        layers: with one layer quantized alone; empty unless the mode is ``full``.
         curve: with more and more inputs excluded, the most sensitive first; empty if none had to be.
+        mode: ``full``; ``kinds``, where inputs are ranked by the error of their product alone; or ``off``, where
+            nothing was measured.
     """
 
     excluded: tuple[str, ...]
-    result: Fidelity
+    result: Fidelity | None
     kinds: tuple[Fidelity, ...]
     layers: tuple[Fidelity, ...]
     curve: tuple[Fidelity, ...]
+    mode: SensitivityMode = SensitivityMode.FULL
 
 
 class Calibration(Record, frozen=True):
@@ -256,7 +268,8 @@ class Calibration(Record, frozen=True):
         if self.soft_token is not None:
             groups["soft_token"] = self.soft_token.tail
         measured = self.sensitivity
-        every = (measured.result, *measured.kinds, *measured.layers, *measured.curve)
+        result = () if measured.result is None else (measured.result,)
+        every = (*result, *measured.kinds, *measured.layers, *measured.curve)
         groups["sensitivity"] = tuple(x for f in every for x in (f.rank_correlation, f.overlap))
         for name, numbers in groups.items():
             if not all(map(math.isfinite, numbers)):

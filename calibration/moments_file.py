@@ -3,15 +3,15 @@
 ``calibration.json`` holds the file's SHA-256, so that only files of one calibration are used together.
 """
 
-from collections.abc import Mapping
+import hashlib
+import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Self
+from typing import BinaryIO, Self
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
-from torch import Tensor
 
-from gircse.calibration.int8.gptq import Moments
+from gircse.calibration.int8.gptq import Moments, moment_blocks
 from gircse.runtime.bundle import file_sha256
 from gircse.runtime.errors import CalibrationError
 
@@ -79,16 +79,38 @@ def moments_path(calibration: Path) -> Path:
     return calibration.with_name(calibration.stem + _SUFFIX)
 
 
-def moments_content(moments: Mapping[str, Moments]) -> bytes:
-    """Return the content of the file; ``moments`` are by input name."""
-    return save(moment_tensors(moments))
+def write_moments(file: BinaryIO, widths: Mapping[str, int], read: Callable[[str], Moments]) -> str:
+    """Write the content of the file, one input at a time: that of a 7B model has 1.7 GB.
+
+    Args:
+        file: to write to.
+        widths: of every input, by name.
+        read: returns the blocks of H of an input.
+
+    Returns:
+        The SHA-256 of what was written.
+    """
+    header, end = {}, 0
+    for name, width in widths.items():
+        for index, inputs in enumerate(moment_blocks(width)):
+            size = inputs.stop - inputs.start
+            start, end = end, end + 4 * size * size
+            header[moment_name(name, index)] = {"dtype": "F32", "shape": [size, size], "data_offsets": [start, end]}
+    encoded = json.dumps(header).encode()
+    encoded += b" " * (-len(encoded) % 8)  # the format aligns the data
+    hashed = hashlib.sha256()
+
+    def write(content: bytes) -> None:
+        file.write(content)
+        hashed.update(content)
+
+    write(len(encoded).to_bytes(8, "little") + encoded)
+    for name in widths:
+        for block in read(name):
+            write(block.contiguous().numpy().tobytes())
+    return hashed.hexdigest()
 
 
 def moment_name(name: str, index: int) -> str:
     """Return the name of the tensor with one block of an input."""
     return f"{_PREFIX}{name}.{index}"
-
-
-def moment_tensors(moments: Mapping[str, Moments]) -> dict[str, Tensor]:
-    """Return all blocks by the name of their tensor."""
-    return {moment_name(name, index): block for name, blocks in moments.items() for index, block in enumerate(blocks)}

@@ -4,7 +4,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 
-from gircse.calibration.calibration_file import Calibration, Fidelity, InputCalibration, Sensitivity
+from gircse.calibration.calibration_file import (
+    Calibration,
+    Fidelity,
+    InputCalibration,
+    Sensitivity,
+    SensitivityMode,
+)
 from gircse.calibration.int8.scheme import InputKind
 from gircse.calibration.report_charts import (
     calibrated_inputs,
@@ -80,6 +86,12 @@ def _source(source: ModelSource | AdapterSource) -> str:
 
 def _fidelity(calibration: Calibration) -> list[str]:
     found = calibration.sensitivity
+    if found.result is None:
+        return [
+            "## Fidelity of `int8`",
+            "**Not measured** (`--sensitivity off`): no input is excluded from quantization, and how far the vectors "
+            "of `int8` are from those of FP32 is unknown. `gircse-parity` measures it on an exported bundle.",
+        ]
     row = (
         f"{found.result.rank_correlation:.4f}",
         f"{found.result.overlap:.3f}",
@@ -91,29 +103,35 @@ def _fidelity(calibration: Calibration) -> list[str]:
         f"Against FP32 with K = {calibration.fingerprint.steps}, emulated in PyTorch. Rank correlation: Spearman's, of "
         "all pairwise similarities of texts; top-10 overlap: share of common nearest neighbors; loss, below: 1 - rank "
         "correlation.",
-        _excluded(found, calibration.max_drop),
+        _excluded(found, found.result, calibration.max_drop),
     ]
     if found.curve:
         parts.append(_chart("trade-off"))
     return parts
 
 
-def _excluded(found: Sensitivity, max_drop: float) -> str:
+def _excluded(found: Sensitivity, result: Fidelity, max_drop: float) -> str:
     """Say which inputs are excluded from quantization, and why."""
-    loss = rank_loss(found.result)
+    loss = rank_loss(result)
+    still = " **This is still more than `--max-drop`.**" if loss > max_drop else ""
     if not found.excluded:
         return (
             f"No input is excluded from quantization: with all quantized the loss is {_number(loss)}, and `--max-drop` "
-            f"is {max_drop:g}."
+            f"is {max_drop:g}.{still}"
         )
     everything = next((_number(rank_loss(point)) for point in found.curve if not excluded_count(point)), "more")
     names = ", ".join(f"`{name}`" for name in found.excluded)
-    text = (
+    if found.mode is SensitivityMode.FULL:
+        search = "each input was quantized alone, and the fewest of the most sensitive ones were excluded that meet it"
+    else:
+        search = (
+            "inputs were ranked by the error of their product, and the fewest of the first ones were excluded that "
+            "were found to meet it (`--sensitivity kinds`, with a few runs)"
+        )
+    return (
         f"Excluded, the most sensitive first: {names}. With all inputs quantized the loss would be {everything}, and "
-        f"`--max-drop` is {max_drop:g}. So each input was quantized alone, and the fewest of the most sensitive ones "
-        f"were excluded that meet it: the loss is {_number(loss)}."
+        f"`--max-drop` is {max_drop:g}. So {search}: the loss is {_number(loss)}.{still}"
     )
-    return text if loss <= max_drop else f"{text} **This is still more than `--max-drop`.**"
 
 
 def _kinds(calibration: Calibration) -> list[str]:
@@ -133,7 +151,7 @@ def _kinds(calibration: Calibration) -> list[str]:
         markdown_table(header, rows),
         "Ranges: the largest of all layers, after smoothing, without outlier channels. Error: relative error of the "
         "quantized product, median over the layers. Loss: with this kind quantized alone.",
-        _chart("sensitivity"),
+        *([_chart("sensitivity")] if points else []),
         _chart("error"),
         _chart("migration"),
     ]
@@ -150,6 +168,8 @@ def _kind_cells(inputs: Sequence[InputCalibration]) -> tuple[str, ...]:
 
 def _layers(calibration: Calibration) -> list[str]:
     layers = calibration.sensitivity.layers
+    if not layers:
+        return []
     chosen = sorted(layers, key=rank_loss, reverse=True)[:SHOWN]
     return [
         "## Most sensitive layers",

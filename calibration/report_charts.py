@@ -40,8 +40,9 @@ def draw_calibration_charts(calibration: Calibration, directory: Path) -> list[P
         "ranges-by-step": _ranges_by_step,
         "migration": _migration,
         "error": _error,
-        "sensitivity": _sensitivity,
     }
+    if calibration.sensitivity.kinds:
+        charts["sensitivity"] = _sensitivity
     if calibration.sensitivity.curve:
         charts["trade-off"] = _trade_off
     return [
@@ -149,28 +150,35 @@ def _error(calibration: Calibration) -> Any:
 
 
 def _sensitivity(calibration: Calibration) -> Any:
-    """Draw each kind alone on the left, each layer alone on the right; the vocabulary projection is among the kinds."""
-    figure, (by_kind, by_layer) = new_panels(
-        "Loss with one part quantized alone", ["one kind of input", "one layer"], columns=2
-    )
+    """Draw each kind alone on the left, each layer alone on the right if layers were measured.
+
+    The vocabulary projection is among the kinds.
+    """
     found, kinds = calibration.sensitivity, measured_parts(calibration)
+    titles = ["one kind of input", *(["one layer"] if found.layers else [])]
+    figure, (by_kind, *others) = new_panels("Loss with one part quantized alone", titles, columns=len(titles))
     points = [point for point in found.kinds if point.name in kinds]
     losses = _losses(points)
     by_kind.plot(losses, [kinds.index(point.name) for point in points], "o")
-    layers = _losses(point for point in found.layers if point.name != VOCABULARY_INPUT.name)
-    by_layer.plot(layers, ".-")
     by_kind.set_yticks(range(len(kinds)), [label(kind) for kind in kinds])
     by_kind.set(xlabel=LOSS_LABEL, ylim=(len(kinds) - 0.5, -0.5))
-    by_layer.set(xlabel="layer", ylabel=LOSS_LABEL)
-    by_layer.xaxis.set_major_locator(_whole_numbers())
     if calibration.max_drop:
         by_kind.axvline(calibration.max_drop, color="black", linestyle=":", linewidth=1)
-        by_layer.axhline(calibration.max_drop, color="black", linestyle=":", linewidth=1, label="--max-drop")
     _log_if_any(by_kind, "x", losses)
-    _log_if_any(by_layer, "y", layers)
-    if calibration.max_drop:
-        by_layer.legend(fontsize="small")
+    for by_layer in others:
+        _loss_by_layer(by_layer, found.layers, calibration.max_drop)
     return figure
+
+
+def _loss_by_layer(axes: Any, points: Iterable[Fidelity], max_drop: float) -> None:
+    losses = _losses(point for point in points if point.name != VOCABULARY_INPUT.name)
+    axes.plot(losses, ".-")
+    axes.set(xlabel="layer", ylabel=LOSS_LABEL)
+    axes.xaxis.set_major_locator(_whole_numbers())
+    if max_drop:
+        axes.axhline(max_drop, color="black", linestyle=":", linewidth=1, label="--max-drop")
+        axes.legend(fontsize="small")
+    _log_if_any(axes, "y", losses)
 
 
 def _trade_off(calibration: Calibration) -> Any:
@@ -178,8 +186,11 @@ def _trade_off(calibration: Calibration) -> Any:
     figure, axes = new_figure("Loss by inputs excluded", x="inputs excluded, most sensitive first", y=LOSS_LABEL)
     found = calibration.sensitivity
     losses = _losses(found.curve)
-    axes.plot([excluded_count(point) for point in found.curve], losses, "o-")
-    axes.plot(len(found.excluded), *_losses([found.result]), "*", color="C0", markersize=16, label="chosen")
+    counts = [excluded_count(point) for point in found.curve]
+    axes.plot(counts, losses, "o-")
+    axes.plot(
+        len(found.excluded), losses[counts.index(len(found.excluded))], "*", color="C0", markersize=16, label="chosen"
+    )
     if calibration.max_drop:
         axes.axhline(calibration.max_drop, color="black", linestyle=":", linewidth=1, label="--max-drop")
     axes.set_xscale("symlog", base=2, linthresh=1)

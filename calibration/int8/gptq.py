@@ -80,7 +80,7 @@ def round_smoothed(
         outlier_channels: columns that are excluded from quantization.
         moments: H of the inputs before smoothing; None rounds to nearest.
     """
-    scales = torch.ones(weight.shape[1]) if scales is None else scales
+    scales = weight.new_ones(weight.shape[1]) if scales is None else scales
     channels = list(outlier_channels)
     smoothed, columns = split_weight(weight, scales, tuple(channels))
     if moments is None:
@@ -88,7 +88,7 @@ def round_smoothed(
     steps = weight_scales(smoothed)
     smoothed[:, channels] = columns
     blocks = zip(moments, moment_blocks(weight.shape[1]), strict=True)
-    scaled = [block / (scales[inputs, None] * scales[None, inputs]) for block, inputs in blocks]
+    scaled = [block.to(scales.device) / (scales[inputs, None] * scales[None, inputs]) for block, inputs in blocks]
     integers, columns = round_columns(smoothed, steps[:, None], scaled, excluded=channels)
     return RoundedWeight(integers, steps, columns)
 
@@ -109,8 +109,8 @@ def round_columns(
     """
     group = weight.shape[1] // steps.shape[1]
     columns = weight.T.contiguous()  # a column is a row here, contiguous in memory
-    integers = torch.zeros(columns.shape, dtype=torch.int8)
-    is_excluded = torch.zeros(len(columns), dtype=torch.bool)
+    integers = torch.zeros_like(columns, dtype=torch.int8)
+    is_excluded = torch.zeros(len(columns), dtype=torch.bool, device=weight.device)
     is_excluded[list(excluded)] = True
     with _one_thread():
         for moment, inputs in zip(moments, moment_blocks(len(columns)), strict=True):
@@ -139,8 +139,8 @@ def _round_block(block: Tensor, steps: Sequence[Tensor], factor: Tensor) -> Tens
     Returns:
         Integers (len(steps), out) int8.
     """
-    rounded = torch.empty(len(steps), block.shape[1], dtype=torch.int8)
-    errors = torch.empty(len(steps), block.shape[1])
+    rounded = torch.empty_like(block[: len(steps)], dtype=torch.int8)
+    errors = torch.empty_like(block[: len(steps)])
 
     def compensate(start: int, middle: int, stop: int) -> None:
         block[middle:stop].addmm_(factor[start:middle, middle:stop].T, errors[start:middle], alpha=-1)
@@ -177,6 +177,6 @@ def _one_thread() -> Iterator[None]:
 def _inverse_factor(moment: Tensor) -> Tensor:
     """Return the upper Cholesky factor of the inverse of damped H: row j tells how columns after j compensate for j."""
     moment = moment.double()
-    damped = moment + torch.eye(len(moment), dtype=torch.float64) * (DAMPING * moment.diag().mean() + _TINY)
+    damped = moment + torch.eye(len(moment)).to(moment) * (DAMPING * moment.diag().mean() + _TINY)
     factor: Tensor = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(damped)), upper=True)
     return factor.float()

@@ -77,11 +77,19 @@ def range_without(channel_maxima: Tensor, channels: tuple[int, ...]) -> float:
 
 
 def product_error(
-    rows: Tensor, weight: Tensor, scales: Tensor, outlier_channels: tuple[int, ...], *, threshold: float, limbs: int
+    exact: Tensor,
+    rows: Tensor,
+    weight: Tensor,
+    scales: Tensor,
+    outlier_channels: tuple[int, ...],
+    *,
+    threshold: float,
+    limbs: int,
 ) -> float:
     """Return the mean over rows of the squared relative error of rows @ weight^T in INT8.
 
     Args:
+        exact: (n, out) float32, rows @ weight^T.
         rows: (n, in) float32.
         weight: (out, in) float32.
         scales: (in,) float32, s.
@@ -94,7 +102,6 @@ def product_error(
     integers, steps = quantize_weight(integer_weight)
     quantized = quantize_rows(smoothed, threshold=threshold, limbs=limbs)
     product = quantized @ (integers * steps[:, None]).T + smoothed[:, list(outlier_channels)] @ columns.T
-    exact = rows @ weight.T
     norms = exact.square().sum(1)
     seen = norms > 0
     return float(((product - exact).square().sum(1)[seen] / norms[seen]).mean()) if seen.any() else 0.0
@@ -123,6 +130,7 @@ def search_smoothing(
         migrations: strengths to try; None is no smoothing. Empty where scales cannot be folded.
     """
     weight = sampled_outputs(weights)
+    exact = rows @ weight.T
     # vector_norm, because abs() would make a copy of weights that are hundreds of MiB
     weight_maxima = torch.stack([torch.linalg.vector_norm(one, torch.inf, dim=0) for one in weights]).amax(0)
 
@@ -134,7 +142,7 @@ def search_smoothing(
                 scales = smoothing_scales(channel_maxima, weight_maxima, migration)
             channels = largest_channels(channel_maxima / scales, count)
             threshold = range_without(channel_maxima / scales, channels)
-            error = product_error(rows, weight, scales, channels, threshold=threshold, limbs=limbs)
+            error = product_error(exact, rows, weight, scales, channels, threshold=threshold, limbs=limbs)
             found.append(Smoothing(migration, scales, channels, error))
         return min(found, key=lambda smoothing: smoothing.error)
 
@@ -144,11 +152,15 @@ def search_smoothing(
 
 
 def sampled_outputs(weights: Sequence[Tensor]) -> Tensor:
-    """Return evenly spaced rows of weights (out, in) that read one input, ``SAMPLED_OUTPUTS`` of them together."""
+    """Return ``output_sample`` of the rows of weights (out, in) that read one input, all together."""
     sizes = [len(weight) for weight in weights]
-    total, first, chosen = sum(sizes), 0, []
-    rows = torch.linspace(0, total - 1, min(total, SAMPLED_OUTPUTS)).round().long()
+    rows, first, chosen = output_sample(sum(sizes)), 0, []
     for weight, size in zip(weights, sizes, strict=True):
         chosen.append(weight[rows[(rows >= first) & (rows < first + size)] - first])
         first += size
     return torch.cat(chosen)
+
+
+def output_sample(outputs: int) -> Tensor:
+    """Return the numbers (n,) int64 of at most ``SAMPLED_OUTPUTS`` outputs, evenly spaced."""
+    return torch.linspace(0, outputs - 1, min(outputs, SAMPLED_OUTPUTS), dtype=torch.float64).round().long()

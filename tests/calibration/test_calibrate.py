@@ -2,6 +2,7 @@
 
 import errno
 import json
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,10 +14,15 @@ from support.small_calibration_run import CALIBRATION_STEPS, run_calibration, wr
 from support.small_models import SmallModels
 
 from gircse.calibration import calibrate as calibrate_module
-from gircse.calibration.calibrate import CalibrationOptions, calibrate
-from gircse.calibration.calibration_file import Calibration
+from gircse.calibration import layers
+from gircse.calibration.calibrate import MIN_EVALUATIONS, CalibrationOptions, calibrate
+from gircse.calibration.calibration_file import Calibration, Sensitivity, SensitivityMode
 from gircse.calibration.int8.scheme import InputKind
 from gircse.calibration.int8.thresholds import Method
+from gircse.checkpoint.model_config import read_model_config
+from gircse.checkpoint.model_weights import ModelWeights
+from gircse.checkpoint.streamed_model import StreamedModel
+from gircse.checkpoint.streamed_reference import StreamedReference
 from gircse.runtime.atomic_file import atomic_write
 from gircse.runtime.errors import OptionError, OutputError
 
@@ -54,9 +60,87 @@ def test_a_small_drop_excludes_inputs(small_models: SmallModels, tmp_path: Path)
     assert found.sensitivity.curve[1].name.endswith(" excluded")
 
 
+def test_the_sensitivity_that_there_is_time_for(
+    small_models: SmallModels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(calibrate_module, "FULL_SECONDS", 1e9)
+    assert run_calibration(small_models, tmp_path).sensitivity.mode is SensitivityMode.FULL
+    monkeypatch.setattr(calibrate_module, "FULL_SECONDS", 0.0)
+    found = run_calibration(small_models, tmp_path, max_drop=0.0).sensitivity
+    assert (found.mode, found.layers) == (SensitivityMode.KINDS, ())
+    assert 1 < len(found.curve) <= 1 + MIN_EVALUATIONS
+    err = capsys.readouterr().err
+    assert err.index("estimated: ") < err.index("make soft tokens")
+    assert "sensitivity full" in err
+    assert "sensitivity kinds" in err
+
+
+def test_nothing_is_measured_where_nobody_wants_it(
+    small_models: SmallModels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured = run_calibration(small_models, tmp_path, sensitivity=SensitivityMode.KINDS)
+    monkeypatch.setattr(layers, "round_weight", None)  # nobody needs rounded weights
+    found = run_calibration(small_models, tmp_path, sensitivity="off", max_drop=0.0)
+    assert Calibration.read(tmp_path / "calibration.json") == found
+    assert found.sensitivity == Sensitivity((), None, (), (), (), SensitivityMode.OFF)
+    assert (found.inputs, found.soft_token) == (measured.inputs, measured.soft_token)
+    assert found.moments_sha256 == measured.moments_sha256
+
+
+def test_a_streamed_reference_gives_the_same_calibration(
+    small_models: SmallModels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = str(small_models.checkpoint("mistral-linear"))
+    whole = run_calibration(small_models, tmp_path, model=model)
+    opened: list[StreamedReference] = []
+
+    def open_streamed(checkpoint: Any, options: Any, *, steps: int, allow_partial_adapter: bool) -> StreamedReference:
+        config = read_model_config(checkpoint.directory)
+        weights = ModelWeights.open(checkpoint, config, steps=steps, allow_partial_adapter=allow_partial_adapter)
+        opened.append(StreamedReference(StreamedModel(config, weights), group_bytes=1 << 30))
+        return opened[-1]
+
+    monkeypatch.setattr(calibrate_module, "open_reference", open_streamed)
+    streamed = run_calibration(small_models, tmp_path, model=model)
+    assert len(opened) == 2
+    assert streamed.soft_token is not None
+    assert whole.soft_token is not None
+    assert streamed.soft_token.tail == pytest.approx(whole.soft_token.tail, rel=1e-3, abs=1e-6)
+    for name, one in whole.inputs.items():
+        assert streamed.inputs[name].ranges == pytest.approx(one.ranges, rel=1e-3)
+    for one, other in zip(whole.sensitivity.kinds, streamed.sensitivity.kinds, strict=True):
+        assert (one.name, one.rank_correlation) == (other.name, pytest.approx(other.rank_correlation, abs=0.01))
+
+
+def test_bf16_is_near_fp32(small_models: SmallModels, tmp_path: Path) -> None:
+    exact, found = (
+        run_calibration(small_models, tmp_path, dtype=dtype, sensitivity="off") for dtype in ("fp32", "bf16")
+    )
+    name = "model.layers.0.attention_output"  # not smoothed
+    assert found.inputs[name].ranges != exact.inputs[name].ranges
+    assert found.inputs[name].ranges[0] == pytest.approx(exact.inputs[name].ranges[0], rel=0.03)
+
+
+def test_a_disk_that_is_too_small_is_refused_before_the_work(
+    small_models: SmallModels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1 << 16))
+    monkeypatch.setattr(calibrate_module, "make_soft_tokens", None)
+    with pytest.raises(OutputError, match=r"^--output .* has 0\.00 GiB of free disk; the calibration needs 0\.00 GiB"):
+        run_calibration(small_models, tmp_path)
+
+
 @pytest.mark.parametrize(
     ("flag", "value"),
-    [("samples", 3), ("smooth", 1.5), ("max_drop", -1.0), ("steps", 65), ("temperature", 0.0), ("seed", -1)],
+    [
+        ("samples", 3),
+        ("smooth", 1.5),
+        ("max_drop", -1.0),
+        ("steps", 65),
+        ("temperature", 0.0),
+        ("seed", -1),
+        ("sensitivity", "some"),
+    ],
 )
 def test_values_out_of_range(small_models: SmallModels, tmp_path: Path, flag: str, value: float) -> None:
     with pytest.raises(OptionError, match=f"^--{flag.replace('_', '-')} is {value}; it can be "):
@@ -97,7 +181,7 @@ def test_texts_are_tokenized_as_an_export_does(
         observed.extend(row.tolist() for batch in run.corpus.observed for row in batch.input_ids)
         raise StopError
 
-    monkeypatch.setattr(calibrate_module, "_observe", observe)
+    monkeypatch.setattr(calibrate_module, "_make_soft_tokens", observe)
     output, texts = tmp_path / "calibration.json", write_texts(tmp_path)
     options = CalibrationOptions(
         steps=1, output=output, texts=texts, model=str(small_checkpoint), max_tokens=4, add_eos=True

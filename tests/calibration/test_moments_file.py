@@ -4,9 +4,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load, save
 
 from gircse.calibration.int8.gptq import add_moments, no_moments
-from gircse.calibration.moments_file import MomentsFile, moments_content, moments_path
+from gircse.calibration.moments_file import MomentsFile, moments_path, write_moments
 from gircse.runtime.bundle import file_sha256
 from gircse.runtime.errors import CalibrationError
 
@@ -17,7 +18,10 @@ NAMES = ("model.layers.1.mlp_input", "model.layers.11.mlp_input")
 def calibration_path(tmp_path: Path) -> Path:
     """Return the path of a calibration with moments next to it."""
     path = tmp_path / "my.calibration.json"
-    moments_path(path).write_bytes(moments_content(small_moments()))
+    moments = small_moments()
+    with moments_path(path).open("wb") as file:
+        sha256 = write_moments(file, {NAMES[0]: 600, NAMES[1]: 3}, moments.__getitem__)
+    assert sha256 == file_sha256(moments_path(path))
     return path
 
 
@@ -31,6 +35,16 @@ def test_every_input_is_read_back(calibration_path: Path) -> None:
     file = MomentsFile.open(calibration_path, file_sha256(moments_path(calibration_path)))
     for name, blocks in small_moments().items():
         assert all(torch.equal(a, b) for a, b in zip(file.read(name), blocks, strict=True))
+
+
+def test_the_file_is_one_that_safetensors_writes(calibration_path: Path) -> None:
+    tensors = {
+        f"moments.{name}.{i}": block for name, blocks in small_moments().items() for i, block in enumerate(blocks)
+    }
+    written = load(moments_path(calibration_path).read_bytes())
+    assert written.keys() == tensors.keys()
+    assert len(moments_path(calibration_path).read_bytes()) == len(save(tensors))
+    assert all(torch.equal(written[name], tensor) for name, tensor in tensors.items())
 
 
 def test_an_input_without_moments_is_named(calibration_path: Path) -> None:

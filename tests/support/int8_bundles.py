@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from gircse.calibration.calibration_file import Calibration
-from gircse.calibration.int8.fake_quantization import round_weights
+from gircse.calibration.int8.fake_quantization import round_weight
 from gircse.calibration.int8.gptq import RoundedWeight
 from gircse.calibration.int8.scheme import InputKind, QuantizedInput
 from gircse.calibration.moments_file import MomentsFile, moments_path
@@ -64,5 +64,7 @@ def rounded_weights(model: Any, inputs: tuple[QuantizedInput, ...], path: Path) 
     weights: dict[str, RoundedWeight] = {}
     for entry in inputs:
         seen = None if entry.kind is InputKind.VOCABULARY else moments.read(entry.name)
-        weights |= round_weights(model, entry, calibration.inputs[entry.name], seen)
+        for name in entry.projections:
+            weight = model.get_submodule(name).weight.detach()
+            weights[name] = round_weight(weight, calibration.inputs[entry.name], seen)
     return weights

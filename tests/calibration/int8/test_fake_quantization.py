@@ -5,7 +5,7 @@ import torch
 from support.small_models import SmallModels
 
 from gircse.calibration.calibration_file import InputCalibration, SoftTokenCalibration
-from gircse.calibration.int8.fake_quantization import quantized_inputs, round_weights, soft_token_reweighting
+from gircse.calibration.int8.fake_quantization import quantized, round_weight, soft_token_reweighting
 from gircse.calibration.int8.scheme import HIGH_ENTROPY_MASS, decoder_inputs
 
 TABLE = torch.randn(50, 8, generator=torch.Generator().manual_seed(0))
@@ -40,11 +40,15 @@ def test_the_model_is_restored(small_models: SmallModels, index: int) -> None:
     model, quantized_input = small_models.load("llama"), decoder_inputs(2)[index]
     module = model.get_submodule(quantized_input.projections[0])
     calibration = InputCalibration(None, (), (1,), (1.0,), (1.0,), 0.0)
-    weights = round_weights(model, quantized_input, calibration, None)
+    weights = {
+        name: round_weight(model.get_submodule(name).weight.detach(), calibration, None)
+        for name in quantized_input.projections
+    }
+    variation = quantized([quantized_input], {quantized_input.name: calibration}, weights.__getitem__, None)
     rows = torch.linspace(-0.9, 0.9, module.in_features)[None]
     with torch.no_grad():
         before = module(rows)
-        with quantized_inputs(model, [quantized_input], {quantized_input.name: calibration}, weights):
+        with variation.changed(model, "", slice(None)):
             inside = module(rows)
         after = module(rows)
     assert torch.equal(before, after)

@@ -36,7 +36,7 @@ def test_huge_channels_are_excluded(limbs: int) -> None:
     assert {0, 1, 2} <= set(found.outlier_channels)
     assert len(found.outlier_channels) == 8
     channels = largest_channels(rows.abs().amax(0), 2)
-    fewer = product_error(rows, weight, torch.ones(INPUTS), channels, threshold=1e4, limbs=limbs)
+    fewer = product_error(rows @ weight.T, rows, weight, torch.ones(INPUTS), channels, threshold=1e4, limbs=limbs)
     assert found.error < fewer / 100
 
 

@@ -21,7 +21,7 @@ from support.tolerances import (
 from support.vectors import PROMPTS, STEPS, padded
 
 from gircse.calibration.calibration_file import Calibration
-from gircse.calibration.int8.fake_quantization import quantized_inputs
+from gircse.calibration.int8.fake_quantization import quantized
 from gircse.calibration.int8.scheme import LIMBS, InputKind, QuantizedInput, decoder_inputs
 from gircse.calibration.moments_file import moments_path
 from gircse.checkpoint.reference import refine
@@ -38,7 +38,8 @@ def fake_prompt_state(small_models: SmallModels, name: str, inputs: tuple[Quanti
     calibration = Calibration.read(small_models.calibration(name, steps=STEPS))
     ids, mask = map(torch.from_numpy, padded(PROMPTS, left=True, extra=0))
     weights = rounded_weights(model, inputs, small_models.calibration(name, steps=STEPS))
-    with quantized_inputs(model, inputs, calibration.inputs, weights):
+    variation = quantized(inputs, calibration.inputs, weights.__getitem__, None)
+    with variation.changed(model, "", slice(None)):
         state = next(iter(refine(model, ids, mask, steps=0, temperature=1.0)))
     return l2_normalize(state.hidden.numpy())
 

@@ -12,7 +12,7 @@ from support.vectors import PROMPTS, STEPS, padded
 
 from gircse.calibration.calibration_file import Calibration
 from gircse.calibration.int8 import fake_quantization
-from gircse.calibration.int8.fake_quantization import quantized_inputs
+from gircse.calibration.int8.fake_quantization import quantized
 from gircse.calibration.int8.scheme import decoder_inputs
 from gircse.checkpoint.reference import refine
 from gircse.export.int8 import vocabulary
@@ -37,8 +37,9 @@ def test_soft_token_is_what_the_sensitivity_measured(
     model, calibration = small_models.load("llama"), Calibration.read(path)
     ids, mask = map(torch.from_numpy, padded(PROMPTS, left=True, extra=0))
     projection = decoder_inputs(2)[-1:]
-    with quantized_inputs(model, projection, calibration.inputs, rounded_weights(model, projection, original)):
-        reweight = fake_quantization.soft_token_reweighting(calibration.soft_token)
-        *_, state = refine(model, ids, mask, steps=1, temperature=1.0, reweight=reweight)
+    weights = rounded_weights(model, projection, original)
+    variation = quantized(projection, calibration.inputs, weights.__getitem__, calibration.soft_token)
+    with variation.changed(model, "", slice(None)):
+        *_, state = refine(model, ids, mask, steps=1, temperature=1.0, reweight=variation.reweight)
     assert row_cosine(ours[:, 1], l2_normalize(state.hidden.numpy())).min() > INT8_FAKE_MIN_COSINE
     assert row_cosine(ours[:, 1], exact[:, 1]).min() > (0.999 if high_entropy_mass == 0.0 else 0.5)
