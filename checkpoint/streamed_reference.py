@@ -5,6 +5,7 @@ blocks the soft token is summed up in another order (a test measures the differe
 a group stay in memory, so a group is as large as that allows.
 """
 
+import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -47,7 +48,6 @@ class StreamedReference:
         self.model = streamed.model
         self.notes = notes
         self._streamed, self._group_bytes = streamed, group_bytes
-        self._rates: StreamingRates | None = None
 
     @property
     def bytes_read(self) -> int:
@@ -80,11 +80,14 @@ class StreamedReference:
                 if step < steps:
                     self._make_soft_tokens(runs, variations, temperature)
 
+    @functools.cached_property
+    def rates(self) -> StreamingRates:
+        """What a layer takes on this machine; measured once, when it is asked for."""
+        return StreamingRates.measure(self._streamed)
+
     def estimate_seconds(self, batches: Sequence[TokenBatch], *, steps: int, variations: int = 1) -> float:
         """Return how long ``refine`` will take, from what one layer takes now."""
-        if self._rates is None:
-            self._rates = StreamingRates.measure(self._streamed)
-        rates, resident = self._rates, self._streamed.resident_layers
+        rates, resident = self.rates, self._streamed.resident_layers
         table = self.model.get_input_embeddings().weight
         blocks = table.shape[0] / rows_of_block(table.shape)
         layers_of_table = table.numel() / sum(value.numel() for value in self.model.model.layers[0].parameters())

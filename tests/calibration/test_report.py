@@ -6,7 +6,7 @@ import msgspec
 import pytest
 from support.small_calibration import FINGERPRINT, ZERO, small_calibration
 
-from gircse.calibration.calibration_file import Fidelity, Sensitivity
+from gircse.calibration.calibration_file import Fidelity, Sensitivity, SensitivityMode
 from gircse.calibration.report import markdown, write_report
 from gircse.reporting.files import open_report_directory
 from gircse.runtime.errors import OutputError
@@ -92,6 +92,32 @@ def test_markdown_says(line: str) -> None:
 def test_a_drop_that_is_still_too_large_is_not_hidden() -> None:
     stricter = msgspec.structs.replace(small_calibration(), max_drop=0.001)
     assert "the loss is 0.0035. **This is still more than `--max-drop`.**" in markdown(stricter)
+
+
+def test_what_was_not_measured_is_said(tmp_path: Path) -> None:
+    calibration = small_calibration()
+    off = msgspec.structs.replace(calibration, sensitivity=Sensitivity((), None, (), (), (), SensitivityMode.OFF))
+    assert [path.stem for path in write_report(off, tmp_path)] == [
+        "calibration",
+        "ranges-by-step",
+        "migration",
+        "error",
+    ]
+    text = markdown(off)
+    assert "**Not measured** (`--sensitivity off`): no input is excluded from quantization" in text
+    assert "Most sensitive layers" not in text
+    assert "sensitivity.png" not in text
+
+
+def test_kinds_alone_are_reported(tmp_path: Path) -> None:
+    calibration = small_calibration()
+    kinds = msgspec.structs.replace(calibration.sensitivity, layers=(), mode=SensitivityMode.KINDS)
+    found = msgspec.structs.replace(calibration, sensitivity=kinds)
+    assert [path.stem for path in write_report(found, tmp_path)] == ["calibration", *CHARTS, "trade-off"]
+    text = markdown(found)
+    assert "So inputs were ranked by the error of their product, and the fewest of the first ones" in text
+    assert "each input was quantized alone" not in text
+    assert "Most sensitive layers" not in text
 
 
 def test_without_steps_there_is_no_vocabulary_and_no_soft_token() -> None:
