@@ -104,8 +104,10 @@ class CalibrationTime:
             torch.ones_like(weight, dtype=torch.int8), weight.new_ones(self._many), weight.new_ones(self._many, 0)
         )
         self._dequantize = _seconds(lambda: dequantized(rounded, (), weight.device)) / weight.numel()
-        rows = torch.randn(2 * SAMPLE_ROWS, width, device=streamed.device)
-        self._error = _seconds(lambda: _one_error(rows, weight[:SAMPLED_OUTPUTS])) / min(SAMPLED_OUTPUTS, self._many)
+        inputs, outputs_seen = self._shapes.inputs[0][1], min(SAMPLED_OUTPUTS, self._many)
+        rows = torch.randn(2 * SAMPLE_ROWS, inputs, device=streamed.device)
+        seen = torch.randn(outputs_seen, inputs, device=streamed.device)
+        self._error = _seconds(lambda: _one_error(rows, seen)) / seen.numel()
 
     def soft_tokens(self, batches: Sequence[TokenBatch]) -> float:
         """Return the seconds of the first pass."""
@@ -162,7 +164,7 @@ class CalibrationTime:
             candidates = len(MIGRATIONS) if one.kind in SMOOTHED and smooth is None else 1
             candidates *= 2 if OUTLIER_CHANNELS[one.kind] else 1
             elements += candidates * width * min(sum(outs), SAMPLED_OUTPUTS)
-        return elements * self._error / self._width
+        return elements * self._error
 
     def _rounding(self) -> float:
         """Return the seconds of GPTQ for one layer."""
