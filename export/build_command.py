@@ -76,6 +76,11 @@ def build_parser() -> argparse.ArgumentParser:
         help="kernel timings of earlier builds (default: BUNDLE/engines/timing.cache)",
     )
     parser.add_argument("--workspace-gib", type=float, metavar="G", help="maximum workspace of a kernel")
+    parser.add_argument(
+        "--weight-streaming",
+        action="store_true",
+        help="for a plan that is larger than the GPU: what has no room there stays in main memory, and runs slower",
+    )
     return parser
 
 

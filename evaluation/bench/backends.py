@@ -168,6 +168,17 @@ class TorchSpec(_Spec):
             paths.append(self.checkpoint.adapter_directory / ADAPTER_WEIGHTS)
         return sum(path.stat().st_size for path in paths)
 
+    def memory_bytes(self) -> tuple[int, int]:
+        """Return about how much memory the whole model needs: of the machine, and of the GPU where it runs on one."""
+        from gircse.checkpoint.model_config import read_model_config
+        from gircse.checkpoint.model_weights import ModelWeights
+        from gircse.checkpoint.reference_choice import ReferenceBudget, ReferenceOptions
+
+        config, steps = read_model_config(self.checkpoint.directory), self.bundle.manifest.graph.steps
+        weights = ModelWeights.open(self.checkpoint, config, steps=steps, allow_partial_adapter=True)
+        budget = ReferenceBudget.of(weights, config, ReferenceOptions(self.device, Precision(self.precision)))
+        return budget.whole, 0 if budget.device is None else budget.whole_on_device
+
 
 @dataclass(frozen=True)
 class LlamaCppSpec(_Spec):

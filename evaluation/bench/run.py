@@ -12,6 +12,7 @@ import psutil
 
 from gircse.checkpoint.source import Checkpoint
 from gircse.evaluation.bench.backends import BackendSpec, Baseline, BundleSpec, LlamaCppSpec, TorchSpec
+from gircse.evaluation.bench.memory import check_memory
 from gircse.evaluation.bench.report_schema import SCHEMA_VERSION, BackendCost, BenchReport, Latency, Quality, Spread
 from gircse.evaluation.bench.roofline import memory_bandwidth
 from gircse.evaluation.bench.worker import Worker
@@ -115,11 +116,12 @@ def run_bench(options: BenchOptions, *, progress: StageProgress | None = None) -
     _check(options, bundles, settings)
     tasks = read_tasks(options.tasks)
     threads = options.threads or psutil.cpu_count(logical=False) or 1
-    with progress.stage("measure the memory bandwidth"):
-        bandwidth = memory_bandwidth(threads)
     bundle_specs = _bundle_specs(options, bundles, threads)
     specs = [*bundle_specs, *_baseline_specs(options, bundles[0], settings, threads)]
     _check_names(specs)
+    check_memory(specs)
+    with progress.stage("measure the memory bandwidth"):
+        bandwidth = memory_bandwidth(threads)
     costs, latencies = _run_backends(specs, settings, options, bandwidth, progress)
     quality = [result for spec in bundle_specs for result in _measure_quality(spec, tasks, progress)]
     return BenchReport(

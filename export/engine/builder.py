@@ -69,6 +69,7 @@ class BuildOptions:
         timing_cache: file of kernel timings that speeds up later builds (not RTX, which times nothing); None is one
             next to the plan.
         workspace_gib: maximum workspace of a kernel; None leaves it to TensorRT.
+        weight_streaming: let weights that the GPU has no room for stay in main memory.
     """
 
     bundle: Path
@@ -81,6 +82,7 @@ class BuildOptions:
     capabilities: Sequence[str] = ()
     timing_cache: Path | None = None
     workspace_gib: float | None = None
+    weight_streaming: bool = False
 
     def __post_init__(self) -> None:
         """Refuse a workspace that is not a size."""
@@ -130,7 +132,12 @@ def build_engine(options: BuildOptions, *, progress: StageProgress | None = None
     with progress.stage(f"parse the {options.layout} {precision} graph"):
         builder.parse(bundle.engine_graph(precision, options.layout))
     _announce_cost(builder, bundle, precision, profiles, provider, progress)
-    builder.configure(profiles, capabilities, workspace_gib=options.workspace_gib)
+    builder.configure(
+        profiles,
+        capabilities,
+        workspace_gib=options.workspace_gib,
+        weight_streaming=options.weight_streaming,
+    )
     folder = bundle.directory / ENGINES_FOLDER
     cache = None if provider is Provider.TENSORRT_RTX else options.timing_cache or folder / "timing.cache"
     try:
@@ -154,6 +161,7 @@ def build_engine(options: BuildOptions, *, progress: StageProgress | None = None
                 tokens=options.tokens,
                 profiles=tuple(options.profiles),
                 workspace_gib=options.workspace_gib,
+                weight_streaming=options.weight_streaming,
             ),
             settings=builder.settings,
             build_seconds=round(time.perf_counter() - start, 1),

@@ -75,12 +75,18 @@ class TensorRtBuilder:
                 layer.attention.decomposable = True
 
     def configure(
-        self, profiles: Sequence[EngineProfile], capabilities: Sequence[str], *, workspace_gib: float | None
+        self,
+        profiles: Sequence[EngineProfile],
+        capabilities: Sequence[str],
+        *,
+        workspace_gib: float | None,
+        weight_streaming: bool,
     ) -> None:
-        """Set profiles, targets and the maximum workspace of a kernel.
+        """Set profiles, targets, the maximum workspace of a kernel, and whether weights can stay in main memory.
 
         Raises:
             ExportError: TensorRT refuses one of them.
+            OptionError: this TensorRT cannot stream weights.
         """
         for index, profile in enumerate(profiles):
             self._add_profile(index, profile)
@@ -91,8 +97,14 @@ class TensorRtBuilder:
                 self._check(self._config.set_compute_capability(target, index), f"--sm {capability}")
         if workspace_gib is not None:
             self._config.set_memory_pool_limit(self._trt.MemoryPoolType.WORKSPACE, int(workspace_gib * 2**30))
+        if weight_streaming:
+            flag = getattr(self._trt.BuilderFlag, "WEIGHT_STREAMING", None)
+            if flag is None:
+                raise OptionError("--weight-streaming", f"is unknown to {self._provider} {self._trt.__version__}")
+            self._config.set_flag(flag)
         self.settings = {
             "strongly_typed": True,
+            "weight_streaming": weight_streaming,
             "builder_optimization_level": int(self._config.builder_optimization_level),
         }
 

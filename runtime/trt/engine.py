@@ -3,6 +3,7 @@
 The module of TensorRT is an argument.
 """
 
+import logging
 import mmap
 import threading
 from collections.abc import Callable
@@ -16,6 +17,8 @@ from gircse.runtime.tensor_names import ATTENTION_MASK, INPUT_IDS, cache_names
 from gircse.runtime.trt.engine_manifest import EngineManifest
 from gircse.runtime.trt.library import tensorrt_logger
 from gircse.runtime.trt.memory_layout import MemoryLayout
+
+logger = logging.getLogger(__name__)
 
 CACHE_ITEM_BYTES = {"FLOAT": 4, "HALF": 2, "BF16": 2}
 
@@ -52,6 +55,19 @@ class LoadedEngine:
     def captures_itself(self) -> bool:
         """Whether a context made with ``for_graph`` captures and replays CUDA graphs on its own."""
         return self._is_rtx
+
+    def stream_weights(self) -> None:
+        """Leave in main memory what the GPU has no room for; before any context is made.
+
+        Raises:
+            ProviderError: TensorRT does not take its own budget.
+        """
+        budget = self._engine.get_weight_streaming_automatic_budget()
+        self._engine.weight_streaming_budget_v2 = budget
+        if self._engine.weight_streaming_budget_v2 != budget:  # a setter that fails raises nothing
+            raise self.failure("weight_streaming_budget_v2", "failed", hint="Free memory of the GPU.")
+        streamable = self._engine.streamable_weights_size
+        logger.info("weight streaming: %d of %d bytes of weights stay on the GPU", budget, streamable)
 
     def scratch_bytes(self, profile: int) -> int:
         """Return how much device memory a context of a profile needs for its activations."""
@@ -139,9 +155,12 @@ def load_engine(
 
     memory = MemoryLayout(facts, manifest.layout, _check_tensors(engine, facts, manifest.layout, module, check))
     _check_profiles(engine, manifest, memory, check)
-    return LoadedEngine(
+    loaded = LoadedEngine(
         engine, module=module, messages=messages, manifest=manifest, memory=memory, build_command=build_command
     )
+    if manifest.request.weight_streaming:
+        loaded.stream_weights()
+    return loaded
 
 
 def _check_tensors(engine: Any, facts: GraphFacts, layout: Layout, module: Any, check: Check) -> int:

@@ -16,7 +16,9 @@ from gircse.runtime.provider import Provider
 from gircse.runtime.records import Record, decode_versioned, encode_record
 
 ENGINES_FOLDER = "engines"
-ENGINE_SCHEMA_VERSION = 2
+ENGINE_SCHEMA_VERSION = 3
+OLDEST_ENGINE_SCHEMA_VERSION = 2
+"""Version 2 had no ``weight_streaming``."""
 
 Shape = tuple[int, ...]
 Sizes = tuple[int, int, int]
@@ -66,12 +68,14 @@ class BuildRequest(Record, frozen=True):
         tokens: min, opt and max tokens of a prompt; None where the bundle's limit was taken.
         profiles: named profiles, as on the command line; empty for the default ones.
         workspace_gib: maximum workspace; None leaves it to TensorRT.
+        weight_streaming: weights that the GPU has no room for stay in main memory.
     """
 
     batch: Sizes
     tokens: Sizes | None = None
     profiles: tuple[str, ...] = ()
     workspace_gib: float | None = None
+    weight_streaming: bool = False
 
 
 class EngineManifest(Record, frozen=True):
@@ -149,6 +153,8 @@ def build_command(
             words += ["--profiles", ",".join(request.profiles)]
         if request.workspace_gib is not None:
             words += ["--workspace-gib", str(request.workspace_gib)]
+        if request.weight_streaming:
+            words.append("--weight-streaming")
     return shlex.join([*words, "--sm", capability])
 
 
@@ -169,7 +175,7 @@ def read_engines(bundle: Bundle) -> list[tuple[EngineManifest, Path]]:
             EngineManifest,
             content,
             where=str(path),
-            oldest=ENGINE_SCHEMA_VERSION,
+            oldest=OLDEST_ENGINE_SCHEMA_VERSION,
             newest=ENGINE_SCHEMA_VERSION,
             error=BundleError,
             outdated=EngineMismatchError,

@@ -66,7 +66,12 @@ def profile(
 
 
 def make_manifest(
-    facts: GraphFacts, layout: Layout, profiles: list[EngineProfile] | None = None, *, rtx: bool = False
+    facts: GraphFacts,
+    layout: Layout,
+    profiles: list[EngineProfile] | None = None,
+    *,
+    rtx: bool = False,
+    weight_streaming: bool = False,
 ) -> EngineManifest:
     return EngineManifest(
         schema_version=ENGINE_SCHEMA_VERSION,
@@ -77,7 +82,7 @@ def make_manifest(
         version="11.1.0",
         compute_capabilities=("8.9",),
         profiles=tuple(profiles or [profile(facts, layout)]),
-        request=BuildRequest((1, 2, 4)),
+        request=BuildRequest((1, 2, 4), weight_streaming=weight_streaming),
         settings={},
         build_seconds=1.0,
         plan_bytes=4,
@@ -98,13 +103,14 @@ class Rig:
         cache_type: str = "HALF",
         rtx: bool = False,
         graph_shapes: int = 2,
+        weight_streaming: bool = False,
         prepare: Callable[[FakeTensorRt], None] = lambda module: None,
         cuda: FakeCuda | None = None,
     ) -> None:
         self.facts = facts or make_facts(layout)
         self.cache_type = cache_type if layout is Layout.STEPWISE else "FLOAT"
         self.cuda = cuda or FakeCuda()
-        manifest = make_manifest(self.facts, layout, profiles, rtx=rtx)
+        manifest = make_manifest(self.facts, layout, profiles, rtx=rtx, weight_streaming=weight_streaming)
         self.module = FakeTensorRt(self.cuda, self.facts, manifest, cache_type=self.cache_type, rtx=rtx)
         prepare(self.module)
         path = folder / "engine.plan"

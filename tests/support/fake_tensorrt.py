@@ -186,6 +186,21 @@ class FakeEngine:
             self.outputs = [tensor_names.NEXT_HIDDEN, *tensor_names.cache_names("present", layers)]
         self.num_io_tensors = len(self.inputs) + len(self.outputs)
         self.num_optimization_profiles = len(self.manifest.profiles) + module.extra_profiles
+        self.streamable_weights_size = self.budget = 10000  # TensorRT streams nothing unless told to
+
+    @property
+    def weight_streaming_budget_v2(self) -> int:
+        return self.budget
+
+    @weight_streaming_budget_v2.setter
+    def weight_streaming_budget_v2(self, size: int) -> None:
+        require(not self.module.contexts, "a weight streaming budget after the first context")
+        if "weight_streaming_budget_v2" not in self.module.refuse:
+            self.budget = size
+
+    def get_weight_streaming_automatic_budget(self) -> int:
+        require(self.manifest.request.weight_streaming, "weight streaming of an engine that was not built for it")
+        return 6000
 
     def get_tensor_name(self, index: int) -> str:
         return [*self.outputs, *self.inputs][index]

@@ -93,7 +93,7 @@ class FakeBuilderModule:
         def __init__(self) -> None:
             self.ready = True
 
-    BuilderFlag = SimpleNamespace(DISABLE_TIMING_CACHE="off", TF32="TF32")
+    BuilderFlag = SimpleNamespace(DISABLE_TIMING_CACHE="off", TF32="TF32", WEIGHT_STREAMING="streaming")
     MemoryPoolType = SimpleNamespace(WORKSPACE="workspace")
     NetworkDefinitionCreationFlag: Any = DTypeFlag
     LayerType: Any = SimpleNamespace(ATTENTION_INPUT="attention")

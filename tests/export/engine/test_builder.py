@@ -152,7 +152,7 @@ def test_a_build_replaces_the_one_before(rtx: Any, bundle: Path, build: Build) -
     "flags",
     [
         ("--precision", "bf16", "--layout", "stepwise", "--batch", "2:4", "--tokens", "3:9:40"),
-        ("--profiles", "latency=1,wide=1:8x1:16:48", "--workspace-gib", "0.5"),
+        ("--profiles", "latency=1,wide=1:8x1:16:48", "--workspace-gib", "0.5", "--weight-streaming"),
     ],
 )
 def test_the_build_command_builds_it_again(rtx: Any, bundle: Path, build: Build, flags: Sequence[str]) -> None:

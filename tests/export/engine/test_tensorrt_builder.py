@@ -120,6 +120,20 @@ def test_workspace(fake: FakeBuilderModule, bundle: Path, build: Build) -> None:
     assert manifest.request.workspace_gib == 1.5
 
 
+def test_weight_streaming(
+    fake: FakeBuilderModule, bundle: Path, build: Build, refuse: Refuse, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest, _ = build(bundle)
+    assert "streaming" not in fake.configs[-1].flags
+    assert not manifest.request.weight_streaming
+    manifest, _ = build(bundle, "--weight-streaming")
+    assert "streaming" in fake.configs[-1].flags
+    assert manifest.request.weight_streaming
+    assert manifest.settings["weight_streaming"] is True
+    monkeypatch.setattr(FakeBuilderModule, "BuilderFlag", SimpleNamespace(DISABLE_TIMING_CACHE="off", TF32="TF32"))
+    assert refuse(bundle, "--weight-streaming") == "--weight-streaming is unknown to tensorrt 11.1.0."
+
+
 @pytest.mark.parametrize("capability", ["12.0", "8.9,12.0", ""])
 def test_tensorrt_builds_for_its_own_gpu_only(
     fake: FakeBuilderModule, bundle: Path, refuse: Refuse, capability: str

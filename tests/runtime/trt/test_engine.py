@@ -10,7 +10,7 @@ from support.engine_rig import Rig, make_facts, make_manifest, profile
 from support.fake_cuda import FakeCuda
 from support.fake_tensorrt import FakeTensorRt
 
-from gircse.runtime.errors import BundleError
+from gircse.runtime.errors import BundleError, ProviderError
 from gircse.runtime.manifest import Layout
 from gircse.runtime.trt.session import open_tensorrt_session
 
@@ -78,3 +78,23 @@ def test_profiles_that_differ_from_the_json(tmp_path: Path) -> None:
 
     with pytest.raises(BundleError, match="profile all has attention_mask of"):
         Rig(tmp_path, prepare=other)
+
+
+def test_weights_are_streamed_within_tensorrts_own_budget(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    rig = Rig(tmp_path, weight_streaming=True)
+    for seed in range(4):
+        rig.run(2, 6, seed=seed)
+    (engine,) = rig.module.engines
+    assert engine.weight_streaming_budget_v2 == 6000
+    assert "6000 of 10000 bytes of weights stay on the GPU" in caplog.text
+    assert "begin_capture" not in rig.cuda.calls
+    rig.session.close()
+    with pytest.raises(ProviderError, match=r"weight_streaming_budget_v2 failed: .* Free memory of the GPU"):
+        Rig(tmp_path, weight_streaming=True, prepare=lambda module: module.refuse.add("weight_streaming_budget_v2"))
+
+
+def test_without_weight_streaming_nothing_is_set(tmp_path: Path) -> None:
+    rig = Rig(tmp_path)
+    rig.run(2, 6)
+    assert [engine.weight_streaming_budget_v2 for engine in rig.module.engines] == [10000]

@@ -303,8 +303,8 @@ def test_unreadable_json(bundle: Bundle, content: bytes) -> None:
         (lambda p: p["profiles"][0]["shapes"]["input_ids"].pop("opt"), "missing required field `opt`"),
         (lambda p: p["request"].update(batch=[1, 8]), r"length 3 - at `\$\.request\.batch`"),
         (lambda p: p["request"].update(command="rm"), "unknown field `command`"),
-        (lambda p: p.update(schema_version=3), r"schema version 3; this gircse-deploy reads up to 2\. Upgrade: "),
-        (lambda p: p.update(schema_version=3, more=1), r"schema version 3; this gircse-deploy reads up to 2\. "),
+        (lambda p: p.update(schema_version=4), r"schema version 4; this gircse-deploy reads up to 3\. Upgrade: "),
+        (lambda p: p.update(schema_version=4, more=1), r"schema version 4; this gircse-deploy reads up to 3\. "),
     ],
 )
 def test_json_of_another_form(bundle: Bundle, change: Callable[[dict[str, Any]], object], match: str) -> None:
@@ -338,6 +338,7 @@ REQUESTS = [
         BuildRequest((1, 1, 4), tokens=(1, 16, 48), profiles=("a=1", "b=1:8x4"), workspace_gib=1.5),
         ["--batch", "1:1:4", "--tokens", "1:16:48", "--profiles", "a=1,b=1:8x4", "--workspace-gib", "1.5"],
     ),
+    (BuildRequest((1, 8, 64), weight_streaming=True), ["--batch", "1:8:64", "--weight-streaming"]),
 ]
 
 
