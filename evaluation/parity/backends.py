@@ -4,11 +4,13 @@ Both take token ids and sort them into the same batches of like length, so that 
 """
 
 import dataclasses
+import functools
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 import onnx_ir as ir
+import psutil
 
 from gircse.checkpoint.reference_choice import ReferenceOptions, open_reference
 from gircse.checkpoint.source import Checkpoint
@@ -16,6 +18,7 @@ from gircse.evaluation.parity.emulation import emulated_graph
 from gircse.evaluation.parity.graph_probe import GraphProbe
 from gircse.evaluation.parity.step_trace import StepTrace, StepValues, check_finite, collect_trace
 from gircse.reporting.progress import Advance
+from gircse.reporting.sizes import gib
 from gircse.runtime import Embedder
 from gircse.runtime.bundle import Bundle
 from gircse.runtime.embedder import DEFAULT_BATCH_SIZE, DEFAULT_BATCH_TOKENS
@@ -27,6 +30,9 @@ from gircse.runtime.provider import Provider
 from gircse.runtime.tokenization import TokenBatch, open_tokenizer, padded_batches
 
 TokenIds = Sequence[list[int]]
+
+COPIED_BYTES_PER_BYTE = 3.0
+"""Memory of an emulated session per byte of weights, with FP32 copies of them (measured: 2.5 on the demo)."""
 
 
 class Backend(Protocol):
@@ -146,13 +152,31 @@ class BundleBackend:
         self._probe_provider = provider if provider is Provider.CUDA else Provider.CPU
         self._facts, self._tokens = bundle.manifest.graph, token_count(bundle)
 
+    @functools.cached_property
+    def memory_note(self) -> str | None:
+        """Why weights are converted where they are used, which is slower; None where FP32 copies of them fit."""
+        if not self._emulated:
+            return None
+        needed = int(COPIED_BYTES_PER_BYTE * self._bundle.manifest.weight_bytes(self._precision))
+        if (free := psutil.virtual_memory().available) >= needed:
+            return None
+        return (
+            f"FP32 copies of the weights need {gib(needed)} of memory, {gib(free)} are available: each weight is "
+            "converted where it is used"
+        )
+
     def open_embedder(self) -> Embedder:
         """Load the runtime."""
         if self._emulated:
             layout = self._bundle.layout(self._precision, self._layout)
             graph = ir.to_proto(emulated_graph(self._bundle.graph(self._precision, layout)))
             session = open_session(
-                self._bundle, self._precision, layout=layout, threads=self._threads, content=graph.SerializeToString()
+                self._bundle,
+                self._precision,
+                layout=layout,
+                threads=self._threads,
+                content=graph.SerializeToString(),
+                copy_weights=self.memory_note is None,
             )
             return Embedder.from_session(self._bundle, session, precision=self._precision)
         return Embedder(
@@ -218,6 +242,7 @@ class BundleBackend:
             layout=self._layout,
             provider=self._probe_provider,
             threads=self._threads,
+            copy_weights=self.memory_note is None,
         )
 
     def _trace(self, probe: GraphProbe, token_ids: TokenIds, advance: Advance) -> StepTrace:

@@ -48,6 +48,7 @@ class GraphProbe:
         layout: Layout | None = None,
         provider: Provider = Provider.CPU,
         threads: int | None = None,
+        copy_weights: bool = True,
     ) -> None:
         """Load the edited graphs.
 
@@ -57,6 +58,7 @@ class GraphProbe:
             layout: which of its graphs; None is its default.
             provider: one of ONNX Runtime's.
             threads: threads of one run; None lets ONNX Runtime take the physical cores.
+            copy_weights: see ``load_graph``.
 
         Raises:
             BundleError: the graphs lack the names of the inner values, or do not load.
@@ -80,7 +82,7 @@ class GraphProbe:
         emulated = precision_spec(precision).emulated and provider is Provider.CPU
         model = emulated_graph(path) if emulated else ir.load(path)
         content = _instrumented(path, model, prefixes, inner)
-        self._graph = load_graph(path, provider=provider, threads=threads, content=content)
+        self._graph = load_graph(path, provider=provider, threads=threads, content=content, copy_weights=copy_weights)
         if not self._unrolled:
             self._session = StepwiseSession(self._graph, self._facts, device=ort_device(provider))
 

@@ -100,6 +100,7 @@ def compute_torch_reference(
 
 def compute_bundle_reference(progress: StageProgress, backend: BundleBackend, inputs: SideInputs) -> ReferenceSide:
     """Run a precision of a bundle as the reference."""
+    _note_memory(progress, backend)
     return _run_reference(progress, backend, inputs, token_mismatches=None)
 
 
@@ -110,6 +111,7 @@ def compute_candidate(
     by_length = sorted(range(len(inputs.text_ids)), key=lambda row: len(inputs.text_ids[row]))
     spread = np.linspace(0, len(by_length) - 1, min(ALONE_TEXTS, len(by_length))).round().astype(int)
     alone_rows = [by_length[at] for at in spread]
+    _note_memory(progress, backend)
     title = f"embed {inputs.total} texts, {len(alone_rows)} of them also alone: {backend.name}"
     with progress.stage(title, total=inputs.total + len(alone_rows)) as advance:
         embedder = backend.open_embedder()
@@ -121,6 +123,11 @@ def compute_candidate(
     with progress.stage(f"look inside: {backend.name}", total=2 * len(inputs.text_ids)) as advance:
         trace, forced = backend.trace_and_force(inputs.text_ids, soft_tokens, advance)
     return CandidateSide(vectors, task_vectors, trace, forced, alone, alone_rows)
+
+
+def _note_memory(progress: StageProgress, backend: BundleBackend) -> None:
+    if backend.memory_note is not None:
+        progress.note(f"  {backend.memory_note}")
 
 
 def _run_reference(
