@@ -313,10 +313,17 @@ def test_json_of_another_form(bundle: Bundle, change: Callable[[dict[str, Any]],
         select(bundle)
 
 
+def test_json_of_version_2_is_read(bundle: Bundle) -> None:
+    edit_json(add_engine(bundle), lambda p: (p.update(schema_version=2), p["request"].pop("weight_streaming")))
+    ((manifest, _),) = read_engines(bundle)
+    assert not manifest.request.weight_streaming
+    assert select(bundle)
+
+
 def test_json_of_an_older_version(bundle: Bundle) -> None:
     """As an engine of another TensorRT: it has to be built again, and ``auto`` goes past it with a warning."""
     edit_json(add_engine(bundle), lambda p: p.update(schema_version=1))
-    match = r"schema version 1; this gircse-deploy reads version 2\. Build the engine again: gircse-build "
+    match = r"schema version 1; this gircse-deploy reads 2 to 3\. Build the engine again: gircse-build "
     with pytest.raises(EngineMismatchError, match=match):
         select(bundle)
 
