@@ -14,6 +14,7 @@ import psutil
 
 from gircse.checkpoint.reference_choice import ReferenceOptions, open_reference
 from gircse.checkpoint.source import Checkpoint
+from gircse.evaluation.parity.batches import batch_tokens, side_batches
 from gircse.evaluation.parity.emulation import emulated_graph
 from gircse.evaluation.parity.graph_probe import GraphProbe
 from gircse.evaluation.parity.step_trace import StepTrace, StepValues, check_finite, collect_trace
@@ -21,13 +22,13 @@ from gircse.reporting.progress import Advance
 from gircse.reporting.sizes import gib
 from gircse.runtime import Embedder
 from gircse.runtime.bundle import Bundle
-from gircse.runtime.embedder import DEFAULT_BATCH_SIZE, DEFAULT_BATCH_TOKENS
+from gircse.runtime.embedder import DEFAULT_BATCH_SIZE
 from gircse.runtime.manifest import Layout
 from gircse.runtime.numerics import Float32, l2_normalize, pool_states
 from gircse.runtime.ort_session import open_session
 from gircse.runtime.precision import precision_spec
 from gircse.runtime.provider import Provider
-from gircse.runtime.tokenization import TokenBatch, open_tokenizer, padded_batches
+from gircse.runtime.tokenization import TokenBatch, open_tokenizer
 
 TokenIds = Sequence[list[int]]
 
@@ -107,12 +108,7 @@ class TorchBackend:
         return vectors, dataclasses.replace(trace, states=trace.states[:texts])
 
     def _batches(self, token_ids: TokenIds, *, first_row: int = 0) -> Iterator[TokenBatch]:
-        for batch in padded_batches(
-            token_ids,
-            pad_token_id=self._manifest.pad_token_id,
-            batch_size=DEFAULT_BATCH_SIZE,
-            batch_tokens=DEFAULT_BATCH_TOKENS,
-        ):
+        for batch in side_batches(token_ids, self._manifest):
             yield dataclasses.replace(batch, rows=tuple(first_row + row for row in batch.rows))
 
     def _refine(self, batches: Sequence[TokenBatch], advance: Advance) -> Iterator[StepValues]:
@@ -196,7 +192,9 @@ class BundleBackend:
     ) -> Float32:
         """Return z_0..z_K (n, K + 1, hidden) float32 of an embedder that is open already."""
         result = np.empty((len(token_ids), self._facts.steps + 1, self._facts.hidden_size), np.float32)
-        for rows, outputs in embedder.run_batches(token_ids, batch_size=batch_size):
+        for rows, outputs in embedder.run_batches(
+            token_ids, batch_size=batch_size, batch_tokens=batch_tokens(self._facts)
+        ):
             result[list(rows), 0] = outputs.prompt_embedding
             result[list(rows), 1:] = outputs.step_embeddings
             advance(len(rows))

@@ -17,19 +17,19 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from gircse.evaluation.parity.batches import side_batches
 from gircse.evaluation.parity.emulation import LOW_TYPES, cast, emulated_graph
 from gircse.evaluation.parity.step_trace import StepValues
 from gircse.reporting.progress import Advance
 from gircse.runtime import tensor_names
 from gircse.runtime.bundle import Bundle
-from gircse.runtime.embedder import DEFAULT_BATCH_SIZE, DEFAULT_BATCH_TOKENS
 from gircse.runtime.errors import BundleError
 from gircse.runtime.manifest import Layout
 from gircse.runtime.numerics import Float32
 from gircse.runtime.ort_session import StepwiseSession, load_graph, ort_device, run_errors
 from gircse.runtime.precision import precision_spec
 from gircse.runtime.provider import Provider
-from gircse.runtime.tokenization import TokenBatch, padded_batches
+from gircse.runtime.tokenization import TokenBatch
 
 FORCE = "force"
 FORCED = ".forced"
@@ -64,8 +64,7 @@ class GraphProbe:
             BundleError: the graphs lack the names of the inner values, or do not load.
             ProviderError: the provider is not there, or does not run the precision.
         """
-        self._facts = bundle.manifest.graph
-        self._pad_token_id = bundle.manifest.pad_token_id
+        self._manifest, self._facts = bundle.manifest, bundle.manifest.graph
         layout = bundle.layout(precision, layout)
         self._unrolled = layout is Layout.UNROLLED
         steps = range(1, self._facts.steps + 1)
@@ -97,12 +96,7 @@ class GraphProbe:
             forced: (n, K, hidden) float32, soft tokens to feed in place of the computed ones; None feeds those.
         """
         run = self._run_unrolled if self._unrolled else self._run_stepwise
-        for batch in padded_batches(
-            token_ids,
-            pad_token_id=self._pad_token_id,
-            batch_size=DEFAULT_BATCH_SIZE,
-            batch_tokens=DEFAULT_BATCH_TOKENS,
-        ):
+        for batch in side_batches(token_ids, self._manifest):
             yield from run(batch, None if forced is None else forced[list(batch.rows)])
             advance(len(batch.rows))
 

@@ -47,6 +47,9 @@ class FakeConfig:
         self.profiles: list[FakeProfile] = []
         self.progress_monitor: Any = None
 
+    def set_flag(self, flag: str) -> None:
+        self.flags.add(flag)
+
     def clear_flag(self, flag: str) -> None:
         self.flags.discard(flag)
 

@@ -61,6 +61,7 @@ BUNDLES: dict[str, Make] = {
     "no steps, stepwise": lambda models, folder: models.bundle("qwen2", steps=0, layout="stepwise"),
     "no unrolled": lambda models, folder: models.bundle("qwen2", layout="stepwise"),
     "left and suffix": edited,
+    "weights in several files": lambda models, folder: models.bundle("qwen2", max_shard_bytes=256 << 10),
     "fp16": lambda models, folder: models.bundle("qwen2", precisions=("fp32", "fp16")),
     "int8": lambda models, folder: int8_bundle(models, "qwen2"),
 }
