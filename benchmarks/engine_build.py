@@ -11,24 +11,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-from export_cost import QWEN25_7B, make_random_model
-from transformers import Qwen2Config
+from seven_b_checkpoint import make_checkpoint
 
 from gircse.runtime.command import comma_separated
-
-QWEN25_05B = Qwen2Config(
-    **{
-        **QWEN25_7B.to_dict(),
-        "hidden_size": 896,
-        "intermediate_size": 4864,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 14,
-        "num_key_value_heads": 2,
-        "vocab_size": 151936,
-        "tie_word_embeddings": True,
-        "layer_types": None,
-    }
-)
 
 
 def main() -> None:
@@ -43,10 +28,13 @@ def main() -> None:
     parser.add_argument("--scratch", type=Path, help="folder for models and bundles (default: a temporary one)")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=args.scratch) as scratch:
-        model = "demo" if args.model == "demo" else make_random_model(QWEN25_05B, Path(scratch) / args.model)
+        model = "demo"
+        if args.model != model:
+            model = f"{scratch}/{args.model}"
+            make_checkpoint("0.5b", Path(model))
         for steps in args.steps:
             bundle = Path(scratch) / f"bundle-{steps}"
-            flags = ["--model", str(model), "--precision", ",".join(args.precision), "--output", str(bundle)]
+            flags = ["--model", model, "--precision", ",".join(args.precision), "--output", str(bundle)]
             subprocess.run(["gircse-export", "--steps", str(steps), *flags], check=True, stdout=subprocess.DEVNULL)
             for layout in args.layout:
                 for precision in args.precision:

@@ -54,9 +54,10 @@ MAKE_RANDOM_MODEL = """
 import shutil, sys
 from pathlib import Path
 sys.path.append(sys.argv[1])
-from export_cost import QWEN25_7B, make_random_model
-shutil.rmtree(sys.argv[2], ignore_errors=True)
-make_random_model(QWEN25_7B, Path(sys.argv[2]))
+from seven_b_checkpoint import make_checkpoint
+for directory in (sys.argv[2], f"{sys.argv[2]}.unfinished"):
+    shutil.rmtree(directory, ignore_errors=True)
+make_checkpoint("qwen-7b", Path(sys.argv[2]))
 """
 MEASURE_BANDWIDTH = """
 import sys, time, torch

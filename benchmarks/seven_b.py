@@ -209,6 +209,7 @@ def _result(step: Step, measured: Measurement, scratch: Path, load: float) -> di
     config = json.loads((scratch / "model" / "config.json").read_text(encoding="utf-8"))
     index = json.loads((scratch / "model" / "model.safetensors.index.json").read_text(encoding="utf-8"))
     estimate = re.search(r"estimated: ([\d.]+) min", measured.output)
+    read = re.findall(r"read ([\d.]+) GiB of weights", measured.output)
     weights = next((scratch / name for name in step.reads if (scratch / name / "int8" / "weights.bin").is_file()), None)
     return {
         "step": step.name,
@@ -219,6 +220,7 @@ def _result(step: Step, measured: Measurement, scratch: Path, load: float) -> di
         **dataclasses.asdict(measured),
         "disk": sum(_size(scratch / name) for name in step.writes),
         "estimated_seconds": float(estimate[1]) * 60 if estimate else None,
+        "bytes_read": sum(int(float(size) * 2**30) for size in read) or None,
         "weights": (weights / "int8" / "weights.bin").stat().st_size if weights else None,
         "load_at_start": load,
         "environment": describe_environment(),

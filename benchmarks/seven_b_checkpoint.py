@@ -322,7 +322,7 @@ def _shards(shapes: Mapping[str, tuple[int, ...]]) -> list[dict[str, tuple[int, 
     shards: list[dict[str, tuple[int, ...]]] = [{}]
     size = 0
     for name, shape in shapes.items():
-        if size + _bytes(shape) > SHARD_BYTES:
+        if shards[-1] and size + _bytes(shape) > SHARD_BYTES:
             shards.append({})
             size = 0
         shards[-1][name] = shape

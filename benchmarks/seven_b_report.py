@@ -121,12 +121,14 @@ def _shape_section(shape: str, steps: Sequence[Mapping[str, Any]]) -> str:
             _minutes(step["estimated_seconds"]) if step["estimated_seconds"] else "",
             gib(step["peak_memory"]),
             gib(step["peak_anonymous"]),
+            gib(step["bytes_read"]) if step["bytes_read"] else "",
             gib(step["disk"]),
             str(step["exit_code"]),
             f"{step['load_at_start']:.1f}",
             "; ".join(_missed(step)) or "yes",
         ])  # fmt: skip
-    header = ("step", "time", "estimated", "peak memory", "without files", "disk", "exit code", "load", "as it must be")
+    header = ("step", "time", "estimated", "peak memory", "without files", "read by PyTorch", "disk")
+    header = (*header, "exit code", "load at start", "as it must be")
     return f"## {shape}\n\n{markdown_table(header, rows)}"
 
 
@@ -157,6 +159,9 @@ def _growth_chart(steps: Sequence[Mapping[str, Any]], results: Path) -> Iterator
             if points:
                 panel.plot(*zip(*points, strict=True), marker="o", label=name)
         panel.set(xscale="log", yscale="log", xlabel=label, ylabel=what)
+        values = sorted({x for line in panel.lines for x in line.get_xdata()})
+        panel.set_xticks(values, [f"{x:.2g}" if axis == "parameters" else f"{x:g}" for x in values])
+        panel.set_xticks([], minor=True)
     panels[0].legend(fontsize=7)
     yield from save_chart(figure, results / "growth", formats=("png",))
 
