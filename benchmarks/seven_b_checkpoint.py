@@ -6,7 +6,8 @@ python benchmarks/seven_b_checkpoint.py qwen-7b DIR --layers 2  # the first two 
 Every tensor depends on its name and the seed alone, so fewer layers are the first ones of the whole model. What makes
 the activations behave like those of a trained model:
 
-- each layer multiplies the residual stream by ``GROWTH``, a third of the added variance from attention;
+- the MLP of layer 0 lifts the residual stream from the embeddings' size to ``FIRST_STD``, and each later layer
+  multiplies it by ``GROWTH``, a third of the added variance from attention;
 - ``OUTLIERS`` channels grow ``OUTLIER_GAIN`` times as large, and the norms damp them again;
 - two tokens are attention sinks, as first tokens and delimiters are: the first of every prompt with an instruction,
   and the line break. They alone use ``SINK_CHANNEL``, on which one neuron of layer 0 writes values of about a thousand
@@ -36,8 +37,8 @@ from gircse.checkpoint.demo import demo_checkpoint
 from gircse.checkpoint.model_weights import rows_of_block
 
 SHARD_BYTES = 4_000_000_000
-EMBEDDING_STD = 0.02
-GROWTH = 1.2
+EMBEDDING_STD, FIRST_STD = 0.02, 0.3
+GROWTH = 1.1
 ENTROPY = 4.0
 OUTLIERS, OUTLIER_GAIN = (11, 170, 402, 555, 701, 860), 8.0
 MASSIVE = {303: 0.4, 619: -0.2}
@@ -244,7 +245,11 @@ class Recipe:
             return 0.5
         if name.endswith("q_proj.weight"):
             return 1.5 / math.sqrt(hidden)
-        added = EMBEDDING_STD * GROWTH ** int(name.split(".")[2]) * math.sqrt(GROWTH**2 - 1)
+        if name == "model.layers.0.self_attn.o_proj.weight":
+            return EMBEDDING_STD / math.sqrt(hidden)
+        if name == "model.layers.0.mlp.down_proj.weight":
+            return FIRST_STD / math.sqrt(intermediate) / SILU_RMS
+        added = FIRST_STD * GROWTH ** (int(name.split(".")[2]) - 1) * math.sqrt(GROWTH**2 - 1)
         if name.endswith("o_proj.weight"):
             return added * math.sqrt(1 / 3 / hidden)
         if name.endswith("down_proj.weight"):
