@@ -1,4 +1,4 @@
-"""Runs a command and measures it: wall time, and the most memory that it and its children held together."""
+"""Runs a command and measures it: wall time, the most memory of it and its children together, the most disk."""
 
 import contextlib
 import subprocess
@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import psutil
 
@@ -25,6 +26,7 @@ class Measurement:
             four times a second: pages that several processes share count once, mapped files count where they are in
             memory.
         peak_anonymous: bytes of the same that no file backs, which the system cannot drop.
+        peak_disk: bytes by which the files in the directory grew at most, sampled too.
         output: the end of what it printed on both streams.
     """
 
@@ -32,15 +34,16 @@ class Measurement:
     seconds: float
     peak_memory: int
     peak_anonymous: int
+    peak_disk: int
     output: str
 
 
-def measure(argv: Sequence[str]) -> Measurement:
-    """Run a command to its end. What it prints is passed on afterwards, not while it runs."""
+def measure(argv: Sequence[str], directory: Path) -> Measurement:
+    """Run a command to its end; ``directory`` is where it writes."""
     start = time.perf_counter()
     with tempfile.TemporaryFile() as output:
         process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT)
-        sampler = _Sampler(process.pid)
+        sampler = _Sampler(process.pid, directory)
         try:
             with sampler:
                 exit_code = process.wait()
@@ -50,15 +53,25 @@ def measure(argv: Sequence[str]) -> Measurement:
         seconds = time.perf_counter() - start
         output.seek(0)
         text = output.read().decode(errors="replace")
-    return Measurement(exit_code, seconds, sampler.peak, sampler.peak_anonymous, text[-OUTPUT_CHARACTERS:])
+    peaks = sampler.peak_memory, sampler.peak_anonymous, sampler.peak_disk
+    return Measurement(exit_code, seconds, *peaks, text[-OUTPUT_CHARACTERS:])
+
+
+def size_of(path: Path) -> int:
+    """Return the bytes of a file, or of all files in a directory; those that vanish meanwhile do not count."""
+    size = 0
+    for file in path.rglob("*") if path.is_dir() else [path]:
+        with contextlib.suppress(FileNotFoundError):
+            size += file.stat().st_size if file.is_file() else 0
+    return size
 
 
 class _Sampler:
     """Looks at a process and its children from a thread, until the block ends."""
 
-    def __init__(self, pid: int) -> None:
-        self.peak = self.peak_anonymous = 0
-        self._pid = pid
+    def __init__(self, pid: int, directory: Path) -> None:
+        self.peak_memory = self.peak_anonymous = self.peak_disk = 0
+        self._pid, self._directory, self._before = pid, directory, size_of(directory)
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
 
@@ -74,8 +87,9 @@ class _Sampler:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process = psutil.Process(self._pid)
                 held = [_held(each) for each in (process, *process.children(recursive=True))]
-                self.peak = max(self.peak, sum(pss for pss, _ in held))
+                self.peak_memory = max(self.peak_memory, sum(pss for pss, _ in held))
                 self.peak_anonymous = max(self.peak_anonymous, sum(anonymous for _, anonymous in held))
+            self.peak_disk = max(self.peak_disk, size_of(self._directory) - self._before)
 
 
 def _held(process: psutil.Process) -> tuple[int, int]:

@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from measured_process import Measurement, measure
+from measured_process import Measurement, measure, size_of
 from seven_b_checkpoint import CONFIGS
 from seven_b_report import write_report
 from tokenizers import Tokenizer
@@ -114,7 +114,7 @@ def steps_of(shape: str, scratch: Path, layers: int | None) -> list[Step]:
                 *(*export, "--precision", "int8", "--calibration", f"{scratch}/calibrate-off.json"),
                 *("--output", f"{scratch}/int8"),
             ),
-            reads=("model", "model-adapter", "calibrate-off.json"),
+            reads=("model", "model-adapter", *_calibration_files("calibrate-off")),
             writes=("int8",),
             settings={"tokens": TOKENS, "k": STEPS_K},
         )
@@ -145,13 +145,17 @@ def steps_of(shape: str, scratch: Path, layers: int | None) -> list[Step]:
 
 
 def _calibration(name: str, scratch: Path, sensitivity: str, tokens: int, k: int) -> Step:
-    texts, output = f"texts-{CALIBRATION_TEXTS}-of-{tokens}.txt", f"{name}.json"
+    texts, outputs = f"texts-{CALIBRATION_TEXTS}-of-{tokens}.txt", _calibration_files(name)
     argv = (
         *("gircse-calibrate", "--model", f"{scratch}/model", "--adapter", f"{scratch}/model-adapter"),
         *("--steps", str(k), "--texts", f"{scratch}/{texts}", "--samples", str(CALIBRATION_TEXTS)),
-        *("--sensitivity", sensitivity, "--output", f"{scratch}/{output}"),
+        *("--sensitivity", sensitivity, "--output", f"{scratch}/{outputs[0]}"),
     )
-    return Step(name, argv, ("model", "model-adapter", texts), (output,), {"tokens": tokens, "k": k})
+    return Step(name, argv, ("model", "model-adapter", texts), outputs, {"tokens": tokens, "k": k})
+
+
+def _calibration_files(name: str) -> tuple[str, str]:
+    return f"{name}.json", f"{name}.moments.safetensors"
 
 
 def run_steps(steps: Sequence[Step], wanted: Sequence[Step], scratch: Path, results: Path, *, keep: bool) -> bool:
@@ -192,7 +196,7 @@ def _run(step: Step, scratch: Path, results: Path) -> bool:
     print(f"{step.name} ... ", end="", flush=True)
     # Of this environment, also where it is not active.
     program = shutil.which(step.argv[0], path=os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"])))
-    measured = measure((program or step.argv[0], *step.argv[1:]))
+    measured = measure((program or step.argv[0], *step.argv[1:]), scratch)
     done = measured.exit_code in step.verdicts
     print(f"{measured.seconds:.1f} s, {measured.peak_memory / 2**30:.2f} GiB, exit code {measured.exit_code}")
     if not done:
@@ -218,7 +222,7 @@ def _result(step: Step, measured: Measurement, scratch: Path, load: float) -> di
         "layers": config["num_hidden_layers"],
         "settings": dict(step.settings),
         **dataclasses.asdict(measured),
-        "disk": sum(_size(scratch / name) for name in step.writes),
+        "disk": sum(size_of(scratch / name) for name in step.writes),
         "estimated_seconds": float(estimate[1]) * 60 if estimate else None,
         "bytes_read": sum(int(float(size) * 2**30) for size in read) or None,
         "weights": (weights / "int8" / "weights.bin").stat().st_size if weights else None,
@@ -245,11 +249,6 @@ def _write_texts(path: Path, tokenizer_file: Path) -> None:
         text = " ".join(random.Random(seed).choices(words, k=tokens))
         lines.append(tokenizer.decode(tokenizer.encode(text).ids[:tokens]))
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-
-
-def _size(path: Path) -> int:
-    files = path.rglob("*") if path.is_dir() else [path]
-    return sum(file.stat().st_size for file in files if file.is_file())
 
 
 def _delete(path: Path) -> None:

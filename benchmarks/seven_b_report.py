@@ -123,11 +123,12 @@ def _shape_section(shape: str, steps: Sequence[Mapping[str, Any]]) -> str:
             gib(step["peak_anonymous"]),
             gib(step["bytes_read"]) if step["bytes_read"] else "",
             gib(step["disk"]),
+            gib(step["peak_disk"]),
             str(step["exit_code"]),
             f"{step['load_at_start']:.1f}",
             "; ".join(_missed(step)) or "yes",
         ])  # fmt: skip
-    header = ("step", "time", "estimated", "peak memory", "without files", "read by PyTorch", "disk")
+    header = ("step", "time", "estimated", "peak memory", "without files", "read by PyTorch", "disk", "peak disk")
     header = (*header, "exit code", "load at start", "as it must be")
     return f"## {shape}\n\n{markdown_table(header, rows)}"
 

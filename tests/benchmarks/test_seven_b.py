@@ -153,18 +153,25 @@ def test_a_failure_ends_the_run_and_is_no_result(
     assert "out of luck" in capsys.readouterr().out
 
 
-def test_memory_is_that_of_a_command_and_its_children_together() -> None:
+def test_memory_is_that_of_a_command_and_its_children_together(tmp_path: Path) -> None:
     hold = "x = b'1' * (150 << 20); import time; time.sleep(1.5)"
     both = f"import subprocess, sys; child = subprocess.Popen([sys.executable, '-c', {hold!r}]); {hold}; child.wait()"
-    alone, together = (measure((sys.executable, "-c", code)) for code in (hold, both))
+    alone, together = (measure((sys.executable, "-c", code), tmp_path) for code in (hold, both))
     assert 150 << 20 < alone.peak_memory < 250 << 20
     assert 300 << 20 < together.peak_memory < 400 << 20
     assert 300 << 20 < together.peak_anonymous < 400 << 20
     assert together.seconds > 1.5
 
 
-def test_the_end_of_what_a_command_printed() -> None:
-    done = measure((sys.executable, "-c", "import sys; print('out'); print('err', file=sys.stderr); sys.exit(3)"))
+def test_disk_is_what_a_command_wrote_at_most(tmp_path: Path) -> None:
+    (tmp_path / "before").write_bytes(b"1" * 1000)
+    code = f"import pathlib, time; f = pathlib.Path({str(tmp_path)!r}, 'x'); f.write_bytes(b'1' * 500); time.sleep(1.5)"
+    assert measure((sys.executable, "-c", f"{code}; f.unlink()"), tmp_path).peak_disk == 500
+
+
+def test_the_end_of_what_a_command_printed(tmp_path: Path) -> None:
+    code = "import sys; print('out'); print('err', file=sys.stderr); sys.exit(3)"
+    done = measure((sys.executable, "-c", code), tmp_path)
     assert done.exit_code == 3
     assert sorted(done.output.split()) == ["err", "out"]
 
@@ -180,6 +187,7 @@ def result(name: str, **change: Any) -> dict[str, Any]:
         "peak_anonymous": 1 << 29,
         "bytes_read": None,
         "disk": 0,
+        "peak_disk": 0,
         "exit_code": 0,
         "weights": None,
         "load_at_start": 0.0,

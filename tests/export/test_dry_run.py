@@ -103,7 +103,7 @@ def test_how_pytorch_runs(small_models: SmallModels, tmp_path: Path, monkeypatch
     assert remark_of_pytorch(wanted) == "the whole model in memory"
     assert remark_of_pytorch(options(small_models, tmp_path / "out", memory=1)).startswith("left out: PyTorch needs")
     monkeypatch.setattr(ReferenceBudget, "fits_whole", property(lambda _: False))
-    assert remark_of_pytorch(wanted) == "layer by layer, 3 sweeps over the checkpoint"
+    assert remark_of_pytorch(wanted) == "layer by layer: 3 sweeps, about 0.00 GiB read"
 
 
 @pytest.fixture(scope="module")
