@@ -74,7 +74,7 @@ def test_fewer_layers_are_the_first_ones(small_shape: str, tmp_path: Path) -> No
     make_checkpoint(small_shape, tmp_path / "other", layers=2, seed=1)
     whole, two, other = (tensors(tmp_path / name) for name in ("whole", "two", "other"))
     assert two.keys() < whole.keys()
-    assert all(torch.equal(value, whole[name]) for name, value in two.items())
+    assert all(torch.equal(value, whole[name]) for name, value in two.items() if name != "model.norm.weight")
     assert not any(torch.equal(value, two[name]) for name, value in other.items())
 
 
