@@ -9,6 +9,7 @@ import psutil
 
 from gircse.checkpoint.model_config import read_model_config
 from gircse.checkpoint.source import Checkpoint
+from gircse.checkpoint.tensor_naming import EMBEDDING_TABLE
 from gircse.runtime.errors import CheckpointError, OptionError, reason_of
 from gircse.runtime.precision import Precision
 
@@ -120,6 +121,7 @@ class ReferenceBudget:
         whole: main memory for the whole model, which PyTorch loads in FP32.
         whole_on_device: memory of the GPU for the whole model.
         layer: the largest decoder layer, as it computes.
+        vocabulary: embeddings and lm_head, as they compute.
         streamed: least main memory with one layer at a time.
         streamed_on_device: least memory of the GPU with one layer at a time.
     """
@@ -129,6 +131,7 @@ class ReferenceBudget:
     whole: int
     whole_on_device: int
     layer: int
+    vocabulary: int
     streamed: int
     streamed_on_device: int
 
@@ -151,6 +154,7 @@ class ReferenceBudget:
             whole=BASE_BYTES + int(1.2 * weights.total_bytes) + 2 * weights.adapter_bytes,
             whole_on_device=BASE_BYTES + weights.total_bytes * item // 4,
             layer=layer,
+            vocabulary=2 * item * math.prod(weights.base.entries[EMBEDDING_TABLE].shape),
             streamed=BASE_BYTES + read_ahead + merging + (group if device is None else 0),
             streamed_on_device=BASE_BYTES + layer + merging + group,
         )
@@ -210,11 +214,19 @@ def _open_streamed(
     layers = config.num_hidden_layers
     more = min(budget.spare // 2, MAX_GROUP_BYTES - MIN_GROUP_BYTES)
     resident = min((budget.spare - more) // budget.layer, layers)
+    keep_vocabulary = budget.spare - more - resident * budget.layer >= budget.vocabulary
     note = (
         f"the PyTorch model as a whole needs {_gib(budget.whole)} of memory, {_gib(budget.memory)} are there for it: "
         f"its {layers} layers come one at a time" + (f", {resident} of them stay" if resident else "")
     )
-    streamed = StreamedModel(config, weights, device=options.device, precision=options.dtype, resident_layers=resident)
+    streamed = StreamedModel(
+        config,
+        weights,
+        device=options.device,
+        precision=options.dtype,
+        resident_layers=resident,
+        resident_vocabulary=keep_vocabulary,
+    )
     return StreamedReference(streamed, group_bytes=MIN_GROUP_BYTES + more, notes=(note,))
 
 

@@ -47,6 +47,7 @@ class StreamedModel:
         device: str = "cpu",
         precision: Precision = Precision.FP32,
         resident_layers: int = 0,
+        resident_vocabulary: bool = False,
     ) -> None:
         """Build the model, and load what is neither a decoder layer nor as large as the vocabulary.
 
@@ -56,6 +57,7 @@ class StreamedModel:
             device: a torch device.
             precision: type of weights and arithmetic.
             resident_layers: see the attribute.
+            resident_vocabulary: whether the embeddings and lm_head stay on the device too, once they have been read.
 
         Raises:
             CheckpointError: a weight cannot be read or merged, or is not finite.
@@ -70,6 +72,7 @@ class StreamedModel:
         self.num_layers = len(self._layers)
         self.resident_layers = resident_layers
         self._resident: dict[str, State] = {}
+        self._resident_blocks: dict[str, list[Tensor]] | None = {} if resident_vocabulary else None
         self._spare: list[State] = []
         self._places = {name: place for place, name in enumerate(weights.base.entries)}
         self._empty = {name: self.model.get_submodule(name).state_dict() for name in self._layers}
@@ -152,16 +155,29 @@ class StreamedModel:
             embeddings: Tensor = lookup(at.to(self.device))
         return embeddings
 
+    @property
+    def missing_layers(self) -> int:
+        """How many of the resident layers have not been read yet."""
+        return self.resident_layers - len(self._resident)
+
     def blocks(self, name: str) -> Iterator[tuple[slice, Tensor]]:
         """Yield a weight as blocks of rows on the device, with their range; the next is read meanwhile."""
+        resident = self._resident_blocks
+        if resident is not None and name not in resident:
+            resident[name] = list(self._read_blocks(name))
+        start = 0
+        for block in self._read_blocks(name) if resident is None else resident[name]:
+            yield slice(start, start + len(block)), block
+            start += len(block)
+
+    def _read_blocks(self, name: str) -> Iterator[Tensor]:
         step = rows_of_block(self.model.get_parameter(name).shape)
         blocks = self.weights.blocks(name, rows_at_once=step)
         with ThreadPoolExecutor(max_workers=1, thread_name_prefix="next-block") as thread:
-            start, coming = 0, thread.submit(next, blocks, None)
+            coming = thread.submit(next, blocks, None)
             while (block := coming.result()) is not None:
                 coming = thread.submit(next, blocks, None)
-                yield slice(start, start + len(block)), block.to(device=self.device, dtype=self.dtype)
-                start += len(block)
+                yield block.to(device=self.device, dtype=self.dtype)
 
     def head_blocks(self) -> Iterator[slice]:
         """Give ``lm_head`` one block of rows of its weight after another; yields their range."""

@@ -92,7 +92,7 @@ class StreamedReference:
         blocks = table.shape[0] / rows_of_block(table.shape)
         layers_of_table = table.numel() / sum(value.numel() for value in self.model.model.layers[0].parameters())
         wanted = [(number, index) for number in range(variations) for index in range(len(batches))]
-        seconds = 0.0
+        seconds = self._streamed.missing_layers * rates.read
         for group in self._groups(wanted, batches, steps):
             texts = sum(len(batches[index].rows) for _, index in group)
             tokens = sum(batches[index].input_ids.size for _, index in group)

@@ -33,11 +33,11 @@ Key = tuple[int, int, int]
 
 
 def streamed_reference(
-    checkpoint: Checkpoint, *, precision: Precision = Precision.FP32, group_bytes: int = LARGE, resident_layers: int = 0
+    checkpoint: Checkpoint, *, precision: Precision = Precision.FP32, group_bytes: int = LARGE, **resident: Any
 ) -> StreamedReference:
     config = read_model_config(checkpoint.directory)
     weights = ModelWeights.open(checkpoint, config, steps=STEPS, allow_partial_adapter=True)
-    streamed = StreamedModel(config, weights, precision=precision, resident_layers=resident_layers)
+    streamed = StreamedModel(config, weights, precision=precision, **resident)
     return StreamedReference(streamed, group_bytes=group_bytes)
 
 
@@ -98,8 +98,10 @@ def test_bf16_is_that_of_the_whole_model(small_models: SmallModels, name: str) -
     assert streamed[0, 0, 0].hidden.dtype is torch.bfloat16
 
 
-@pytest.mark.parametrize("options", [{"group_bytes": 1}, {"resident_layers": 1}, {"resident_layers": 2}])
-def test_neither_groups_nor_resident_layers_change_a_bit(small_models: SmallModels, options: dict[str, int]) -> None:
+@pytest.mark.parametrize(
+    "options", [{"group_bytes": 1}, {"resident_layers": 1}, {"resident_layers": 2}, {"resident_vocabulary": True}]
+)
+def test_neither_groups_nor_what_is_resident_change_a_bit(small_models: SmallModels, options: dict[str, Any]) -> None:
     checkpoint = resolve_checkpoint(str(small_models.checkpoint("qwen3")))
     assert_same_bits(states_of(streamed_reference(checkpoint, **options)), states_of(streamed_reference(checkpoint)))
 
