@@ -27,7 +27,7 @@ from gircse.export.exporter import open_calibration
 from gircse.export.golden import golden_batch
 from gircse.export.model_source import SourceModel, open_source
 from gircse.export.options import ExportOptions
-from gircse.export.proof import SESSION_BYTES_PER_BYTE, check_runtime
+from gircse.export.proof import SessionMemory, check_runtime
 from gircse.export.resources import TRACE_BYTES, ExportNeeds, check_disk
 from gircse.export.staging import check_destination
 from gircse.reporting.sizes import duration, gib
@@ -199,9 +199,10 @@ def _stages(options: ExportOptions, source: SourceModel, needs: ExportNeeds, mis
         at = f"with a disk of {DISK_BYTES_PER_SECOND / 1e6:.0f} MB/s"
         yield Stage(f"write {precision}", needs.memory, size, seconds, at)
     yield _reference_stage(options, source, rates)
-    session, free = int(SESSION_BYTES_PER_BYTE * weights.total_bytes), psutil.virtual_memory().available
-    for precision in options.precisions:
+    free, embeddings = psutil.virtual_memory().available, source.shape.vocab_size * source.shape.hidden_size
+    for precision, size in needs.weights.items():
         if SPECS[precision].cpu:
+            session = SessionMemory.of(precision, weights=size, embeddings=embeddings).needed
             skipped = f"left out: {gib(free)} available" if session > free else ""
             yield Stage(f"check {precision}", 0 if skipped else session, 0, None, skipped or "no estimate of time")
 

@@ -81,15 +81,16 @@ def export_bundle(options: ExportOptions, *, progress: StageProgress | None = No
             if golden_missing_reason is None:
                 _use_reference(directory, options, source, probe_texts, progress)
             with progress.stage("hash the files"):
-                _write_manifest(directory, variants, options, source, files, golden_missing_reason)
+                manifest = _manifest(directory, variants, options, source, files, golden_missing_reason)
+            (directory / MANIFEST_NAME).write_bytes(manifest.to_json())
             if golden_missing_reason is None:
-                prove_bundle(
+                checked = prove_bundle(
                     directory,
                     options.settings,
-                    weight_bytes=source.weights.total_bytes,
                     open_reference=lambda: open_reference(source.checkpoint, options.reference, steps=options.steps),
                     progress=progress,
                 )
+                (directory / MANIFEST_NAME).write_bytes(manifest.with_checked(checked).to_json())
     except OSError as err:
         raise OutputError(
             f"--output {output}",
@@ -259,19 +260,19 @@ def _report_magnitudes(
         progress.note(f"  warning: and {len(risks) - MOST_RISKS} more: see fp16/magnitudes.json")
 
 
-def _write_manifest(
+def _manifest(
     directory: Path,
     variants: Mapping[str, Variant],
     options: ExportOptions,
     source: SourceModel,
     files: dict[str, FileEntry],
     golden_missing_reason: str | None,
-) -> None:
+) -> Manifest:
     for path in sorted(path for path in directory.rglob("*") if path.is_file()):
         name = path.relative_to(directory).as_posix()
         if name not in files:
             files[name] = FileEntry(path.stat().st_size, file_sha256(path))
-    manifest = Manifest(
+    return Manifest(
         schema_version=SCHEMA_VERSION,
         model=source.checkpoint.model,
         adapter=source.checkpoint.adapter,
@@ -288,4 +289,3 @@ def _write_manifest(
         prompt_suffix=source.prompts.prompt_suffix,
         truncation_side=source.prompts.truncation_side,
     )
-    (directory / MANIFEST_NAME).write_bytes(manifest.to_json())

@@ -13,7 +13,7 @@ MANIFEST_NAME = "gircse.json"
 SCHEMA_VERSION = 3
 OLDEST_SCHEMA_VERSION = 1
 """Version 1 had no ``query_instruction`` and no graph of its own for TensorRT, version 2 no ``tokenizer``, no
-``prompt_suffix``, no ``truncation_side`` and no ``more_weights``; all have defaults."""
+``prompt_suffix``, no ``truncation_side``, no ``more_weights`` and no ``checked``; all have defaults."""
 MAX_STEPS = 64
 
 
@@ -155,6 +155,7 @@ class Variant(Record, frozen=True):
         float32: what stays in FP32 in an FP16 or BF16 variant, in words.
         rewrites: how often each rewrite to this precision applied, by layout and name.
         tensorrt: the graph that TensorRT engines are built from, where it is not the one that ONNX Runtime runs.
+        checked: layout to how many golden texts gave PyTorch's vectors on the CPU before the bundle was published.
     """
 
     graphs: Mapping[Layout, GraphFile]
@@ -163,6 +164,7 @@ class Variant(Record, frozen=True):
     rewrites: Mapping[Layout, Mapping[str, int]] = msgspec.field(default_factory=dict)
     tensorrt: GraphFile | None = None
     more_weights: tuple[str, ...] = ()
+    checked: Mapping[Layout, int] = msgspec.field(default_factory=dict)
 
     @property
     def weight_files(self) -> tuple[str, ...]:
@@ -253,6 +255,14 @@ class Manifest(Record, frozen=True):
     def weight_bytes(self, precision: str) -> int:
         """Return the size of the weights of a variant."""
         return sum(self.files[path].bytes for path in self.variants[precision].weight_files)
+
+    def with_checked(self, checked: Mapping[str, Mapping[Layout, int]]) -> Self:
+        """Return the manifest with what was checked of each variant, by precision."""
+        variants = {
+            name: msgspec.structs.replace(variant, checked=checked.get(name, {}))
+            for name, variant in self.variants.items()
+        }
+        return msgspec.structs.replace(self, variants=variants)
 
     def to_json(self) -> bytes:
         """Return the manifest as the content of ``gircse.json``."""

@@ -1,6 +1,7 @@
 """Nothing is published that the runtime does not run to PyTorch's vectors; the message says what is likely."""
 
 import dataclasses
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,12 @@ from support.small_models import DATA, SIZES, SmallModels
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from gircse.checkpoint.reference import WholeReference
-from gircse.export import exporter
+from gircse.export import exporter, proof
 from gircse.export.graph.builder import RefinementSettings
 from gircse.export.options import ExportOptions
 from gircse.export.variants import DecoderGraph
 from gircse.runtime.errors import ExportError
+from gircse.runtime.precision import Precision
 
 
 def spoil(monkeypatch: pytest.MonkeyPatch, **change: Any) -> None:
@@ -81,3 +83,48 @@ def test_without_onnxruntime_nothing_starts(
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(ExportError, match=r"onnxruntime is not installed; a bundle is run before it is published"):
         exporter.export_bundle(ExportOptions(output=tmp_path / "out", model=str(small_models.checkpoint("llama"))))
+
+
+def checked_of(bundle: Path) -> dict[str, dict[str, int]]:
+    variants = json.loads((bundle / "gircse.json").read_text())["variants"]
+    return {name: variant.get("checked", {}) for name, variant in variants.items()}
+
+
+def test_the_manifest_says_what_was_checked(small_models: SmallModels, tmp_path: Path) -> None:
+    odd = odd_model(small_models, tmp_path, "llama")
+    bundle = odd.export(tmp_path / "out", precisions=("fp32", "fp16", "bf16"))
+    both = {"unrolled": 12, "stepwise": 12}
+    assert checked_of(bundle) == {"fp32": both, "fp16": both, "bf16": {}}
+
+
+def test_texts_that_would_take_too_long_are_left_out(
+    small_models: SmallModels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    odd = odd_model(small_models, tmp_path, "llama")
+    monkeypatch.setattr(proof, "BATCH_SECONDS", 0.0)
+    assert checked_of(odd.export(tmp_path / "one-by-one", layout="stepwise")) == {"fp32": {"stepwise": 12}}
+    monkeypatch.setattr(proof, "MAX_SECONDS", 0.0)
+    assert checked_of(odd.export(tmp_path / "one", layout="stepwise")) == {"fp32": {"stepwise": 1}}
+    assert "  1 of 12 texts: the others would have taken too long" in capsys.readouterr().err
+    spoil(monkeypatch, temperature=3.0)
+    refused(odd, tmp_path, r"most there for 'ok'|most there for ''", layout="stepwise")
+
+
+def test_fp16_is_checked_without_copies_of_its_weights_where_these_do_not_fit(
+    small_models: SmallModels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    odd = odd_model(small_models, tmp_path, "llama")
+    monkeypatch.setitem(proof.SESSION_SHARES, Precision.FP16, 1e12)  # type: ignore[index]
+    bundle = odd.export(tmp_path / "out", precisions=("fp16",), layout="stepwise")
+    assert checked_of(bundle) == {"fp16": {"stepwise": 12}}
+    assert "slowly, because FP32 copies of the weights do not fit in memory" in capsys.readouterr().err
+
+
+def test_what_does_not_fit_is_left_out_and_said(
+    small_models: SmallModels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    odd = odd_model(small_models, tmp_path, "llama")
+    monkeypatch.setitem(proof.SESSION_SHARES, Precision.FP32, 1e12)  # type: ignore[index]
+    bundle = odd.export(tmp_path / "out", layout="stepwise")
+    assert checked_of(bundle) == {"fp32": {}}
+    assert "fp32 (stepwise) is not checked against PyTorch: that needs" in capsys.readouterr().err

@@ -168,6 +168,14 @@ std::vector<std::pair<std::string, std::string>> JsonRecord::named_texts(const s
   return values;
 }
 
+std::vector<std::pair<std::string, std::int64_t>> JsonRecord::named_integers(const std::string &field) {
+  std::vector<std::pair<std::string, std::int64_t>> values;
+  for (const auto &item : expect_object(raw(field), path_of(field)).items()) {
+    values.emplace_back(item.key(), expect_integer(item.value(), path_of(field) + "[...]"));
+  }
+  return values;
+}
+
 void JsonRecord::finish() const {
   for (const auto &item : value_->items()) {
     if (known_.count(item.key()) == 0) {

@@ -40,6 +40,7 @@ class JsonRecord {
   // The entries of an object that has names of its own in place of fields.
   std::vector<std::pair<std::string, JsonRecord>> named_records(const std::string &field);
   std::vector<std::pair<std::string, std::string>> named_texts(const std::string &field);
+  std::vector<std::pair<std::string, std::int64_t>> named_integers(const std::string &field);
 
   // A field whose type the caller checks.
   const nlohmann::json &raw(const std::string &field);

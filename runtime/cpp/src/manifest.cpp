@@ -110,6 +110,13 @@ void check_rewrites(JsonRecord &variant) {
   }
 }
 
+void check_checked(JsonRecord &variant) {
+  if (!variant.has("checked")) return;
+  for (const auto &[layout, texts] : variant.named_integers("checked")) {
+    check_layout_key(layout, variant.path_of("checked"));
+  }
+}
+
 Variant read_variant(JsonRecord record) {
   Variant variant;
   for (auto &[layout, graph] : record.named_records("graphs")) {
@@ -123,6 +130,7 @@ Variant read_variant(JsonRecord record) {
   }
   if (record.has("float32")) record.texts("float32");
   check_rewrites(record);
+  check_checked(record);
   if (record.has("tensorrt")) {
     if (const std::optional<JsonRecord> graph = record.record_or_null("tensorrt")) {
       variant.files.insert(read_graph_path(*graph));
