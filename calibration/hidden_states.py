@@ -1,5 +1,6 @@
 """Hidden states of all batches between two decoder layers, in a mapped file: with many long texts they are GiB."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -25,8 +26,9 @@ class HiddenStates:
         self._starts = [0]
         for shape in self._shapes:
             self._starts.append(self._starts[-1] + shape.numel())
-        with path.open("ab"):  # torch names neither the file nor the reason if it cannot be written
-            pass
+        with path.open("ab") as file:
+            if hasattr(os, "posix_fallocate"):  # a full disk is an error now, and not a signal on a write into memory
+                os.posix_fallocate(file.fileno(), 0, self._starts[-1] * dtype.itemsize)
         self._values = torch.from_file(str(path), shared=True, size=self._starts[-1], dtype=dtype)
 
     def __getitem__(self, batch: int) -> Tensor:

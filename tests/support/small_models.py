@@ -149,12 +149,12 @@ class SmallModels:
         return self.bundles[key]
 
     def calibration(self, name: str, *, steps: int = 5, **options: Any) -> Path:
-        """Return the calibration of a seeded model; a drop of 1 keeps nothing in float."""
+        """Return the calibration of a seeded model, which excludes nothing from quantization."""
         key = (name, steps, *sorted(options.items()))
         if key not in self.calibrations:
             texts, output = self.root / "calibration.txt", self.root / f"calibration-{len(self.calibrations)}.json"
             texts.write_text("\n".join(CALIBRATION_TEXTS), encoding="utf-8")
-            options = {"texts": texts, "samples": 40, "max_drop": 1.0, "max_tokens": 48, **options}
+            options = {"texts": texts, "samples": 40, "sensitivity": "off", "max_tokens": 48, **options}
             calibrate(CalibrationOptions(steps=steps, output=output, model=str(self.checkpoint(name)), **options))
             self.calibrations[key] = output
         return self.calibrations[key]
