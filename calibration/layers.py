@@ -93,7 +93,7 @@ class LayerSweep:
         """Calibrate the layers that the folder does not have.
 
         Args:
-            folder: takes what is found, see ``read_layer`` and ``read_rounded``.
+            folder: takes what is found, see ``read_calibrations``, ``read_rounded`` and ``read_moments``.
             advance: told 1 for every layer.
 
         Raises:
@@ -115,12 +115,12 @@ class LayerSweep:
             forward.hidden = states[0][index]  # not in memory
         for layer, name in enumerate(self._streamed.layers(start=done), start=done):
             before, after = states[layer % 2], states[(layer + 1) % 2]
-            calibrations, tensors = self._calibrate(layer, functools.partial(self._run_layer, name, before, after))
-            folder.save(name, tensors, msgspec.json.encode(calibrations).decode())
+            # No name for the result: it would be held until the next layer has its own.
+            folder.save(name, *self._calibrate(layer, functools.partial(self._run_layer, name, before, after)))
             advance(1)
 
-    def _calibrate(self, layer: int, run_layer: Callable[..., None]) -> tuple[InputCalibrations, dict[str, Tensor]]:
-        """Observe a layer and calibrate its inputs."""
+    def _calibrate(self, layer: int, run_layer: Callable[..., None]) -> tuple[dict[str, Tensor], str]:
+        """Observe a layer and calibrate its inputs; returns the part for the folder."""
         model, search, inputs = self._streamed.model, self._search, layer_inputs(layer)
         weights = {
             name: model.get_submodule(name).weight.detach().float() for one in inputs for name in one.projections
@@ -155,7 +155,7 @@ class LayerSweep:
             for name in one.projections if search.round_weights else ():
                 rounded = round_weight(weights[name], calibration, found.moments)
                 tensors |= {f"{name}.{part}": value for part, value in vars(rounded).items()}
-        return calibrations, tensors
+        return tensors, msgspec.json.encode(calibrations).decode()
 
     def _run_layer(
         self,

@@ -13,8 +13,11 @@ from support.small_models import CALIBRATION_TEXTS, SmallModels
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from gircse.calibration import calibrate as calibrate_module
 from gircse.calibration import corpus, layers
 from gircse.calibration.calibration_file import InputCalibration
+from gircse.calibration.int8.fake_quantization import round_weight
+from gircse.calibration.int8.gptq import RoundedWeight
 from gircse.calibration.int8.scheme import TOP_K, decoder_inputs
 from gircse.calibration.observe import InputStatistics, sample_rows
 from gircse.runtime.errors import CheckpointError
@@ -122,7 +125,9 @@ def test_statistics_of_no_layer_outlive_it(
 ) -> None:
     """Of a 7B model all second moments are 1.7 GB, and the rounded weights 6.5."""
     alive: weakref.WeakSet[Any] = weakref.WeakSet()
+    rounded: weakref.WeakSet[Any] = weakref.WeakSet()
     most: list[int] = []
+    most_rounded: list[int] = []
 
     class Counted(InputStatistics):
         def __init__(self, *args: Any, **options: Any) -> None:
@@ -130,10 +135,25 @@ def test_statistics_of_no_layer_outlive_it(
             alive.add(self)
             most.append(len(alive))
 
+    def counted(*args: Any) -> RoundedWeight:
+        weight = round_weight(*args)
+        rounded.add(weight.integers)
+        most_rounded.append(len(rounded))
+        return weight
+
     monkeypatch.setattr(layers, "InputStatistics", Counted)
-    run_calibration(small_models, tmp_path, sensitivity="off")
+    monkeypatch.setattr(layers, "round_weight", counted)
+    monkeypatch.setattr(calibrate_module, "_measure", _interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        run_calibration(small_models, tmp_path)
     assert len(most) == 2 * 4 + 1
     assert max(most) == 4
+    assert len(most_rounded) == 2 * 7
+    assert max(most_rounded) == 7
+
+
+def _interrupt(*_: Any) -> None:
+    raise KeyboardInterrupt
 
 
 def test_rows_are_sampled_from_prompts_and_steps_alike() -> None:
