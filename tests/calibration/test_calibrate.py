@@ -147,6 +147,11 @@ def test_values_out_of_range(small_models: SmallModels, tmp_path: Path, flag: st
         run_calibration(small_models, tmp_path, **{flag: value})
 
 
+def test_an_unknown_sensitivity(small_models: SmallModels, tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match=r"^--sensitivity is 'some'; it has to be one of full, kinds, off\.$"):
+        run_calibration(small_models, tmp_path, sensitivity="some")
+
+
 @pytest.mark.parametrize("suffix", [".json", ".moments.safetensors"])
 def test_a_full_disk_leaves_nothing_half_written(
     small_models: SmallModels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str
