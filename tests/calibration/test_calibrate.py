@@ -139,7 +139,6 @@ def test_a_disk_that_is_too_small_is_refused_before_the_work(
         ("steps", 65),
         ("temperature", 0.0),
         ("seed", -1),
-        ("sensitivity", "some"),
     ],
 )
 def test_values_out_of_range(small_models: SmallModels, tmp_path: Path, flag: str, value: float) -> None:
