@@ -96,7 +96,7 @@ def write_moments(file: BinaryIO, widths: Mapping[str, int], read: Callable[[str
             size = inputs.stop - inputs.start
             start, end = end, end + 4 * size * size
             header[moment_name(name, index)] = {"dtype": "F32", "shape": [size, size], "data_offsets": [start, end]}
-    encoded = json.dumps(header).encode()
+    encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)  # the format aligns the data
     hashed = hashlib.sha256()
 

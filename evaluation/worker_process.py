@@ -8,6 +8,7 @@ import contextlib
 import multiprocessing
 import os
 import signal
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from multiprocessing import resource_tracker
@@ -123,14 +124,22 @@ def _run(connection: Connection, serve: Callable[..., None], arguments: tuple[An
 def _interrupts_blocked() -> Iterator[None]:
     """Start a process that never sees a Ctrl-C, which a terminal sends to both: the parent ends it.
 
-    What is blocked here stays blocked there; here it only waits until the process has started.
+    What is blocked here stays blocked there; here it only waits until the process has started. Another thread of this
+    process may still take the signal, so its handler waits too.
     """
     resource_tracker.ensure_running()  # which unblocks it when it starts
+    is_main = threading.current_thread() is threading.main_thread()  # no other one has handlers
+    arrived: list[int] = []
+    handler = signal.signal(signal.SIGINT, lambda number, _: arrived.append(number)) if is_main else None
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        if is_main:
+            signal.signal(signal.SIGINT, handler)
+    if arrived:
+        raise KeyboardInterrupt
 
 
 @contextlib.contextmanager

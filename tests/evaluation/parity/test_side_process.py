@@ -8,21 +8,15 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import pytest
+from support.sides import break_down, compute, die, fail, fill_the_disk
 from support.small_models import SmallModels
 
 from gircse.evaluation.parity.side_process import load_result, run_side
 from gircse.reporting.progress import Advance, StageProgress, Unit
 from gircse.runtime import MeasurementError, OutputError
-
-
-class Computed(NamedTuple):
-    vectors: np.ndarray
-    nothing: np.ndarray
-    name: str
 
 
 class Recorder(StageProgress):
@@ -37,33 +31,6 @@ class Recorder(StageProgress):
 
     def note(self, text: str) -> None:
         self.seen.append(text)
-
-
-def compute(progress: StageProgress, size: int, *, name: str) -> Computed:
-    with progress.stage("first", total=size) as advance:
-        advance(size)
-    progress.note("a note")
-    with progress.stage("second"):
-        return Computed(np.arange(size, dtype=np.float32).reshape(-1, 2).T, np.empty((0, 3, 5), np.float32), name)
-
-
-def fail(progress: StageProgress, error: Exception) -> None:
-    with progress.stage("never done"):
-        raise error
-
-
-def die(_: StageProgress, number: int) -> None:
-    os.kill(os.getpid(), number)
-
-
-def break_down(_: StageProgress) -> None:
-    raise AssertionError("a fault of ours")
-
-
-def fill_the_disk(_: StageProgress, folder: Path) -> np.ndarray:
-    folder.rmdir()
-    folder.symlink_to("/dev/full")  # cannot hold files
-    return np.ones(3)
 
 
 def test_result_and_progress_arrive(tmp_path: Path) -> None:
