@@ -147,8 +147,12 @@ class ModelWeights:
         Raises:
             CheckpointError: as for ``blocks``.
         """
-        read = self._reader(name)
-        rows = torch.cat([read(slice(number, number + 1)) for number in numbers.tolist()])
+        name = self._shared(name)
+        if (index := self._stored_as_is(name)) is not None:
+            rows = index.gather(name, numbers)
+        else:
+            read = self._reader(name)
+            rows = torch.cat([read(slice(number, number + 1)) for number in numbers.tolist()])
         self._check_finite(name, rows)
         return rows
 

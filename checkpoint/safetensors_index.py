@@ -72,6 +72,15 @@ class SafetensorsIndex:
             self.bytes_read += block.nbytes
             return block.to(torch.float32, copy=True)
 
+    def gather(self, name: str, numbers: Tensor) -> Tensor:
+        """Read some rows (n, ...) as FP32, whose numbers are (n,) int64."""
+        stored = self.entries[name]
+        with open_safetensors(stored.file) as file:
+            view = file.get_slice(stored.name)
+            rows = torch.cat([view[number : number + 1] for number in numbers.tolist()])
+        self.bytes_read += rows.nbytes
+        return rows.float()
+
     def copy_to(self, name: str, out: Tensor) -> None:
         """Read a whole tensor into another of its shape, which converts it; nothing else is allocated."""
         stored = self.entries[name]
