@@ -45,7 +45,7 @@ from gircse.checkpoint.model_config import read_model_config
 from gircse.checkpoint.model_settings import ModelSettings, check_range
 from gircse.checkpoint.model_weights import ModelWeights
 from gircse.checkpoint.reference import Reference
-from gircse.checkpoint.reference_choice import ReferenceBudget, ReferenceOptions, open_reference
+from gircse.checkpoint.reference_choice import ReferenceOptions, check_device, open_reference
 from gircse.checkpoint.source import Checkpoint, resolve_checkpoint
 from gircse.checkpoint.streamed_model import StreamedModel
 from gircse.checkpoint.streamed_reference import StreamedReference
@@ -264,7 +264,7 @@ def _prepare(options: CalibrationOptions, progress: StageProgress) -> _Run:
         tokenizer = open_checkpoint_tokenizer(checkpoint.directory, options.tokenizer, vocab_size=rows)
         prompts = tokenizer.prompt_tokenizer(max_tokens=options.max_tokens, add_eos=options.add_eos)
         corpus = tokenize_texts(texts, prompts)
-        ReferenceBudget.of(weights, config, options.reference)  # refuses a device that torch does not have
+        check_device(options.device)
         streamed = StreamedModel(config, weights, device=options.device, precision=options.dtype)
     for note in checkpoint.notes:
         progress.note(f"  {readable(note)}")

@@ -1,8 +1,7 @@
 """How long a calibration will take: what its parts take on this machine, measured on one layer, times the work."""
 
 import functools
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -18,7 +17,7 @@ from gircse.calibration.observe import SAMPLE_ROWS
 from gircse.checkpoint.model_weights import ModelWeights
 from gircse.checkpoint.reference import Reference
 from gircse.checkpoint.streamed_model import StreamedModel
-from gircse.checkpoint.streaming_time import StreamingRates
+from gircse.checkpoint.streaming_time import StreamingRates, shortest_seconds
 from gircse.checkpoint.tensor_naming import EMBEDDING_TABLE
 from gircse.runtime.tokenization import TokenBatch
 
@@ -97,17 +96,17 @@ class CalibrationTime:
         moments = [torch.eye(width, device=streamed.device)]
         self._width = width
         self._round_few, self._round_many = (
-            _seconds(functools.partial(round_smoothed, part, None, (), moments))
+            shortest_seconds(functools.partial(round_smoothed, part, None, (), moments), repeats=2)
             for part in (weight[: self._few], weight)
         )
         rounded = RoundedWeight(
             torch.ones_like(weight, dtype=torch.int8), weight.new_ones(self._many), weight.new_ones(self._many, 0)
         )
-        self._dequantize = _seconds(lambda: dequantized(rounded, (), weight.device)) / weight.numel()
+        self._dequantize = shortest_seconds(lambda: dequantized(rounded, (), weight.device), repeats=2) / weight.numel()
         inputs, outputs_seen = self._shapes.inputs[0][1], min(SAMPLED_OUTPUTS, self._many)
         rows = torch.randn(2 * SAMPLE_ROWS, inputs, device=streamed.device)
         seen = torch.randn(outputs_seen, inputs, device=streamed.device)
-        self._error = _seconds(lambda: _one_error(rows, seen)) / seen.numel()
+        self._error = shortest_seconds(lambda: _one_error(rows, seen), repeats=2) / seen.numel()
 
     def soft_tokens(self, batches: Sequence[TokenBatch]) -> float:
         """Return the seconds of the first pass."""
@@ -180,14 +179,3 @@ class CalibrationTime:
 def _one_error(rows: Tensor, weight: Tensor) -> float:
     scales = rows.new_ones(rows.shape[1])
     return product_error(rows @ weight.T, rows, weight, scales, (), threshold=4.0, limbs=max(LIMBS.values()))
-
-
-def _seconds(work: Callable[[], object]) -> float:
-    times = []
-    for _ in range(2):  # the first one warms up
-        start = time.perf_counter()
-        work()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    return min(times)

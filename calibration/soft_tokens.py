@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gircse.calibration.int8.scheme import TOP_K
 from gircse.checkpoint.model_weights import ModelWeights
-from gircse.checkpoint.reference import Reference
+from gircse.checkpoint.reference import Reference, first_positions
 from gircse.checkpoint.tensor_naming import EMBEDDING_TABLE
 from gircse.runtime.errors import CheckpointError
 from gircse.runtime.tokenization import TokenBatch
@@ -122,5 +122,5 @@ def prompts_and_soft_tokens(
     return {
         "inputs_embeds": torch.cat([embeddings, soft_tokens.to(embeddings)], dim=1),
         "attention_mask": mask,
-        "position_ids": (mask.cumsum(-1) - 1).clamp(min=0),
+        "position_ids": first_positions(mask),
     }

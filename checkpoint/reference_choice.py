@@ -230,11 +230,11 @@ def _open_streamed(
     return StreamedReference(streamed, group_bytes=MIN_GROUP_BYTES + more, notes=(note,))
 
 
-def _device_memory(device: str) -> int | None:
-    """Return the memory of a GPU that is free for a reference, None for a device without memory of its own.
+def check_device(device: str) -> None:
+    """Refuse a device that torch does not have.
 
     Raises:
-        OptionError: torch cannot use the device.
+        OptionError: it cannot be used.
     """
     import torch
 
@@ -247,6 +247,17 @@ def _device_memory(device: str) -> int | None:
             None,
             "Choose a device of this machine's torch, such as cpu.",
         ) from err
+
+
+def _device_memory(device: str) -> int | None:
+    """Return the memory of a GPU that is free for a reference, None for a device without memory of its own.
+
+    Raises:
+        OptionError: torch cannot use the device.
+    """
+    import torch
+
+    check_device(device)
     if torch.device(device).type != "cuda":
         return None
     free, _ = torch.cuda.mem_get_info(device)

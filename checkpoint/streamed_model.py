@@ -203,9 +203,12 @@ class StreamedModel:
             }
         for part in sorted(state, key=lambda part: self._places[f"{name}.{part}"]):  # no disk likes to jump
             self.weights.read(f"{name}.{part}", state[part])
-        if name in self._layers[: self.resident_layers]:
-            self._resident[name] = {part: value.to(self.device) for part, value in state.items()}
-        return state
+        if name not in self._layers[: self.resident_layers]:
+            return state
+        self._resident[name] = {part: value.to(self.device) for part, value in state.items()}
+        if self.device.type != "cpu":  # where a copy was made
+            self._spare.append(state)
+        return self._resident[name]
 
 
 class LayerwiseForward:

@@ -6,7 +6,8 @@ a group stay in memory, so a group is as large as that allows.
 """
 
 import functools
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -64,8 +65,7 @@ class StreamedReference:
         advance: Advance = lambda _: None,
     ) -> Iterator[BatchState]:
         """Run all batches and variations of a group through one layer after another; see ``Reference``."""
-        wanted = [(number, index) for number in range(len(variations)) for index in range(len(batches))]
-        for group in self._groups(wanted, batches, steps):
+        for group in self._groups(batches, steps=steps, variations=len(variations)):
             runs = [
                 _Run(variation, index, batches[index], self._streamed.device, self.model.config)
                 for variation, index in group
@@ -74,7 +74,7 @@ class StreamedReference:
             passes = (steps + 1) * self.model.config.num_hidden_layers
             self._embed_prompts(runs)
             for step in range(steps + 1):
-                self._run_layers(runs, variations, lambda share=texts / passes: advance(share))
+                self._run_layers(runs, variations, functools.partial(advance, texts / passes))
                 for run in runs:
                     yield run.state(step)
                 if step < steps:
@@ -91,9 +91,8 @@ class StreamedReference:
         table = self.model.get_input_embeddings().weight
         blocks = table.shape[0] / rows_of_block(table.shape)
         layers_of_table = table.numel() / sum(value.numel() for value in self.model.model.layers[0].parameters())
-        wanted = [(number, index) for number in range(variations) for index in range(len(batches))]
         seconds = self._streamed.missing_layers * rates.read
-        for group in self._groups(wanted, batches, steps):
+        for group in self._groups(batches, steps=steps, variations=variations):
             texts = sum(len(batches[index].rows) for _, index in group)
             tokens = sum(batches[index].input_ids.size for _, index in group)
             for rows in (tokens, *[texts] * steps):
@@ -103,13 +102,15 @@ class StreamedReference:
             seconds += 2 * steps * layers_of_table * rates.layer(rows=texts, batches=len(group), read=read)
         return seconds
 
-    def _groups(
-        self, wanted: Sequence[tuple[int, int]], batches: Sequence[TokenBatch], steps: int
-    ) -> Iterator[list[tuple[int, int]]]:
-        """Split runs into groups that fit into memory; a single run that does not is a group of its own."""
+    def _groups(self, batches: Sequence[TokenBatch], *, steps: int, variations: int) -> Iterator[list[tuple[int, int]]]:
+        """Split the runs into groups that fit into memory; a single run that does not is a group of its own.
+
+        Yields:
+            Runs, each the number of a variation and of a batch.
+        """
         group: list[tuple[int, int]] = []
         held = 0
-        for run in wanted:
+        for run in itertools.product(range(variations), range(len(batches))):
             needed = self._bytes_of(batches[run[1]], steps)
             if group and held + needed > self._group_bytes:
                 yield group
@@ -132,7 +133,7 @@ class StreamedReference:
         for run in runs:
             run.inputs = self._streamed.embed(run.input_ids)
 
-    def _run_layers(self, runs: Sequence["_Run"], variations: Sequence[Variation], advance: Any) -> None:
+    def _run_layers(self, runs: Sequence["_Run"], variations: Sequence[Variation], advance: Callable[[], None]) -> None:
         """Run one step of all batches through all layers and the final norm."""
         forwards = [
             self._streamed.begin(

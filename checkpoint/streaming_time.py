@@ -1,6 +1,7 @@
 """How long a streamed reference will take, from what one layer of it takes on this machine."""
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Self
 
@@ -44,7 +45,7 @@ class StreamingRates:
             weights = list(streamed.model.get_submodule(name).parameters())
             largest = max(weights, key=Tensor.numel)
             share = sum(weight.numel() for weight in weights) / largest.numel()
-            product, many = (share * _seconds(largest, rows) for rows in (1, MANY_ROWS))
+            product, many = (share * _product_seconds(largest, rows) for rows in (1, MANY_ROWS))
         start = time.perf_counter()
         next(streamed.weights.blocks(EMBEDDING_TABLE))
         block = time.perf_counter() - start
@@ -64,11 +65,18 @@ class StreamingRates:
         return max(read, compute) + (1 - self.overlap) * min(read, compute)
 
 
-def _seconds(weight: Tensor, rows: int) -> float:
-    inputs = torch.ones(rows, weight.shape[1], dtype=weight.dtype, device=weight.device)
+def shortest_seconds(work: Callable[[], object], *, repeats: int = 3) -> float:
+    """Return the shortest time that some work takes, what it starts on a GPU included; the first one warms up."""
     times = []
-    for _ in range(3):
+    for _ in range(repeats):
         start = time.perf_counter()
-        F.linear(inputs, weight).sum().item()  # waits for a GPU
+        work()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
     return min(times)
+
+
+def _product_seconds(weight: Tensor, rows: int) -> float:
+    inputs = torch.ones(rows, weight.shape[1], dtype=weight.dtype, device=weight.device)
+    return shortest_seconds(lambda: F.linear(inputs, weight))

@@ -7,7 +7,6 @@ that this machine shows in a second of measuring, and over those below for what 
 
 import hashlib
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from math import prod
@@ -22,6 +21,7 @@ from gircse.calibration.fingerprint import fingerprint_of
 from gircse.checkpoint.hub import HeaderDownload, hub_cache
 from gircse.checkpoint.model_weights import ModelWeights
 from gircse.checkpoint.reference_choice import ReferenceBudget
+from gircse.checkpoint.streaming_time import shortest_seconds
 from gircse.checkpoint.tensor_naming import EMBEDDING_TABLE, LM_HEAD
 from gircse.export.exporter import open_calibration
 from gircse.export.golden import golden_batch
@@ -42,7 +42,8 @@ DISK_BYTES_PER_SECOND, NETWORK_BYTES_PER_SECOND = 300e6, 50e6
 """Reckoned with, because nobody knows."""
 
 MERGE_COPIES = 4
-"""A weight that PEFT merges takes as long as so many that are copied: it is read twice, added to, and compared."""
+"""A weight that PEFT merges takes as long as so many that are copied: its factors are multiplied and added to it,
+and it is hashed before and after."""
 
 
 @dataclass(frozen=True)
@@ -118,10 +119,10 @@ class MachineRates:
         row, rows = torch.ones(1, 4096), torch.ones(512, 4096)
         content = weight.numpy().data
         return cls(
-            copy=_seconds(lambda: torch.aminmax(stored.float())) / stored.numel(),
-            hash=_seconds(lambda: hashlib.sha256(content)) / content.nbytes,
-            read=_seconds(lambda: F.linear(row, weight)) / content.nbytes,
-            flop=_seconds(lambda: F.linear(rows, weight)) / (2 * 512 * weight.numel()),
+            copy=shortest_seconds(lambda: torch.aminmax(stored.float())) / stored.numel(),
+            hash=shortest_seconds(lambda: hashlib.sha256(content)) / content.nbytes,
+            read=shortest_seconds(lambda: F.linear(row, weight)) / content.nbytes,
+            flop=shortest_seconds(lambda: F.linear(rows, weight)) / (2 * 512 * weight.numel()),
         )
 
     def product(self, weights: int, rows: int) -> float:
@@ -240,13 +241,3 @@ def _read_seconds(weights: ModelWeights, rates: MachineRates, *, prefix: str = "
             merged = weights.adapter is not None and weights.adapter.merges(name)
             copies += prod(entry.shape) * (MERGE_COPIES if merged else 1)
     return copies * rates.copy
-
-
-def _seconds(run: Callable[[], object]) -> float:
-    """Return the shortest of a few times."""
-    times = []
-    for _ in range(3):
-        start = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - start)
-    return min(times)

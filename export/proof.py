@@ -92,6 +92,7 @@ def prove_bundle(
         ExportError: a graph cannot be run, or a vector is too far from PyTorch's.
     """
     bundle = Bundle.open(directory)
+    golden = read_golden_vectors(bundle)
     embeddings = bundle.manifest.graph.vocab_size * bundle.manifest.graph.hidden_size
     checked: dict[str, dict[Layout, int]] = defaultdict(dict)
     for name, variant in bundle.manifest.variants.items():
@@ -104,12 +105,12 @@ def prove_bundle(
                 continue
             slowly = "" if session.copy_weights else ", slowly, because FP32 copies of the weights do not fit in memory"
             with progress.stage(f"check {precision} ({layout}) against PyTorch{slowly}"):
-                report = _run(bundle, precision, layout, copy_weights=session.copy_weights)
+                report = _run(bundle, golden, precision, layout, copy_weights=session.copy_weights)
                 if not report.passed:
                     raise _failure(bundle, precision, layout, report, settings, open_reference)
             checked[name][layout] = report.texts
-            if report.texts < (texts := len(read_golden_vectors(bundle).texts)):
-                progress.note(f"  {report.texts} of {texts} texts: the others would have taken too long")
+            if report.texts < len(golden.texts):
+                progress.note(f"  {report.texts} of {len(golden.texts)} texts: the others would have taken too long")
     return checked
 
 
@@ -140,12 +141,14 @@ class SessionMemory:
         return cls(needed, copy_weights=True)
 
 
-def _run(bundle: Bundle, precision: Precision, layout: Layout, *, copy_weights: bool) -> SelfTestReport:
+def _run(
+    bundle: Bundle, golden: GoldenVectors, precision: Precision, layout: Layout, *, copy_weights: bool
+) -> SelfTestReport:
     # Not verified: the hashes were taken while the files were written.
     try:
         session = open_session(bundle, precision, layout=layout, copy_weights=copy_weights)
         with Embedder.from_session(bundle, session, precision=precision) as embedder:
-            return _compare(embedder, read_golden_vectors(bundle))
+            return _compare(embedder, golden)
     except GircseError as err:
         raise ExportError(
             f"the {precision} graph ({layout})",
