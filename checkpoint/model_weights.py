@@ -101,7 +101,7 @@ class ModelWeights:
         """FP32 bytes of the largest piece that is in memory at once, as far as it is not the caller's choice."""
         pieces = {name: math.prod(entry.shape) for name, entry in self.base.entries.items()}
         for name in (EMBEDDING_TABLE, LM_HEAD):  # all others are transposed, which takes the whole tensor
-            if name in pieces and not self._is_merged(name):
+            if name in pieces and not (self.adapter is not None and self.adapter.merges(name)):
                 pieces[name] = min(pieces[name], BLOCK_ELEMENTS)
         return 4 * max(pieces.values(), default=0)
 
@@ -165,9 +165,6 @@ class ModelWeights:
                 None,
                 "The checkpoint or the adapter is damaged: download it again.",
             )
-
-    def _is_merged(self, name: str) -> bool:
-        return self.adapter is not None and name.rpartition(".")[0] in self.adapter.lora
 
     def _reader(self, name: str) -> ReadRows:
         """Return what reads rows of a weight: of the checkpoint, or of what the adapter makes of it."""
