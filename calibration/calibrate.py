@@ -22,7 +22,7 @@ from gircse.calibration.calibration_file import (
     SoftTokenCalibration,
 )
 from gircse.calibration.corpus import MIN_TEXTS, Corpus, draw_texts, tokenize_texts
-from gircse.calibration.estimate import CalibrationTime, LayerShapes
+from gircse.calibration.estimate import LayerShapes
 from gircse.calibration.fingerprint import fingerprint_of
 from gircse.calibration.int8.scheme import TOP_K, VOCABULARY_INPUT, check_architecture, decoder_inputs, layer_inputs
 from gircse.calibration.int8.thresholds import Method
@@ -38,8 +38,9 @@ from gircse.calibration.layers import (
     rounded,
 )
 from gircse.calibration.moments_file import moments_path, write_moments
+from gircse.calibration.plan import Plan, make_plan
 from gircse.calibration.resume import ResumeFolder
-from gircse.calibration.sensitivity import UNLIMITED, SensitivityStudy, measure_sensitivity, parts_to_measure
+from gircse.calibration.sensitivity import SensitivityStudy, measure_sensitivity
 from gircse.calibration.soft_tokens import SoftTokens, make_soft_tokens
 from gircse.checkpoint.model_config import read_model_config
 from gircse.checkpoint.model_settings import ModelSettings, check_range
@@ -48,8 +49,6 @@ from gircse.checkpoint.reference import Reference
 from gircse.checkpoint.reference_choice import ReferenceOptions, check_device, open_reference
 from gircse.checkpoint.source import Checkpoint, resolve_checkpoint
 from gircse.checkpoint.streamed_model import StreamedModel
-from gircse.checkpoint.streamed_reference import StreamedReference
-from gircse.checkpoint.streaming_time import StreamingRates
 from gircse.checkpoint.tensor_naming import EMBEDDING_TABLE
 from gircse.checkpoint.tokenizer import open_checkpoint_tokenizer
 from gircse.reporting.progress import StageProgress
@@ -59,13 +58,6 @@ from gircse.runtime.errors import OutputError, member_of, readable
 from gircse.runtime.precision import Precision
 
 TOOLS = ("gircse-deploy", "torch", "transformers", "peft", "safetensors", "tokenizers")
-
-FULL_SECONDS = 20 * 60.0
-"""Where the full sensitivity is estimated to take no longer, it is measured unless told otherwise; else that of kinds.
-It is also what the search for inputs to exclude may take in the latter."""
-
-MIN_EVALUATIONS = 3
-"""Runs of that search where even one takes long."""
 
 _SOFT_TOKENS = "soft-tokens"
 
@@ -120,18 +112,6 @@ class CalibrationOptions(ModelSettings):
         return ReferenceOptions(self.device, self.dtype, self.memory)
 
 
-class _Plan(msgspec.Struct, frozen=True):
-    """What was decided by the estimated time; a resumed run keeps to it.
-
-    Attributes:
-        sensitivity: what it is measured on.
-        evaluations: most runs of the search for inputs to exclude.
-    """
-
-    sensitivity: SensitivityMode
-    evaluations: int
-
-
 @dataclass(frozen=True)
 class _Run:
     """What the stages share.
@@ -159,7 +139,7 @@ class _Run:
         """Names of the decoder layers."""
         return [f"model.layers.{layer}" for layer in range(self.streamed.num_layers)]
 
-    def search(self, plan: _Plan) -> Search:
+    def search(self, plan: Plan) -> Search:
         """Return how inputs are calibrated."""
         options = self.options
         return Search(
@@ -217,6 +197,8 @@ def calibrate(options: CalibrationOptions, *, progress: StageProgress | None = N
             max_tokens=options.max_tokens,
             tokenizer=options.tokenizer,
             add_eos=options.add_eos,
+            dtype=options.dtype,
+            device=options.device,
             max_drop=options.max_drop,
             inputs=inputs,
             soft_token=soft_token,
@@ -284,16 +266,26 @@ def _identity(options: CalibrationOptions, fingerprint: ModelFingerprint, corpus
     return msgspec.json.encode((fingerprint, corpus.used, settings, versions)).decode()
 
 
-def _make_soft_tokens(run: _Run) -> tuple[SoftTokens, _Plan]:
+def _make_soft_tokens(run: _Run) -> tuple[SoftTokens, Plan]:
     """Make the soft tokens of the observed texts, after an estimate of how long everything will take."""
     folder, options = run.folder, run.options
     if (facts := folder.facts(_SOFT_TOKENS)) is not None:
         done = finished_layers(folder, run.streamed.num_layers)
         run.progress.note(f"  resumes after the soft tokens and {done} of {run.streamed.num_layers} layers")
         soft_tokens = SoftTokens.read(lambda key: folder.tensor(_SOFT_TOKENS, key))
-        return soft_tokens, msgspec.json.decode(facts, type=_Plan)
+        return soft_tokens, msgspec.json.decode(facts, type=Plan)
     reference = run.open_reference()
-    plan = _make_plan(run, reference)
+    with run.progress.stage("estimate the time"):
+        plan, estimate = make_plan(
+            reference,
+            run.streamed,
+            run.corpus,
+            steps=options.steps,
+            method=options.method,
+            smooth=options.smooth,
+            sensitivity=options.sensitivity,
+        )
+    run.progress.note(f"  {estimate}")
     _check_disk(run, plan)
     used = run.corpus.used
     with run.progress.stage(
@@ -311,48 +303,7 @@ def _make_soft_tokens(run: _Run) -> tuple[SoftTokens, _Plan]:
     return soft_tokens, plan
 
 
-def _make_plan(run: _Run, reference: Reference) -> _Plan:
-    """Estimate how long the calibration will take, say so, and decide what there is time for."""
-    options, corpus = run.options, run.corpus
-    with run.progress.stage("estimate the time"):
-        if isinstance(reference, StreamedReference):
-            rates = reference.rates  # once: what was read is cached, and read faster the second time
-        else:
-            rates = StreamingRates.measure(run.streamed)
-        time = CalibrationTime(reference, run.streamed, rates, steps=options.steps)
-        inputs = decoder_inputs(run.streamed.num_layers)
-        seconds = {SensitivityMode.OFF: 0.0}
-        for one, models in ((SensitivityMode.KINDS, 2), (SensitivityMode.FULL, 3)):
-            parts = parts_to_measure(inputs, one)
-            seconds[one] = time.sensitivity(corpus.held_out, parts=parts, models=models)
-        is_quick = seconds[SensitivityMode.FULL] <= FULL_SECONDS
-        mode = options.sensitivity or (SensitivityMode.FULL if is_quick else SensitivityMode.KINDS)
-        parts_seconds = {
-            "soft tokens": time.soft_tokens(corpus.observed),
-            "layers": time.layers(
-                corpus.observed,
-                method=options.method,
-                smooth=options.smooth,
-                rounds=mode is not SensitivityMode.OFF,
-            ),
-            f"sensitivity {mode}": seconds[mode],
-        }
-    split = ", ".join(f"{name} {_minutes(found)}" for name, found in parts_seconds.items())
-    run.progress.note(
-        f"  estimated: {_minutes(sum(parts_seconds.values()))} min on this machine as it is now ({split})"
-    )
-    evaluations = UNLIMITED
-    if mode is SensitivityMode.KINDS:
-        one_run = time.sensitivity(corpus.held_out, parts=1, models=1)
-        evaluations = max(MIN_EVALUATIONS, int(FULL_SECONDS / one_run))
-    return _Plan(mode, evaluations)
-
-
-def _minutes(seconds: float) -> str:
-    return f"{seconds / 60:.1f}" if seconds < 600 else f"{seconds / 60:.0f}"
-
-
-def _check_disk(run: _Run, plan: _Plan) -> None:
+def _check_disk(run: _Run, plan: Plan) -> None:
     """Refuse a disk that the parts do not fit on, before the long work.
 
     Raises:
@@ -374,7 +325,7 @@ def _check_disk(run: _Run, plan: _Plan) -> None:
         )
 
 
-def _calibrate_inputs(run: _Run, soft_tokens: SoftTokens, plan: _Plan) -> InputCalibrations:
+def _calibrate_inputs(run: _Run, soft_tokens: SoftTokens, plan: Plan) -> InputCalibrations:
     """Calibrate the inputs of all layers and of the vocabulary projection."""
     search = run.search(plan)
     with run.progress.stage("calibrate the layers", total=run.streamed.num_layers) as advance:
@@ -395,7 +346,7 @@ def _soft_token(run: _Run, soft_tokens: SoftTokens) -> SoftTokenCalibration:
 
 
 def _measure(
-    run: _Run, calibrations: InputCalibrations, soft_token: SoftTokenCalibration | None, plan: _Plan
+    run: _Run, calibrations: InputCalibrations, soft_token: SoftTokenCalibration | None, plan: Plan
 ) -> Sensitivity:
     """Measure the sensitivity on the held-out texts."""
     options = run.options

@@ -12,11 +12,12 @@ from typing import Self
 
 from gircse.runtime.errors import CalibrationError
 from gircse.runtime.manifest import AdapterSource, ModelSource, Pooling, TokenizerKind
+from gircse.runtime.precision import Precision
 from gircse.runtime.records import Record, decode_versioned, encode_record
 
 SCHEMA_VERSION = 3
 OLDEST_SCHEMA_VERSION = 2
-"""Version 2 had no ``tokenizer`` and no ``add_eos``; both have defaults."""
+"""Version 2 had no ``tokenizer``, ``add_eos``, ``dtype`` and ``device``; all have defaults."""
 
 
 class ModelFingerprint(Record, frozen=True):
@@ -153,6 +154,8 @@ class Calibration(Record, frozen=True):
         tools: versions of the packages that made the file.
         tokenizer: which token ids the texts were given.
         add_eos: whether the end-of-sequence token was appended to each.
+        dtype: type that PyTorch's model computed in.
+        device: where, such as ``cpu`` or ``cuda``.
     """
 
     schema_version: int
@@ -168,6 +171,8 @@ class Calibration(Record, frozen=True):
     tools: Mapping[str, str]
     tokenizer: TokenizerKind = TokenizerKind.JSON
     add_eos: bool = False
+    dtype: Precision = Precision.FP32
+    device: str = "cpu"
 
     @property
     def settings(self) -> dict[str, str | int | float | None]:

@@ -74,6 +74,7 @@ def _heading(calibration: Calibration) -> list[str]:
         ("adapter", _source(fingerprint.adapter) if fingerprint.adapter else "none"),
         ("K", f"{fingerprint.steps}, pooling {fingerprint.pooling}, temperature {fingerprint.temperature:g}"),
         ("texts", f"{texts.samples} with {texts.tokens} tokens, seed {texts.seed}, SHA-256 `{texts.sha256[:16]}`"),
+        ("PyTorch", f"{calibration.dtype} on {calibration.device}"),
         ("thresholds", f"by `{calibration.method}`"),
     ]
     return ["# Calibration", markdown_table(("what", "value"), rows)]

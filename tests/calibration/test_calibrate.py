@@ -15,7 +15,8 @@ from support.small_models import SmallModels
 
 from gircse.calibration import calibrate as calibrate_module
 from gircse.calibration import layers
-from gircse.calibration.calibrate import MIN_EVALUATIONS, CalibrationOptions, calibrate
+from gircse.calibration import plan as plan_module
+from gircse.calibration.calibrate import CalibrationOptions, calibrate
 from gircse.calibration.calibration_file import Calibration, Sensitivity, SensitivityMode
 from gircse.calibration.int8.scheme import InputKind
 from gircse.calibration.int8.thresholds import Method
@@ -63,12 +64,12 @@ def test_a_small_drop_excludes_inputs(small_models: SmallModels, tmp_path: Path)
 def test_the_sensitivity_that_there_is_time_for(
     small_models: SmallModels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(calibrate_module, "FULL_SECONDS", 1e9)
+    monkeypatch.setattr(plan_module, "FULL_SECONDS", 1e9)
     assert run_calibration(small_models, tmp_path).sensitivity.mode is SensitivityMode.FULL
-    monkeypatch.setattr(calibrate_module, "FULL_SECONDS", 0.0)
+    monkeypatch.setattr(plan_module, "FULL_SECONDS", 0.0)
     found = run_calibration(small_models, tmp_path, max_drop=0.0).sensitivity
     assert (found.mode, found.layers) == (SensitivityMode.KINDS, ())
-    assert 1 < len(found.curve) <= 1 + MIN_EVALUATIONS
+    assert 1 < len(found.curve) <= 1 + plan_module.MIN_EVALUATIONS
     err = capsys.readouterr().err
     assert err.index("estimated: ") < err.index("make soft tokens")
     assert "sensitivity full" in err
@@ -117,6 +118,7 @@ def test_bf16_is_near_fp32(small_models: SmallModels, tmp_path: Path) -> None:
         run_calibration(small_models, tmp_path, dtype=dtype, sensitivity="off") for dtype in ("fp32", "bf16")
     )
     name = "model.layers.0.attention_output"  # not smoothed
+    assert [one.dtype for one in (exact, found)] == ["fp32", "bf16"]
     assert found.inputs[name].ranges != exact.inputs[name].ranges
     assert found.inputs[name].ranges[0] == pytest.approx(exact.inputs[name].ranges[0], rel=0.03)
 

@@ -19,6 +19,7 @@ from gircse.calibration.calibration_file import (
 from gircse.checkpoint.model_settings import ModelSettings
 from gircse.runtime.errors import CalibrationError
 from gircse.runtime.manifest import AdapterSource, ModelSource, Pooling, TokenizerKind
+from gircse.runtime.precision import Precision
 
 
 @pytest.fixture
@@ -159,13 +160,14 @@ def test_settings_are_those_of_the_model() -> None:
     assert (settings.tokenizer, settings.add_eos) == (TokenizerKind.AUTO, True)
 
 
-def test_version_2_had_no_choice_of_token_ids(tmp_path: Path) -> None:
+def test_what_version_2_did_not_have(tmp_path: Path) -> None:
     content = json.loads(small_calibration().to_json())
-    old = {name: value for name, value in content.items() if name not in ("tokenizer", "add_eos")}
+    old = {name: value for name, value in content.items() if name not in ("tokenizer", "add_eos", "dtype", "device")}
     path = tmp_path / "calibration.json"
     path.write_text(json.dumps({**old, "schema_version": 2}))
     found = Calibration.read(path)
     assert (found.tokenizer, found.add_eos) == (TokenizerKind.JSON, False)
+    assert (found.dtype, found.device) == (Precision.FP32, "cpu")
 
 
 def test_schema_document_is_up_to_date() -> None:

@@ -70,6 +70,7 @@ def test_same_calibration_same_bytes(tmp_path: Path) -> None:
         "| adapter | `demo` |",
         "| K | 2, pooling mean, temperature 1 |",
         "| texts | 48 with 1234 tokens, seed 7, SHA-256 `4444444444444444` |",
+        "| PyTorch | fp32 on cpu |",
         "| thresholds | by `entropy` |",
         "| 0.9965 | 0.925 | 2 of 9 |",
         "Excluded, the most sensitive first: `model.layers.0.mlp_output`, `lm_head`. With all inputs quantized the "
