@@ -29,6 +29,7 @@ from seven_b_checkpoint import CONFIGS
 from seven_b_report import write_report
 from tokenizers import Tokenizer
 
+from gircse.checkpoint.available_memory import available_memory
 from gircse.evaluation.environment import describe_environment
 from gircse.evaluation.tasks.prompts import BUILTIN
 from gircse.runtime.command import comma_separated
@@ -192,7 +193,7 @@ def _run(step: Step, scratch: Path, results: Path) -> bool:
             _write_texts(scratch / name, scratch / "model" / "tokenizer.json")
     for name in step.writes:
         _delete(scratch / name)
-    load = os.getloadavg()[0]
+    load, available = os.getloadavg()[0], available_memory()
     print(f"{step.name} ... ", end="", flush=True)
     # Of this environment, also where it is not active.
     program = shutil.which(step.argv[0], path=os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"])))
@@ -202,14 +203,14 @@ def _run(step: Step, scratch: Path, results: Path) -> bool:
     if not done:
         print(measured.output)
         return False
-    content = _result(step, measured, scratch, load)
+    content = _result(step, measured, scratch, load=load, available=available)
     partial = results / f".{step.name}.partial"
     partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     partial.replace(results / f"{step.name}.json")
     return True
 
 
-def _result(step: Step, measured: Measurement, scratch: Path, load: float) -> dict[str, Any]:
+def _result(step: Step, measured: Measurement, scratch: Path, *, load: float, available: int) -> dict[str, Any]:
     config = json.loads((scratch / "model" / "config.json").read_text(encoding="utf-8"))
     index = json.loads((scratch / "model" / "model.safetensors.index.json").read_text(encoding="utf-8"))
     estimate = re.search(r"estimated: ([\d.]+) min", measured.output)
@@ -227,6 +228,7 @@ def _result(step: Step, measured: Measurement, scratch: Path, load: float) -> di
         "bytes_read": sum(int(float(size) * 2**30) for size in read) or None,
         "weights": (weights / "int8" / "weights.bin").stat().st_size if weights else None,
         "load_at_start": load,
+        "available_memory": available,
         "environment": describe_environment(),
     }
 

@@ -5,8 +5,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
 
-import psutil
-
+from gircse.checkpoint.available_memory import available_memory
 from gircse.checkpoint.model_config import read_model_config
 from gircse.checkpoint.source import Checkpoint
 from gircse.checkpoint.tensor_naming import EMBEDDING_TABLE
@@ -149,7 +148,7 @@ class ReferenceBudget:
         group = MIN_GROUP_BYTES
         read_ahead = 2 * layer  # one layer is used, and the next one is read
         return cls(
-            memory=int(psutil.virtual_memory().available * FREE_SHARE) if options.memory is None else options.memory,
+            memory=int(available_memory() * FREE_SHARE) if options.memory is None else options.memory,
             device=device,
             whole=BASE_BYTES + int(1.2 * weights.total_bytes) + 2 * weights.adapter_bytes,
             whole_on_device=BASE_BYTES + weights.total_bytes * item // 4,

@@ -13,11 +13,11 @@ from math import prod
 from pathlib import Path
 from typing import Self
 
-import psutil
 import torch
 import torch.nn.functional as F
 
 from gircse.calibration.fingerprint import fingerprint_of
+from gircse.checkpoint.available_memory import available_memory
 from gircse.checkpoint.hub import HeaderDownload, hub_cache
 from gircse.checkpoint.model_weights import ModelWeights
 from gircse.checkpoint.reference_choice import ReferenceBudget
@@ -200,7 +200,7 @@ def _stages(options: ExportOptions, source: SourceModel, needs: ExportNeeds, mis
         at = f"with a disk of {DISK_BYTES_PER_SECOND / 1e6:.0f} MB/s"
         yield Stage(f"write {precision}", needs.memory, size, seconds, at)
     yield _reference_stage(options, source, rates)
-    free, embeddings = psutil.virtual_memory().available, source.shape.vocab_size * source.shape.hidden_size
+    free, embeddings = available_memory(), source.shape.vocab_size * source.shape.hidden_size
     for precision, size in needs.weights.items():
         if SPECS[precision].cpu:
             session = SessionMemory.of(precision, weights=size, embeddings=embeddings).needed

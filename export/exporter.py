@@ -7,9 +7,9 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
-import psutil
 
 from gircse.calibration.fingerprint import fingerprint_of
+from gircse.checkpoint.available_memory import available_memory
 from gircse.checkpoint.model_weights import ModelWeights
 from gircse.checkpoint.reference_choice import ReferenceBudget, open_reference
 from gircse.export.golden import golden_batch, write_golden
@@ -152,7 +152,7 @@ def _check_resources(
     needs = ExportNeeds.of(weights, precisions)
     progress.note(
         f"  needs {gib(needs.disk)} of disk ({gib(free_disk(output))} free) and {gib(needs.memory)} of memory "
-        f"({gib(psutil.virtual_memory().available)} available), PyTorch's vectors not counted"
+        f"({gib(available_memory())} available), PyTorch's vectors not counted"
     )
     check_disk(f"--output {output}", "the bundle", output, needs.disk)
     needs.check_memory()

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Self
 
 import numpy as np
-import psutil
 import torch
 
+from gircse.checkpoint.available_memory import available_memory
 from gircse.checkpoint.reference import Reference, WholeReference, step_states, tensors_of
 from gircse.export.graph.builder import RefinementSettings
 from gircse.reporting.progress import StageProgress
@@ -99,7 +99,7 @@ def prove_bundle(
         precision = Precision(name)
         for layout in variant.graphs if SPECS[precision].cpu else ():
             session = SessionMemory.of(precision, weights=bundle.manifest.weight_bytes(name), embeddings=embeddings)
-            if session.needed > (free := psutil.virtual_memory().available):
+            if session.needed > (free := available_memory()):
                 memory = f"that needs {gib(session.needed)} of memory, {gib(free)} is available"
                 progress.note(f"  {precision} ({layout}) is not checked against PyTorch: {memory}")
                 continue
@@ -136,7 +136,7 @@ class SessionMemory:
             embeddings: elements of the embedding table, its largest weight.
         """
         needed = int(SESSION_SHARES[precision] * weights)
-        if precision is Precision.FP16 and needed > psutil.virtual_memory().available:
+        if precision is Precision.FP16 and needed > available_memory():
             return cls(2 * 4 * embeddings + CONVERTING_BYTES, copy_weights=False)
         return cls(needed, copy_weights=True)
 

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
-import psutil
-
+from gircse.checkpoint.available_memory import available_memory
 from gircse.checkpoint.model_weights import ModelWeights
 from gircse.export.graph.mixed_precision import onnx_dtype
 from gircse.reporting.sizes import gib
@@ -48,7 +47,7 @@ class ExportNeeds:
         Raises:
             ExportError: it does not suffice.
         """
-        if self.memory > (free := psutil.virtual_memory().available):
+        if self.memory > (free := available_memory()):
             raise ExportError(
                 "memory", f"has {gib(free)} available", f"the export needs {gib(self.memory)}", "Close other programs."
             )

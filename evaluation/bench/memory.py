@@ -4,8 +4,7 @@ import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import psutil
-
+from gircse.checkpoint.available_memory import available_memory
 from gircse.evaluation.bench.backends import BackendSpec, BundleSpec, TorchSpec
 from gircse.reporting.sizes import gib
 from gircse.runtime.errors import MeasurementError
@@ -52,7 +51,7 @@ def check_memory(specs: Sequence[BackendSpec]) -> None:
         MeasurementError: main memory or that of the GPU is too small; names every backend with what it needs.
     """
     needs = [memory_need(spec) for spec in specs]
-    _compare("memory", needs, [need.host for need in needs], psutil.virtual_memory().available)
+    _compare("memory", needs, [need.host for need in needs], available_memory())
     if any(need.device for need in needs):
         _compare("GPU memory", needs, [need.device for need in needs], free_gpu_memory())
 

@@ -10,8 +10,8 @@ from typing import Any, Protocol
 
 import numpy as np
 import onnx_ir as ir
-import psutil
 
+from gircse.checkpoint.available_memory import available_memory
 from gircse.checkpoint.reference_choice import ReferenceOptions, open_reference
 from gircse.checkpoint.source import Checkpoint
 from gircse.evaluation.parity.batches import batch_tokens, side_batches
@@ -154,7 +154,7 @@ class BundleBackend:
         if not self._emulated:
             return None
         needed = int(COPIED_BYTES_PER_BYTE * self._bundle.manifest.weight_bytes(self._precision))
-        if (free := psutil.virtual_memory().available) >= needed:
+        if (free := available_memory()) >= needed:
             return None
         return (
             f"FP32 copies of the weights need {gib(needed)} of memory, {gib(free)} are available: each weight is "

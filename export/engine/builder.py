@@ -13,6 +13,7 @@ from typing import Any
 
 import psutil
 
+from gircse.checkpoint.available_memory import available_memory
 from gircse.export.engine.profiles import (
     DEFAULT_BATCH,
     DEFAULT_TOKENS,
@@ -259,7 +260,7 @@ def _announce_cost(
     """Say what the build will need, and refuse what cannot fit."""
     weights = bundle.manifest.weight_bytes(precision)
     needed = BUILD_BYTES + 3 * weights + LAYER_BYTES * builder.num_layers
-    free = psutil.virtual_memory().available
+    free = available_memory()
     disk = psutil.disk_usage(str(bundle.directory)).free
     seconds = LAYER_PAIR_SECONDS * len(profiles) * builder.num_layers**2
     duration = (
