@@ -5,6 +5,10 @@
     python benchmarks/seven_b.py 1.5b --scratch DIR --results DIR                   # for the growth
     python benchmarks/seven_b.py qwen-7b --layers 2 --scratch DIR --results DIR     # a rehearsal
 
+As on a machine with little memory, where Linux has control groups:
+
+    systemd-run --scope -p MemoryMax=8G python benchmarks/seven_b.py qwen-7b --scratch DIR --results DIR
+
 Each step is a command of its own. Its result is a file, RESULTS/SHAPE/STEP.json, so the same command line goes on where
 an earlier run ended; delete a file to measure again. What no later step reads is deleted from SCRATCH. Ends by writing
 RESULTS/seven_b.md, one table of all shapes, and RESULTS/growth.png. Machines with other work give longer times: every

@@ -119,6 +119,7 @@ def _shape_section(shape: str, steps: Sequence[Mapping[str, Any]]) -> str:
             f"`{step['step']}`",
             _minutes(step["seconds"]),
             _minutes(step["estimated_seconds"]) if step["estimated_seconds"] else "",
+            gib(step["available_memory"]),
             gib(step["peak_memory"]),
             gib(step["peak_anonymous"]),
             gib(step["bytes_read"]) if step["bytes_read"] else "",
@@ -128,8 +129,8 @@ def _shape_section(shape: str, steps: Sequence[Mapping[str, Any]]) -> str:
             f"{step['load_at_start']:.1f}",
             "; ".join(_missed(step)) or "yes",
         ])  # fmt: skip
-    header = ("step", "time", "estimated", "peak memory", "without files", "read by PyTorch", "disk", "peak disk")
-    header = (*header, "exit code", "load at start", "as it must be")
+    header = ("step", "time", "estimated", "memory there is", "peak memory", "without files", "read by PyTorch")
+    header = (*header, "disk", "peak disk", "exit code", "load at start", "as it must be")
     return f"## {shape}\n\n{markdown_table(header, rows)}"
 
 

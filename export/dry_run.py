@@ -27,7 +27,7 @@ from gircse.export.exporter import open_calibration
 from gircse.export.golden import golden_batch
 from gircse.export.model_source import SourceModel, open_source
 from gircse.export.options import ExportOptions
-from gircse.export.proof import SessionMemory, check_runtime
+from gircse.export.proof import check_runtime, session_memory
 from gircse.export.resources import TRACE_BYTES, ExportNeeds, check_disk
 from gircse.export.staging import check_destination
 from gircse.reporting.sizes import duration, gib
@@ -203,7 +203,7 @@ def _stages(options: ExportOptions, source: SourceModel, needs: ExportNeeds, mis
     free, embeddings = available_memory(), source.shape.vocab_size * source.shape.hidden_size
     for precision, size in needs.weights.items():
         if SPECS[precision].cpu:
-            session = SessionMemory.of(precision, weights=size, embeddings=embeddings).needed
+            _, session = session_memory(precision, weights=size, embeddings=embeddings, free=free)
             skipped = f"left out: {gib(free)} available" if session > free else ""
             yield Stage(f"check {precision}", 0 if skipped else session, 0, None, skipped or "no estimate of time")
 

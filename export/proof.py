@@ -1,12 +1,11 @@
 """The proof of an export, before it is published: the runtime, on the staged bundle, gives PyTorch's vectors."""
 
 import dataclasses
+import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Self
 
 import numpy as np
 import torch
@@ -14,6 +13,7 @@ import torch
 from gircse.checkpoint.available_memory import available_memory
 from gircse.checkpoint.reference import Reference, WholeReference, step_states, tensors_of
 from gircse.export.graph.builder import RefinementSettings
+from gircse.export.graph.separate_weights import separate_weights
 from gircse.reporting.progress import StageProgress
 from gircse.reporting.sizes import gib
 from gircse.runtime import Embedder
@@ -22,7 +22,7 @@ from gircse.runtime.errors import ExportError, GircseError
 from gircse.runtime.manifest import Layout
 from gircse.runtime.numerics import Float32, l2_normalize, pool_states, row_cosine
 from gircse.runtime.ort_session import open_session
-from gircse.runtime.precision import SPECS, Precision
+from gircse.runtime.precision import SPECS, Precision, session_bytes
 from gircse.runtime.self_test import (
     GoldenVectors,
     SelfTestReport,
@@ -32,21 +32,8 @@ from gircse.runtime.self_test import (
 )
 from gircse.runtime.tokenization import pad_batch
 
-SESSION_SHARES: Mapping[Precision, float] = {
-    Precision.FP32: 2.0,
-    Precision.FP16: 3.0,
-    Precision.INT8: 1.5,
-    Precision.INT8_WEIGHTS: 2.5,
-}
-"""Memory of a CPU session per byte of its weights (measured on the demo: 1.9, 2.7, 1.3 and 2.0). FP16 weights become
-FP32 copies."""
-
-CONVERTING_BYTES = 1 << 30
-"""What such a session takes besides the weights that are being converted."""
-
-BATCH_SECONDS, MAX_SECONDS = 120.0, 600.0
-"""A graph whose golden texts would take longer than the first embeds them one by one, and no more of them after the
-second."""
+MAX_SECONDS = 600.0
+"""What the golden texts of one graph may take; those that would take longer are left out."""
 
 EXCUSE = 0.01
 """A model amplifies rounding if PyTorch itself, in another precision, misses a hundredth of what the export missed. A
@@ -98,14 +85,19 @@ def prove_bundle(
     for name, variant in bundle.manifest.variants.items():
         precision = Precision(name)
         for layout in variant.graphs if SPECS[precision].cpu else ():
-            session = SessionMemory.of(precision, weights=bundle.manifest.weight_bytes(name), embeddings=embeddings)
-            if session.needed > (free := available_memory()):
-                memory = f"that needs {gib(session.needed)} of memory, {gib(free)} is available"
+            copy_weights, needed = session_memory(
+                precision,
+                weights=bundle.manifest.weight_bytes(name),
+                embeddings=embeddings,
+                free=(free := available_memory()),
+            )
+            if needed > free:
+                memory = f"that needs {gib(needed)} of memory, {gib(free)} is available"
                 progress.note(f"  {precision} ({layout}) is not checked against PyTorch: {memory}")
                 continue
-            slowly = "" if session.copy_weights else ", slowly, because FP32 copies of the weights do not fit in memory"
+            slowly = "" if copy_weights else ", slowly, because copies of the weights do not fit in memory"
             with progress.stage(f"check {precision} ({layout}) against PyTorch{slowly}"):
-                report = _run(bundle, golden, precision, layout, copy_weights=session.copy_weights)
+                report = _run(bundle, golden, precision, layout, copy_weights=copy_weights)
                 if not report.passed:
                     raise _failure(bundle, precision, layout, report, settings, open_reference)
             checked[name][layout] = report.texts
@@ -114,31 +106,22 @@ def prove_bundle(
     return checked
 
 
-@dataclass(frozen=True)
-class SessionMemory:
-    """What a session on the CPU takes.
+def session_memory(precision: str, *, weights: int, embeddings: int, free: int) -> tuple[bool, int]:
+    """Choose how a variant runs on the CPU.
 
-    Attributes:
-        needed: bytes.
-        copy_weights: see ``load_graph``.
+    Args:
+        precision: of the variant.
+        weights: bytes of its weights.
+        embeddings: elements of the embedding table.
+        free: bytes of memory.
+
+    Returns:
+        Whether copies of the weights fit (see ``load_graph``), and what the session takes.
     """
-
-    needed: int
-    copy_weights: bool
-
-    @classmethod
-    def of(cls, precision: Precision, *, weights: int, embeddings: int) -> Self:
-        """Choose how a precision runs here.
-
-        Args:
-            precision: of a variant.
-            weights: bytes of its weights.
-            embeddings: elements of the embedding table, its largest weight.
-        """
-        needed = int(SESSION_SHARES[precision] * weights)
-        if precision is Precision.FP16 and needed > available_memory():
-            return cls(2 * 4 * embeddings + CONVERTING_BYTES, copy_weights=False)
-        return cls(needed, copy_weights=True)
+    with_copies = session_bytes(precision, weights=weights, embeddings=embeddings)
+    if with_copies <= free:
+        return True, with_copies
+    return False, session_bytes(precision, weights=weights, embeddings=embeddings, copy_weights=False)
 
 
 def _run(
@@ -146,7 +129,8 @@ def _run(
 ) -> SelfTestReport:
     # Not verified: the hashes were taken while the files were written.
     try:
-        session = open_session(bundle, precision, layout=layout, copy_weights=copy_weights)
+        content = None if copy_weights else separate_weights(bundle.graph(precision, layout))
+        session = open_session(bundle, precision, layout=layout, content=content, copy_weights=copy_weights)
         with Embedder.from_session(bundle, session, precision=precision) as embedder:
             return _compare(embedder, golden)
     except GircseError as err:
@@ -159,26 +143,28 @@ def _run(
 
 
 def _compare(embedder: Embedder, golden: GoldenVectors) -> SelfTestReport:
-    """Embed the golden texts as one batch; where that would take long, one by one, as many as the time allows."""
-    shortest_first = sorted(range(len(golden.texts)), key=lambda text: len(golden.token_ids[text]))
-    start = time.perf_counter()
-    vectors = {shortest_first[0]: _embed(embedder, golden.token_ids[shortest_first[0]])}
-    if (time.perf_counter() - start) * len(golden.texts) < BATCH_SECONDS:
-        return embedder.self_test()
-    for text in shortest_first[1:]:
-        if time.perf_counter() - start > MAX_SECONDS:
-            break
-        vectors[text] = _embed(embedder, golden.token_ids[text])
-    texts = sorted(vectors)
-    ours = np.concatenate([vectors[text] for text in texts])
-    report = compare_with_golden(ours, golden.vectors[texts], precision=embedder.precision)
-    return dataclasses.replace(report, worst_text=texts[report.worst_text])
+    """Embed the shortest golden text, then as many of the others at once as the time allows, until none is left."""
+    left = sorted(range(len(golden.texts)), key=lambda text: len(golden.token_ids[text]))
+    vectors: dict[int, Float32] = {}
+    end, texts_at_once = time.perf_counter() + MAX_SECONDS, 1
+    while texts := left[: max(0, texts_at_once)]:
+        start = time.perf_counter()
+        vectors |= _embed(embedder, golden, texts)
+        left = left[len(texts) :]
+        now = time.perf_counter()
+        # Many texts take less than as many times one of them, so the next batch ends in time.
+        texts_at_once = int((end - now) / (now - start) * len(texts))
+    done = sorted(vectors)
+    ours = np.stack([vectors[text] for text in done])
+    report = compare_with_golden(ours, golden.vectors[done], precision=embedder.precision)
+    return dataclasses.replace(report, worst_text=done[report.worst_text])
 
 
-def _embed(embedder: Embedder, token_ids: list[int]) -> Float32:
-    """Return h_0 normalized and z_1..z_K (1, K + 1, hidden) float32 of a text."""
-    ((_, outputs),) = embedder.run_batches([token_ids])
-    return all_vectors(outputs)
+def _embed(embedder: Embedder, golden: GoldenVectors, texts: Sequence[int]) -> dict[int, Float32]:
+    """Return h_0 normalized and z_1..z_K (K + 1, hidden) float32 of some golden texts, embedded as one batch."""
+    token_ids = [golden.token_ids[text] for text in texts]
+    ((rows, outputs),) = embedder.run_batches(token_ids, batch_size=len(texts), batch_tokens=sys.maxsize)
+    return dict(zip([texts[row] for row in rows], all_vectors(outputs), strict=True))
 
 
 def _failure(

@@ -28,8 +28,8 @@ EXECUTION_PROVIDERS = {
 _OPTIONS = {"CUDAExecutionProvider": {"use_tf32": "0"}}
 """By default the CUDA provider computes FP32 products in TF32, whose vectors are not those of FP32."""
 
-_WEIGHT_COPIES = ["ConstantFolding", "FuseFp16InitializerToFp32NodeTransformer"]
-"""Optimizers that put FP32 copies of FP16 weights into a graph."""
+_WEIGHT_COPIES = ["ConstantFolding", "FuseFp16InitializerToFp32NodeTransformer", "CommonSubexpressionElimination"]
+"""Optimizers that put FP32 copies of FP16 weights into a graph, or convert one for several uses."""
 
 _LIBRARIES = {Provider.CUDA: "CUDA and cuDNN", Provider.ORT_TENSORRT: "CUDA, cuDNN and TensorRT"}
 
@@ -247,8 +247,10 @@ def load_graph(
         provider: one of ONNX Runtime's.
         threads: threads of one run; None lets ONNX Runtime take the physical cores.
         content: an edited graph to load in place of the file's own content.
-        copy_weights: let the CPU keep FP32 copies of FP16 and BF16 weights. Without, each is converted where it is used
-            and the file stays mapped: a fraction of the memory, and slower.
+        copy_weights: let the CPU keep copies of the weights, packed for its products, and FP16 and BF16 ones in FP32.
+            Without, the file stays mapped and each weight is converted where it is used: a fraction of the memory, and
+            slower. A converted weight is held from its first use to its last, so ``content`` has to have an initializer
+            or a Cast for each.
 
     Raises:
         ProviderError: onnxruntime is not installed, or cannot use the provider.
@@ -271,8 +273,11 @@ def load_graph(
     if content is not None:
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
     if not copy_weights:
-        # What a converted weight took is free again after its product, not kept for the next run.
+        options.add_session_config_entry("session.disable_prepacking", "1")
+        # What a converted weight took is free again after its product, not kept for the next run; and none is converted
+        # before its turn, as all are in the default order.
         options.enable_cpu_mem_arena = options.enable_mem_pattern = False
+        options.execution_order = ort.ExecutionOrder.PRIORITY_BASED
     providers = [(name, _OPTIONS.get(name, {})) for name in wanted]
     disabled = {} if copy_weights else {"disabled_optimizers": _WEIGHT_COPIES}
     try:

@@ -64,6 +64,9 @@ class PrecisionSpec:
         self_test_min_cosine: smallest cosine to the golden vectors that passes. It detects damage; how good a precision
             is, ``limits`` say.
         limits: what it has to keep.
+        copied: what a session of the CPU provider holds as copies of the weights, in bytes per byte of them: packed for
+            its products, FP16 and BF16 as FP32 (measured on the demo, as is the next).
+        tables: what it computes with besides, in embedding tables in FP32.
     """
 
     dtype: str
@@ -77,6 +80,8 @@ class PrecisionSpec:
     float32: tuple[str, ...]
     self_test_min_cosine: float
     limits: ParityLimits
+    copied: float
+    tables: float
 
 
 _HALF_ISLANDS = (
@@ -102,6 +107,8 @@ SPECS: Mapping[Precision, PrecisionSpec] = {
         float32=(),
         self_test_min_cosine=0.9999,  # measured worst 0.9999975: bare demo, pooling last, K = 8
         limits=ParityLimits(0.9999, 0.9999, 0.99, 0.001, 1e-3),
+        copied=1.0,
+        tables=1.0,
     ),
     Precision.FP16: PrecisionSpec(
         dtype="float16",
@@ -115,6 +122,8 @@ SPECS: Mapping[Precision, PrecisionSpec] = {
         float32=_HALF_ISLANDS,
         self_test_min_cosine=0.999,
         limits=ParityLimits(0.9995, 0.999, 0.98, 0.002, 5e-3),
+        copied=2.0,
+        tables=1.5,
     ),
     Precision.BF16: PrecisionSpec(
         dtype="bfloat16",
@@ -129,6 +138,8 @@ SPECS: Mapping[Precision, PrecisionSpec] = {
         self_test_min_cosine=0.999,
         # Batch difference on an H200: 5.9e-3, and 7.5e-3 in PyTorch's own BF16.
         limits=ParityLimits(0.9995, 0.999, 0.98, 0.002, 1e-2),
+        copied=2.0,
+        tables=1.5,
     ),
     Precision.INT8: PrecisionSpec(
         dtype="float32",
@@ -144,6 +155,8 @@ SPECS: Mapping[Precision, PrecisionSpec] = {
         # Another batch shape changes the last bit of FP32 sums, which flips roundings to 8 bits: batch difference 0.017
         # to 0.033. A scale taken over the batch (ONNX Runtime's quantize_dynamic) has 0.127.
         limits=ParityLimits(0.98, 0.99, 0.93, 0.004, 5e-2),
+        copied=1.0,
+        tables=0.1,
     ),
     Precision.INT8_WEIGHTS: PrecisionSpec(
         dtype="float32",
@@ -157,8 +170,13 @@ SPECS: Mapping[Precision, PrecisionSpec] = {
         float32=_INT8_FLOAT,
         self_test_min_cosine=0.995,  # measured 0.9995
         limits=ParityLimits(0.995, 0.9995, 0.98, 0.002, 1e-3),
+        copied=1.0,
+        tables=1.7,
     ),
 }
+
+SESSION_BYTES = 1 << 28
+"""A process with its libraries and the activations of one batch (measured on the demo: 0.1 to 0.25 GiB)."""
 
 CPU_ORDER = tuple(precision for precision, spec in SPECS.items() if spec.cpu)
 GPU_ORDER = tuple(sorted(SPECS, key=lambda precision: SPECS[precision].gpu_rank))
@@ -190,3 +208,19 @@ def precision_spec(precision: str) -> PrecisionSpec:
             f"it knows {', '.join(Precision)}",
             "Upgrade: pip install -U gircse-deploy",
         ) from err
+
+
+def session_bytes(precision: str, *, weights: int, embeddings: int, copy_weights: bool = True) -> int:
+    """Estimate the memory of a process with one session of the CPU provider.
+
+    Args:
+        precision: of a variant.
+        weights: bytes of its weights.
+        embeddings: elements of the embedding table.
+        copy_weights: see ``load_graph``; what the system maps and can drop again is not counted.
+
+    Raises:
+        BundleError: this version does not know the precision.
+    """
+    spec = precision_spec(precision)
+    return SESSION_BYTES + int(4 * spec.tables * embeddings) + (int(spec.copied * weights) if copy_weights else 0)

@@ -8,23 +8,11 @@ from gircse.checkpoint.available_memory import available_memory
 from gircse.evaluation.bench.backends import BackendSpec, BundleSpec, TorchSpec
 from gircse.reporting.sizes import gib
 from gircse.runtime.errors import MeasurementError
-from gircse.runtime.precision import Precision
+from gircse.runtime.precision import SESSION_BYTES, session_bytes
 from gircse.runtime.provider import Provider
-
-RUN_BYTES = 1 << 28
-"""A process with its libraries and the activations of one batch (measured on the demo: 0.1 to 0.25 GiB)."""
 
 CUDA_BYTES = 1 << 30
 """A CUDA context with its libraries, and the activations of one batch."""
-
-SESSION_FACTORS: dict[str, tuple[float, float]] = {
-    Precision.FP32: (1.0, 1.0),
-    Precision.FP16: (2.0, 1.5),
-    Precision.INT8: (1.0, 0.1),
-    Precision.INT8_WEIGHTS: (1.0, 1.7),
-}
-"""What an ONNX Runtime session on the CPU takes: so many times its weights, and so many times the embedding table in
-FP32 (measured on the demo). FP16 is computed in FP32 there, in copies of the weights."""
 
 
 @dataclass(frozen=True)
@@ -60,16 +48,15 @@ def memory_need(spec: BackendSpec) -> MemoryNeed:
     """Estimate what a backend needs."""
     weights = spec.model_bytes()
     facts = spec.bundle.manifest.graph
-    table = 4 * facts.vocab_size * facts.hidden_size
+    embeddings = facts.vocab_size * facts.hidden_size
     if isinstance(spec, TorchSpec):
         host, device = spec.memory_bytes()
         return MemoryNeed(spec.name, weights, host, device)
     if not isinstance(spec, BundleSpec):  # llama.cpp maps its file; soft tokens are mixed with a table of their own
-        return MemoryNeed(spec.name, weights, RUN_BYTES + weights + table)
+        return MemoryNeed(spec.name, weights, SESSION_BYTES + weights + 4 * embeddings)
     if spec.provider is not Provider.CPU:
-        return MemoryNeed(spec.name, weights, RUN_BYTES, CUDA_BYTES + weights)
-    of_weights, of_table = SESSION_FACTORS.get(spec.precision, (1.0, 1.0))
-    return MemoryNeed(spec.name, weights, RUN_BYTES + int(of_weights * weights + of_table * table))
+        return MemoryNeed(spec.name, weights, SESSION_BYTES, CUDA_BYTES + weights)
+    return MemoryNeed(spec.name, weights, session_bytes(spec.precision, weights=weights, embeddings=embeddings))
 
 
 def free_gpu_memory() -> int | None:

@@ -26,14 +26,11 @@ from gircse.runtime.embedder import DEFAULT_BATCH_SIZE
 from gircse.runtime.manifest import Layout
 from gircse.runtime.numerics import Float32, l2_normalize, pool_states
 from gircse.runtime.ort_session import open_session
-from gircse.runtime.precision import precision_spec
+from gircse.runtime.precision import precision_spec, session_bytes
 from gircse.runtime.provider import Provider
 from gircse.runtime.tokenization import TokenBatch, open_tokenizer
 
 TokenIds = Sequence[list[int]]
-
-COPIED_BYTES_PER_BYTE = 3.0
-"""Memory of an emulated session per byte of weights, with FP32 copies of them (measured: 2.5 on the demo)."""
 
 
 class Backend(Protocol):
@@ -150,38 +147,41 @@ class BundleBackend:
 
     @functools.cached_property
     def memory_note(self) -> str | None:
-        """Why weights are converted where they are used, which is slower; None where FP32 copies of them fit."""
-        if not self._emulated:
-            return None
-        needed = int(COPIED_BYTES_PER_BYTE * self._bundle.manifest.weight_bytes(self._precision))
-        if (free := available_memory()) >= needed:
+        """Why weights stay in their file, which is slower; None where copies of them fit in memory."""
+        weights = self._bundle.manifest.weight_bytes(self._precision)
+        embeddings = self._facts.vocab_size * self._facts.hidden_size
+        needed = session_bytes(self._precision, weights=weights, embeddings=embeddings)
+        if self._probe_provider is not Provider.CPU or (free := available_memory()) >= needed:
             return None
         return (
-            f"FP32 copies of the weights need {gib(needed)} of memory, {gib(free)} are available: each weight is "
-            "converted where it is used"
+            f"a session with copies of the weights needs {gib(needed)} of memory, {gib(free)} are available: they stay "
+            "in their file, which is slower"
         )
 
     def open_embedder(self) -> Embedder:
         """Load the runtime."""
-        if self._emulated:
-            layout = self._bundle.layout(self._precision, self._layout)
-            graph = ir.to_proto(emulated_graph(self._bundle.graph(self._precision, layout)))
-            session = open_session(
-                self._bundle,
-                self._precision,
-                layout=layout,
+        if self._provider is not Provider.CPU or not (self._emulated or self.memory_note):
+            return Embedder(
+                self._bundle.directory,
+                precision=self._precision,
+                provider=self._provider,
+                layout=self._layout,
                 threads=self._threads,
-                content=graph.SerializeToString(),
-                copy_weights=self.memory_note is None,
             )
-            return Embedder.from_session(self._bundle, session, precision=self._precision)
-        return Embedder(
-            self._bundle.directory,
-            precision=self._precision,
-            provider=self._provider,
-            layout=self._layout,
+        layout, copy_weights = self._bundle.layout(self._precision, self._layout), self.memory_note is None
+        content = None
+        if self._emulated:
+            graph = emulated_graph(self._bundle.graph(self._precision, layout), copy_weights=copy_weights)
+            content = ir.to_proto(graph).SerializeToString()
+        session = open_session(
+            self._bundle,
+            self._precision,
+            layout=layout,
             threads=self._threads,
+            content=content,
+            copy_weights=copy_weights,
         )
+        return Embedder.from_session(self._bundle, session, precision=self._precision)
 
     def embed(self, token_ids: TokenIds, advance: Advance) -> Float32:
         """Return z_0..z_K (n, K + 1, hidden) float32."""

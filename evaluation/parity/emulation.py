@@ -14,13 +14,14 @@ LOW_TYPES = {ir.DataType.FLOAT16, ir.DataType.BFLOAT16}
 _WIDE = ir.TensorType(ir.DataType.FLOAT)
 
 
-def emulated_graph(path: Path) -> ir.Model:
+def emulated_graph(path: Path, *, copy_weights: bool = True) -> ir.Model:
     """Return the graph of an FP16 or BF16 variant, changed so that it computes the same in FP32.
 
     Inputs and outputs in the low type become FP32.
 
     Args:
         path: the graph's file.
+        copy_weights: convert each weight once, for all its uses; see ``load_graph``.
     """
     model = ir.load(path)
     graph = model.graph
@@ -34,12 +35,21 @@ def emulated_graph(path: Path) -> ir.Model:
         for value in node.outputs:
             if value.dtype in LOW_TYPES:
                 _round(graph, node, value)
-    for weight in list(graph.initializers.values()):
-        if weight.dtype in LOW_TYPES:
+    for weight in [value for value in graph.initializers.values() if value.dtype in LOW_TYPES]:
+        if copy_weights:
             wide = ir.Value(type=_WIDE)
             weight.replace_all_uses_with(wide)
             graph.insert_before(nodes[0], cast(weight, ir.DataType.FLOAT, wide))
+        else:
+            _convert_for_each_use(graph, weight)
     return model
+
+
+def _convert_for_each_use(graph: ir.Graph, weight: ir.Value) -> None:
+    for node, index in list(weight.uses()):
+        wide = ir.Value(type=_WIDE)
+        node.replace_input_with(index, wide)
+        graph.insert_before(node, cast(weight, ir.DataType.FLOAT, wide))
 
 
 def _round(graph: ir.Graph, node: ir.Node, exact: ir.Value) -> None:

@@ -79,7 +79,7 @@ class GraphProbe:
         )
         path = bundle.graph(precision, layout)
         emulated = precision_spec(precision).emulated and provider is Provider.CPU
-        model = emulated_graph(path) if emulated else ir.load(path)
+        model = emulated_graph(path, copy_weights=copy_weights) if emulated else ir.load(path)
         content = _instrumented(path, model, prefixes, inner)
         self._graph = load_graph(path, provider=provider, threads=threads, content=content, copy_weights=copy_weights)
         if not self._unrolled:

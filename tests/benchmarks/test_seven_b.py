@@ -201,6 +201,7 @@ def result(name: str, **change: Any) -> dict[str, Any]:
         "exit_code": 0,
         "weights": None,
         "load_at_start": 0.0,
+        "available_memory": 8 << 30,
         **change,
     }
 

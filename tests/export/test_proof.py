@@ -4,6 +4,7 @@ import dataclasses
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ from gircse.export.graph.builder import RefinementSettings
 from gircse.export.options import ExportOptions
 from gircse.export.variants import DecoderGraph
 from gircse.runtime.errors import ExportError
-from gircse.runtime.precision import Precision
+from gircse.runtime.precision import session_bytes
 
 
 def spoil(monkeypatch: pytest.MonkeyPatch, **change: Any) -> None:
@@ -101,8 +102,6 @@ def test_texts_that_would_take_too_long_are_left_out(
     small_models: SmallModels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     odd = odd_model(small_models, tmp_path, "llama")
-    monkeypatch.setattr(proof, "BATCH_SECONDS", 0.0)
-    assert checked_of(odd.export(tmp_path / "one-by-one", layout="stepwise")) == {"fp32": {"stepwise": 12}}
     monkeypatch.setattr(proof, "MAX_SECONDS", 0.0)
     assert checked_of(odd.export(tmp_path / "one", layout="stepwise")) == {"fp32": {"stepwise": 1}}
     assert "  1 of 12 texts: the others would have taken too long" in capsys.readouterr().err
@@ -110,21 +109,47 @@ def test_texts_that_would_take_too_long_are_left_out(
     refused(odd, tmp_path, r"most there for 'ok'|most there for ''", layout="stepwise")
 
 
-def test_fp16_is_checked_without_copies_of_its_weights_where_these_do_not_fit(
-    small_models: SmallModels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_as_many_texts_at_once_as_there_is_time_for(
+    small_models: SmallModels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With weights that are converted anew for each batch, one of 5 texts takes no longer than one of 1."""
+    odd = odd_model(small_models, tmp_path, "llama")
+    clock, sizes = 0.0, []
+    embed = proof._embed
+
+    def embed_in_100_s(embedder: Any, golden: Any, texts: list[int]) -> Any:
+        nonlocal clock
+        clock += 100.0
+        sizes.append(len(texts))
+        return embed(embedder, golden, texts)
+
+    monkeypatch.setattr(proof, "_embed", embed_in_100_s)
+    monkeypatch.setattr(proof, "time", SimpleNamespace(perf_counter=lambda: clock))
+    assert checked_of(odd.export(tmp_path / "out", layout="stepwise")) == {"fp32": {"stepwise": 12}}
+    assert sizes == [1, 5, 6]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_a_graph_is_checked_without_copies_of_its_weights_where_these_do_not_fit(
+    small_models: SmallModels,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    precision: str,
 ) -> None:
     odd = odd_model(small_models, tmp_path, "llama")
-    monkeypatch.setitem(proof.SESSION_SHARES, Precision.FP16, 1e12)  # type: ignore[index]
-    bundle = odd.export(tmp_path / "out", precisions=("fp16",), layout="stepwise")
-    assert checked_of(bundle) == {"fp16": {"stepwise": 12}}
-    assert "slowly, because FP32 copies of the weights do not fit in memory" in capsys.readouterr().err
+    least = session_bytes(precision, weights=0, embeddings=520 * 48, copy_weights=False)
+    monkeypatch.setattr(proof, "available_memory", lambda: least)
+    bundle = odd.export(tmp_path / "out", precisions=(precision,))
+    assert checked_of(bundle) == {precision: {"unrolled": 12, "stepwise": 12}}
+    assert "slowly, because copies of the weights do not fit in memory" in capsys.readouterr().err
 
 
 def test_what_does_not_fit_is_left_out_and_said(
     small_models: SmallModels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     odd = odd_model(small_models, tmp_path, "llama")
-    monkeypatch.setitem(proof.SESSION_SHARES, Precision.FP32, 1e12)  # type: ignore[index]
+    monkeypatch.setattr(proof, "available_memory", lambda: 1 << 20)
     bundle = odd.export(tmp_path / "out", layout="stepwise")
     assert checked_of(bundle) == {"fp32": {}}
     assert "fp32 (stepwise) is not checked against PyTorch: that needs" in capsys.readouterr().err

@@ -10,9 +10,10 @@ from gircse.checkpoint.source import resolve_checkpoint
 from gircse.evaluation import bench_command
 from gircse.evaluation.bench import memory
 from gircse.evaluation.bench.backends import BundleSpec, LlamaCppSpec, TorchSpec
-from gircse.evaluation.bench.memory import CUDA_BYTES, RUN_BYTES, check_memory, memory_need
+from gircse.evaluation.bench.memory import CUDA_BYTES, check_memory, memory_need
 from gircse.runtime import MeasurementError
 from gircse.runtime.bundle import Bundle
+from gircse.runtime.precision import SESSION_BYTES
 from gircse.runtime.provider import Provider
 
 
@@ -22,24 +23,24 @@ def test_needs_grow_with_the_weights(small_models: SmallModels) -> None:
     table = 4 * 520 * 48
     fp32 = memory_need(BundleSpec(bundle, "fp32", 1))
     assert fp32.weights > bundle.manifest.weight_bytes("fp32")  # the graph is a file too
-    assert (fp32.host, fp32.device) == (RUN_BYTES + fp32.weights + table, 0)
+    assert (fp32.host, fp32.device) == (SESSION_BYTES + fp32.weights + table, 0)
     fp16 = memory_need(BundleSpec(bundle, "fp16", 1))
-    assert fp16.host > RUN_BYTES + 2 * bundle.manifest.weight_bytes("fp16")  # computed in FP32
+    assert fp16.host > SESSION_BYTES + 2 * bundle.manifest.weight_bytes("fp16")  # computed in FP32
     on_gpu = memory_need(BundleSpec(bundle, "fp16", 1, provider=Provider.CUDA))
-    assert (on_gpu.host, on_gpu.device) == (RUN_BYTES, CUDA_BYTES + on_gpu.weights)
+    assert (on_gpu.host, on_gpu.device) == (SESSION_BYTES, CUDA_BYTES + on_gpu.weights)
     torch = memory_need(TorchSpec(bundle, checkpoint, "fp32", 1))
-    assert torch.host > torch.weights + RUN_BYTES
+    assert torch.host > torch.weights + SESSION_BYTES
     assert torch.device == 0
     gguf = checkpoint.directory / "config.json"
     llama = memory_need(LlamaCppSpec(bundle, checkpoint, gguf, "Q8_0", 1, 1, 1, 1))
-    assert llama.host == RUN_BYTES + gguf.stat().st_size + table
+    assert llama.host == SESSION_BYTES + gguf.stat().st_size + table
 
 
 def test_what_does_not_fit_is_refused(
     small_models: SmallModels, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = small_models.bundle("llama", precisions=("fp32", "fp16"))
-    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=RUN_BYTES))
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=SESSION_BYTES))
     assert bench_command.main([str(path)]) == 2
     name = path.name
     assert (

@@ -91,7 +91,7 @@ def test_without_room_for_copies_of_the_weights(
     np.testing.assert_allclose(first[:, :2], second[:, :2], atol=1e-2 if precision == "bf16" else 1e-3)
     np.testing.assert_allclose(traced[:, 0], traced_too[:, 0], rtol=0.05, atol=0.05)
     assert backends[0].memory_note is None
-    assert re.match(r"FP32 copies of the weights need 0\.00 GiB .* where it is used", str(backends[1].memory_note))
+    assert re.match(r"a session with copies of the weights needs 0\.\d+ GiB", str(backends[1].memory_note))
     copied, in_place = sessions[:2], sessions[2:]
     table = 520 * 48
     assert [arena for _, arena in (*copied, *in_place)] == [True, True, False, False]
