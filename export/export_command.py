@@ -12,7 +12,6 @@ from typing import Any
 
 from gircse.checkpoint.model_settings import ModelSettings, add_model_flags
 from gircse.checkpoint.reference_choice import add_reference_flags
-from gircse.reporting.sizes import gib, peak_memory
 from gircse.runtime.command import comma_separated, parse_arguments, run_command, write_stdout
 from gircse.runtime.manifest import Layout
 from gircse.runtime.precision import Precision
@@ -165,7 +164,7 @@ def _default_output(settings: ModelSettings) -> Path:
 
 def _print_summary(bundle: Path, seconds: float) -> None:
     size = sum(path.stat().st_size for path in bundle.rglob("*") if path.is_file())
-    print(f"  {size / 2**20:.0f} MiB, {seconds:.0f} s, peak memory {gib(peak_memory())}", file=sys.stderr)
+    print(f"  {size / 2**20:.0f} MiB, {seconds:.0f} s", file=sys.stderr)
     print(f"  next: gircse-embed {bundle} --self-test", file=sys.stderr)
     print(bundle)
 

@@ -25,7 +25,7 @@ from gircse.export.resources import ExportNeeds, check_disk, free_disk
 from gircse.export.staging import check_destination, staged_directory
 from gircse.export.variants import DecoderGraph, VariantDraft, draft_variant, write_variant
 from gircse.reporting.progress import StageProgress, Unit
-from gircse.reporting.sizes import duration, gib
+from gircse.reporting.sizes import duration, gib, peak_memory
 from gircse.runtime.bundle import file_sha256
 from gircse.runtime.errors import OptionError, OutputError, readable
 from gircse.runtime.manifest import MANIFEST_NAME, SCHEMA_VERSION, FileEntry, Manifest, Variant
@@ -83,6 +83,8 @@ def export_bundle(options: ExportOptions, *, progress: StageProgress | None = No
             with progress.stage("hash the files"):
                 manifest = _manifest(directory, variants, options, source, files, golden_missing_reason)
             (directory / MANIFEST_NAME).write_bytes(manifest.to_json())
+            # Not after the check, where a file that a session maps counts as often as its weights are used.
+            progress.note(f"  peak memory {gib(peak_memory())} so far")
             if golden_missing_reason is None:
                 checked = prove_bundle(
                     directory,
