@@ -15,14 +15,11 @@ _LOW = {ir.DataType.FLOAT16, ir.DataType.BFLOAT16}
 def separate_weights(path: Path) -> bytes:
     """Return the edited graph; weights stay in the files beside ``path``."""
     model = ir.load(path)
-    for name, weight in list(model.graph.initializers.items()):
-        if weight.dtype not in _LOW or not isinstance(weight.const_value, ir.ExternalTensor):
-            continue
+    for weight in [value for value in model.graph.initializers.values() if value.dtype in _LOW]:
         for number, (node, index) in enumerate(list(weight.uses())[1:], start=1):
-            copy = ir.Value(
-                name=f"{name}.{number}", type=weight.type, shape=weight.shape, const_value=weight.const_value
-            )
-            model.graph.register_initializer(copy)
-            node.replace_input_with(index, copy)
+            name = f"{weight.name}.{number}"
+            same = ir.Value(name=name, type=weight.type, shape=weight.shape, const_value=weight.const_value)
+            model.graph.register_initializer(same)
+            node.replace_input_with(index, same)
     content: bytes = ir.to_proto(model).SerializeToString()
     return content
