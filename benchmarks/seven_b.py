@@ -227,6 +227,7 @@ def _result(step: Step, measured: Measurement, scratch: Path, *, load: float, av
         "layers": config["num_hidden_layers"],
         "settings": dict(step.settings),
         **dataclasses.asdict(measured),
+        "output": measured.output.replace(str(scratch), "SCRATCH"),
         "disk": sum(size_of(scratch / name) for name in step.writes),
         "estimated_seconds": float(estimate[1]) * 60 if estimate else None,
         "bytes_read": sum(int(float(size) * 2**30) for size in read) or None,

@@ -122,7 +122,7 @@ SPECS: Mapping[Precision, PrecisionSpec] = {
         float32=_HALF_ISLANDS,
         self_test_min_cosine=0.999,
         limits=ParityLimits(0.9995, 0.999, 0.98, 0.002, 5e-3),
-        copied=2.0,
+        copied=2.7,  # an unrolled graph of the demo: 1.06 GiB in all
         tables=1.5,
     ),
     Precision.BF16: PrecisionSpec(
@@ -138,7 +138,7 @@ SPECS: Mapping[Precision, PrecisionSpec] = {
         self_test_min_cosine=0.999,
         # Batch difference on an H200: 5.9e-3, and 7.5e-3 in PyTorch's own BF16.
         limits=ParityLimits(0.9995, 0.999, 0.98, 0.002, 1e-2),
-        copied=2.0,
+        copied=2.7,
         tables=1.5,
     ),
     Precision.INT8: PrecisionSpec(
