@@ -222,12 +222,12 @@ def _result(step: Step, measured: Measurement, scratch: Path, *, load: float, av
     weights = next((scratch / name for name in step.reads if (scratch / name / "int8" / "weights.bin").is_file()), None)
     return {
         "step": step.name,
-        "argv": [part.replace(str(scratch), "SCRATCH") for part in step.argv],
+        "argv": [_without_places(part, scratch) for part in step.argv],
         "parameters": index["metadata"]["total_size"] // 2,
         "layers": config["num_hidden_layers"],
         "settings": dict(step.settings),
         **dataclasses.asdict(measured),
-        "output": measured.output.replace(str(scratch), "SCRATCH"),
+        "output": _without_places(measured.output, scratch),
         "disk": sum(size_of(scratch / name) for name in step.writes),
         "estimated_seconds": float(estimate[1]) * 60 if estimate else None,
         "bytes_read": sum(int(float(size) * 2**30) for size in read) or None,
@@ -236,6 +236,13 @@ def _result(step: Step, measured: Measurement, scratch: Path, *, load: float, av
         "available_memory": available,
         "environment": describe_environment(),
     }
+
+
+def _without_places(text: str, scratch: Path) -> str:
+    """Return a text of a result without the folders of this machine."""
+    for place, name in ((str(scratch), "SCRATCH"), (sys.executable, "python"), (f"{MAKER.parent}/", "")):
+        text = text.replace(place, name)
+    return text
 
 
 def _clean_up(past: Sequence[Step], coming: Sequence[Step], scratch: Path) -> None:

@@ -330,6 +330,7 @@ def _calibrate_inputs(run: _Run, soft_tokens: SoftTokens, plan: Plan) -> InputCa
     search = run.search(plan)
     with run.progress.stage("calibrate the layers", total=run.streamed.num_layers) as advance:
         LayerSweep(run.streamed, run.corpus.observed, soft_tokens, search).run(run.folder, advance)
+    run.streamed.free_buffers()  # before the sensitivity asks how much memory there is
     inputs: InputCalibrations = {}
     for name in run.layer_names:
         inputs |= read_calibrations(run.folder, name)

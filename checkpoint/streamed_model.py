@@ -117,6 +117,10 @@ class StreamedModel:
                     if name not in self._resident:
                         self._spare.append(state)  # the next layer but one is read into it
 
+    def free_buffers(self) -> None:
+        """Give up the memory that layers were read into; the next sweep takes new one."""
+        self._spare.clear()
+
     def begin(
         self,
         *,

@@ -1,5 +1,6 @@
 """A streamed reference gives the numbers of the whole model, on every architecture and with every kind of adapter."""
 
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -212,3 +213,14 @@ def test_every_tensor_is_read_once_in_a_sweep(small_models: SmallModels, tmp_pat
     vocabulary = sizes["lm_head.weight"] + sizes["model.embed_tokens.weight"]
     rows = sum(len(np.unique(batch.input_ids)) for batch in BATCHES) * 2 * 48
     assert reference.bytes_read - before == (STEPS + 1) * (layers + factors) + STEPS * vocabulary + rows
+
+
+def test_the_memory_of_layers_is_kept_for_the_next_ones_until_it_is_freed(small_models: SmallModels) -> None:
+    checkpoint = resolve_checkpoint(str(small_models.checkpoint("llama")))
+    config = read_model_config(checkpoint.directory)
+    streamed = StreamedModel(config, ModelWeights.open(checkpoint, config, steps=1))
+    assert len(list(streamed.layers())) == 2
+    kept = [weakref.ref(value) for state in streamed._spare for value in state.values()]
+    assert kept
+    streamed.free_buffers()
+    assert all(value() is None for value in kept)
