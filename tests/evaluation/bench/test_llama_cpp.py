@@ -190,13 +190,13 @@ def test_a_missing_package_names_its_extra(monkeypatch: pytest.MonkeyPatch) -> N
 def test_the_demo_agrees_with_pytorch(tmp_path: Path) -> None:
     """As the benchmark runs it, in its own process: llama.cpp's default weights use AMX where there is any."""
     pytest.importorskip("llama_cpp", reason=NOT_INSTALLED)
-    bundle = export_bundle(ExportOptions(output=tmp_path / "demo", steps=8, layout="stepwise"))
+    bundle = Bundle.open(export_bundle(ExportOptions(output=tmp_path / "demo", steps=8, layout="stepwise")))
     checkpoint = resolve_checkpoint("demo")
     demo = Case(gguf_of(checkpoint), load_reference(checkpoint))
-    tokenize = open_tokenizer(Bundle.open(bundle))
+    tokenize = open_tokenizer(bundle)
     prompts = [np.array([ids]) for ids in tokenize([prompt.text for prompt in read_prompts(None)[:12]])]
     longest = max(prompt.size for prompt in prompts)
-    spec = LlamaCppSpec(Bundle.open(bundle), demo.gguf, "Q8_0", threads=2, batch=1, tokens=longest, steps=8)
+    spec = LlamaCppSpec(bundle, checkpoint, demo.gguf, "Q8_0", threads=2, batch=1, tokens=longest, steps=8)
     with Worker(spec) as worker:
         try:
             vectors = [worker.run(prompt, 8)[1] for prompt in prompts]
