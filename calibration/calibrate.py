@@ -46,7 +46,7 @@ from gircse.checkpoint.model_config import read_model_config
 from gircse.checkpoint.model_settings import ModelSettings, check_range
 from gircse.checkpoint.model_weights import ModelWeights
 from gircse.checkpoint.reference import Reference
-from gircse.checkpoint.reference_choice import ReferenceOptions, check_device, open_reference
+from gircse.checkpoint.reference_choice import ReferenceBudget, ReferenceOptions, open_reference
 from gircse.checkpoint.source import Checkpoint, resolve_checkpoint
 from gircse.checkpoint.streamed_model import StreamedModel
 from gircse.checkpoint.tensor_naming import EMBEDDING_TABLE
@@ -122,6 +122,7 @@ class _Run:
         fingerprint: of the model with these options.
         corpus: the texts.
         streamed: the model, without its layers and its vocabulary.
+        budget: memory of the PyTorch model, for both passes that it serves.
         folder: finished parts.
         progress: shows the stages.
     """
@@ -131,6 +132,7 @@ class _Run:
     fingerprint: ModelFingerprint
     corpus: Corpus
     streamed: StreamedModel
+    budget: ReferenceBudget
     folder: ResumeFolder
     progress: StageProgress
 
@@ -159,6 +161,7 @@ class _Run:
                 options.reference,
                 steps=options.steps,
                 allow_partial_adapter=options.allow_partial_adapter,
+                budget=self.budget,
             )
         for note in reference.notes:
             self.progress.note(f"  {readable(note)}")
@@ -246,13 +249,13 @@ def _prepare(options: CalibrationOptions, progress: StageProgress) -> _Run:
         tokenizer = open_checkpoint_tokenizer(checkpoint.directory, options.tokenizer, vocab_size=rows)
         prompts = tokenizer.prompt_tokenizer(max_tokens=options.max_tokens, add_eos=options.add_eos)
         corpus = tokenize_texts(texts, prompts)
-        check_device(options.device)
+        budget = ReferenceBudget.of(weights, config, options.reference)
         streamed = StreamedModel(config, weights, device=options.device, precision=options.dtype)
     for note in checkpoint.notes:
         progress.note(f"  {readable(note)}")
     path = options.output.with_name(f"{options.output.name}.partial")
     folder = ResumeFolder(path, identity=_identity(options, fingerprint, corpus))
-    return _Run(options, checkpoint, fingerprint, corpus, streamed, folder, progress)
+    return _Run(options, checkpoint, fingerprint, corpus, streamed, budget, folder, progress)
 
 
 def _identity(options: CalibrationOptions, fingerprint: ModelFingerprint, corpus: Corpus) -> str:
@@ -330,7 +333,7 @@ def _calibrate_inputs(run: _Run, soft_tokens: SoftTokens, plan: Plan) -> InputCa
     search = run.search(plan)
     with run.progress.stage("calibrate the layers", total=run.streamed.num_layers) as advance:
         LayerSweep(run.streamed, run.corpus.observed, soft_tokens, search).run(run.folder, advance)
-    run.streamed.free_buffers()  # before the sensitivity asks how much memory there is
+    run.streamed.free_buffers()  # the sensitivity has counted on their memory
     inputs: InputCalibrations = {}
     for name in run.layer_names:
         inputs |= read_calibrations(run.folder, name)

@@ -82,7 +82,12 @@ def _memory(text: str) -> int | None:
 
 
 def open_reference(
-    checkpoint: Checkpoint, options: ReferenceOptions, *, steps: int, allow_partial_adapter: bool = True
+    checkpoint: Checkpoint,
+    options: ReferenceOptions,
+    *,
+    steps: int,
+    allow_partial_adapter: bool = True,
+    budget: "ReferenceBudget | None" = None,
 ) -> "Reference":
     """Open the reference of a checkpoint, whole or streamed.
 
@@ -91,6 +96,7 @@ def open_reference(
         options: where it runs, in what type, and how much memory it may take.
         steps: K; without steps the checkpoint may lack an lm_head.
         allow_partial_adapter: see ``Adapter.open``.
+        budget: what a command has decided on before; None asks what is free now.
 
     Raises:
         CheckpointError: the checkpoint cannot be used, or not even one layer of it fits into the memory.
@@ -100,7 +106,7 @@ def open_reference(
 
     config = read_model_config(checkpoint.directory)
     weights = ModelWeights.open(checkpoint, config, steps=steps, allow_partial_adapter=allow_partial_adapter)
-    budget = ReferenceBudget.of(weights, config, options)
+    budget = budget or ReferenceBudget.of(weights, config, options)
     if (shortage := budget.shortage) is not None:
         raise CheckpointError(
             "the PyTorch model", shortage, None, "Raise --reference-memory, or use a machine with more memory."
@@ -113,6 +119,9 @@ def open_reference(
 @dataclass(frozen=True)
 class ReferenceBudget:
     """What a reference needs, and what there is for it, in bytes.
+
+    A command asks once and keeps to it: what it does meanwhile takes memory that a reference can have again, so a
+    second answer would contradict what was promised, and estimated, by the first.
 
     Attributes:
         memory: main memory that it may take.
@@ -229,11 +238,11 @@ def _open_streamed(
     return StreamedReference(streamed, group_bytes=MIN_GROUP_BYTES + more, notes=(note,))
 
 
-def check_device(device: str) -> None:
-    """Refuse a device that torch does not have.
+def _device_memory(device: str) -> int | None:
+    """Return the memory of a GPU that is free for a reference, None for a device without memory of its own.
 
     Raises:
-        OptionError: it cannot be used.
+        OptionError: torch cannot use the device.
     """
     import torch
 
@@ -246,17 +255,6 @@ def check_device(device: str) -> None:
             None,
             "Choose a device of this machine's torch, such as cpu.",
         ) from err
-
-
-def _device_memory(device: str) -> int | None:
-    """Return the memory of a GPU that is free for a reference, None for a device without memory of its own.
-
-    Raises:
-        OptionError: torch cannot use the device.
-    """
-    import torch
-
-    check_device(device)
     if torch.device(device).type != "cuda":
         return None
     free, _ = torch.cuda.mem_get_info(device)

@@ -1,5 +1,6 @@
 """The export from end to end, as a list of stages. ``export_bundle`` is what ``gircse-export`` calls."""
 
+import functools
 import importlib.metadata
 import shutil
 from collections.abc import Mapping, Sequence
@@ -20,7 +21,7 @@ from gircse.export.model_source import SourceModel, open_source
 from gircse.export.options import ExportOptions
 from gircse.export.overflow_probe import MagnitudeRecorder, Magnitudes
 from gircse.export.overflow_report import overflow_risks, write_magnitudes
-from gircse.export.proof import check_runtime, prove_bundle
+from gircse.export.proof import OpenReference, check_runtime, prove_bundle
 from gircse.export.resources import ExportNeeds, check_disk, free_disk
 from gircse.export.staging import check_destination, staged_directory
 from gircse.export.variants import DecoderGraph, VariantDraft, draft_variant, write_variant
@@ -73,13 +74,17 @@ def export_bundle(options: ExportOptions, *, progress: StageProgress | None = No
     if calibration is not None:
         calibration.calibration.check(fingerprint_of(source.checkpoint, options), calibration.path)
     _check_resources(source.weights, options.precisions, output, progress)
-    golden_missing_reason = _reference_shortage(options, source, progress)
+    budget = ReferenceBudget.of(source.weights, source.config, options.reference)
+    golden_missing_reason = _golden_missing_reason(budget, options, progress)
+    open_budgeted = functools.partial(
+        open_reference, source.checkpoint, options.reference, steps=options.steps, budget=budget
+    )
     drafts = _draft_variants(options, source, calibration, progress)
     try:
         with staged_directory(output, force=options.force) as directory:
             variants, files = _write_variants(directory, drafts, options, source, progress)
             if golden_missing_reason is None:
-                _use_reference(directory, options, source, probe_texts, progress)
+                _use_reference(directory, options, source, open_budgeted, probe_texts, progress)
             with progress.stage("hash the files"):
                 manifest = _manifest(directory, variants, options, source, files, golden_missing_reason)
             (directory / MANIFEST_NAME).write_bytes(manifest.to_json())
@@ -89,7 +94,7 @@ def export_bundle(options: ExportOptions, *, progress: StageProgress | None = No
                 checked = prove_bundle(
                     directory,
                     options.settings,
-                    open_reference=lambda: open_reference(source.checkpoint, options.reference, steps=options.steps),
+                    open_reference=open_budgeted,
                     progress=progress,
                 )
                 (directory / MANIFEST_NAME).write_bytes(manifest.with_checked(checked).to_json())
@@ -160,12 +165,11 @@ def _check_resources(
     needs.check_memory()
 
 
-def _reference_shortage(options: ExportOptions, source: SourceModel, progress: StageProgress) -> str | None:
+def _golden_missing_reason(budget: ReferenceBudget, options: ExportOptions, progress: StageProgress) -> str | None:
     """Return why the golden vectors cannot be computed, or None if they can."""
-    shortage = ReferenceBudget.of(source.weights, source.config, options.reference).shortage
-    if shortage is None:
+    if budget.shortage is None:
         return None
-    reason = f"the PyTorch reference {shortage}"
+    reason = f"the PyTorch reference {budget.shortage}"
     probe = ", no overflow probe of FP16" if Precision.FP16 in options.precisions else ""
     progress.note(f"  no golden vectors{probe}: {reason}")
     return reason
@@ -202,14 +206,19 @@ def _write_variants(
 
 
 def _use_reference(
-    directory: Path, options: ExportOptions, source: SourceModel, probe_texts: Sequence[str], progress: StageProgress
+    directory: Path,
+    options: ExportOptions,
+    source: SourceModel,
+    open_reference: OpenReference,
+    probe_texts: Sequence[str],
+    progress: StageProgress,
 ) -> None:
     """Compute what the bundle has from PyTorch: golden vectors, and the magnitudes that FP16 must hold.
 
     One run serves both, because a streamed reference takes as long for one batch as for a few.
     """
     with progress.stage("load the PyTorch reference"):
-        reference = open_reference(source.checkpoint, options.reference, steps=options.steps)
+        reference = open_reference()
     golden, is_probed = golden_batch(source.prompts), Precision.FP16 in options.precisions
     probed = _probe_batches(source, probe_texts) if is_probed else []
     batches = [golden, *probed]

@@ -20,6 +20,7 @@ from gircse.calibration.calibrate import CalibrationOptions, calibrate
 from gircse.calibration.calibration_file import Calibration, Sensitivity, SensitivityMode
 from gircse.calibration.int8.scheme import InputKind
 from gircse.calibration.int8.thresholds import Method
+from gircse.checkpoint import reference_choice
 from gircse.checkpoint.model_config import read_model_config
 from gircse.checkpoint.model_weights import ModelWeights
 from gircse.checkpoint.streamed_model import StreamedModel
@@ -95,7 +96,9 @@ def test_a_streamed_reference_gives_the_same_calibration(
     whole = run_calibration(small_models, tmp_path, model=model)
     opened: list[StreamedReference] = []
 
-    def open_streamed(checkpoint: Any, options: Any, *, steps: int, allow_partial_adapter: bool) -> StreamedReference:
+    def open_streamed(
+        checkpoint: Any, options: Any, *, steps: int, allow_partial_adapter: bool, budget: Any
+    ) -> StreamedReference:
         config = read_model_config(checkpoint.directory)
         weights = ModelWeights.open(checkpoint, config, steps=steps, allow_partial_adapter=allow_partial_adapter)
         opened.append(StreamedReference(StreamedModel(config, weights), group_bytes=1 << 30))
@@ -111,6 +114,15 @@ def test_a_streamed_reference_gives_the_same_calibration(
         assert streamed.inputs[name].ranges == pytest.approx(one.ranges, rel=1e-3)
     for one, other in zip(whole.sensitivity.kinds, streamed.sensitivity.kinds, strict=True):
         assert (one.name, one.rank_correlation) == (other.name, pytest.approx(other.rank_correlation, abs=0.01))
+
+
+def test_what_the_layers_take_is_not_missing_for_the_sensitivity(
+    small_models: SmallModels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = iter([1 << 40])
+    monkeypatch.setattr(reference_choice, "available_memory", lambda: next(free, 0))
+    run_calibration(small_models, tmp_path)
+    assert next(free, None) is None
 
 
 def test_bf16_is_near_fp32(small_models: SmallModels, tmp_path: Path) -> None:

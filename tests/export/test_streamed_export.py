@@ -7,6 +7,7 @@ import pytest
 from support.odd_models import odd_model
 from support.small_models import SmallModels
 
+from gircse.checkpoint import reference_choice
 from gircse.checkpoint.reference_choice import ReferenceBudget
 from gircse.runtime.errors import OptionError
 
@@ -33,6 +34,16 @@ def test_golden_vectors_and_magnitudes_are_the_same(
     assert (one / "golden.json").read_bytes() == (other / "golden.json").read_bytes()
     magnitudes = [json.loads((bundle / "fp16" / "magnitudes.json").read_text()) for bundle in bundles]
     assert magnitudes[0]["texts"] == magnitudes[1]["texts"] == 12 + 20
+
+
+def test_what_the_graphs_take_is_not_missing_for_the_golden_vectors(
+    small_models: SmallModels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = iter([1 << 40])
+    monkeypatch.setattr(reference_choice, "available_memory", lambda: next(free, 0))
+    bundle = odd_model(small_models, tmp_path, "llama").export(tmp_path / "out")
+    assert next(free, None) is None
+    assert (bundle / "golden.json").is_file()
 
 
 def test_a_device_that_is_not_there_is_refused(small_models: SmallModels, tmp_path: Path) -> None:
