@@ -250,7 +250,9 @@ def _prepare(options: CalibrationOptions, progress: StageProgress) -> _Run:
         prompts = tokenizer.prompt_tokenizer(max_tokens=options.max_tokens, add_eos=options.add_eos)
         corpus = tokenize_texts(texts, prompts)
         budget = ReferenceBudget.of(weights, config, options.reference)
-        streamed = StreamedModel(config, weights, device=options.device, precision=options.dtype)
+        streamed = StreamedModel(
+            config, weights, device=options.device, precision=options.dtype, reads_ahead=budget.reads_ahead
+        )
     for note in checkpoint.notes:
         progress.note(f"  {readable(note)}")
     path = options.output.with_name(f"{options.output.name}.partial")

@@ -124,7 +124,9 @@ class ModelWeights:
             yield block
 
     def read(self, name: str, out: Tensor) -> None:
-        """Read a whole weight with the adapter merged into a tensor of its shape, FP32.
+        """Read a whole weight with the adapter merged into a tensor of its shape, which may be of another type.
+
+        Into an FP32 one it is merged in place, as far as PEFT does so.
 
         Raises:
             CheckpointError: as for ``blocks``.
@@ -132,6 +134,11 @@ class ModelWeights:
         name = self._shared(name)
         if (index := self._stored_as_is(name)) is not None:
             index.copy_to(name, out)
+        elif self.adapter is not None and self.adapter.merges(name):
+            place = out if out.dtype is torch.float32 else torch.empty(out.shape)
+            merged = self._merge(self.adapter, name, place)
+            if not merged.is_set_to(out):
+                out.copy_(merged)
         else:
             out.copy_(self._reader(name)(slice(0, len(out))))
         self._check_finite(name, out)
@@ -171,7 +178,7 @@ class ModelWeights:
         name, adapter = self._shared(name), self.adapter
         module = name.rpartition(".")[0]
         if adapter is not None and adapter.merges(name):
-            return self._merge(adapter, name).__getitem__
+            return self._merge(adapter, name, torch.empty(self.base.entries[name].shape)).__getitem__
         if adapter is not None and module in adapter.token_rows:
             return functools.partial(self._read_with_token_rows, name, *adapter.merged_rows(module))
         return functools.partial((self._stored_as_is(name) or self.base).read_rows, name)
@@ -199,13 +206,14 @@ class ModelWeights:
         block[numbers[inside] - rows.start] = values[inside]
         return block
 
-    def _merge(self, adapter: Adapter, name: str) -> Tensor:
-        """Return a weight of a module with LoRA factors, merged by PEFT."""
+    def _merge(self, adapter: Adapter, name: str, place: Tensor) -> Tensor:
+        """Return a weight of a module with LoRA factors, merged by PEFT, which is given the base weight in a place."""
         path, _, parameter = name.rpartition(".")
         module = copy.deepcopy(self.model.get_submodule(path))
         for part in [part for part, _ in module.named_parameters(recurse=False) if adapter.merges(f"{path}.{part}")]:
-            weight = nn.Parameter(self.base.read_rows(f"{path}.{part}"), requires_grad=False)
-            module.register_parameter(part, weight)
+            weight = place if part == parameter else torch.empty(self.base.entries[f"{path}.{part}"].shape)
+            self.base.copy_to(f"{path}.{part}", weight)
+            module.register_parameter(part, nn.Parameter(weight, requires_grad=False))
         before = torch.hash_tensor(module.get_parameter("weight"))  # a copy would be as large as the weight
         merged = adapter.merge(path, module)
         if torch.hash_tensor(merged.get_parameter("weight")) == before:

@@ -153,9 +153,9 @@ class ReferenceBudget:
         device = _device_memory(options.device)
         item = 4 if options.dtype is Precision.FP32 else 2
         layer = item * max(_layer_sizes(weights, config.num_hidden_layers), default=0)
-        merging = 3 * weights.largest_read_bytes  # a weight, its copy and what PEFT adds to it, in FP32
+        # What PEFT adds to a weight, and that before it is scaled; the weight itself where it is not merged in place.
+        merging = (2 if options.dtype is Precision.FP32 else 3) * weights.largest_read_bytes
         group = MIN_GROUP_BYTES
-        read_ahead = 2 * layer  # one layer is used, and the next one is read
         return cls(
             memory=int(available_memory() * FREE_SHARE) if options.memory is None else options.memory,
             device=device,
@@ -163,7 +163,7 @@ class ReferenceBudget:
             whole_on_device=BASE_BYTES + weights.total_bytes * item // 4,
             layer=layer,
             vocabulary=2 * item * math.prod(weights.base.entries[EMBEDDING_TABLE].shape),
-            streamed=BASE_BYTES + read_ahead + merging + (group if device is None else 0),
+            streamed=BASE_BYTES + (layer + group if device is None else 2 * layer) + merging,
             streamed_on_device=BASE_BYTES + layer + merging + group,
         )
 
@@ -184,9 +184,16 @@ class ReferenceBudget:
         return None
 
     @property
+    def reads_ahead(self) -> bool:
+        """Whether a streamed reference reads a layer while another one computes."""
+        return self.device is not None or self.memory - self.streamed >= self.layer
+
+    @property
     def spare(self) -> int:
-        """What a streamed reference may take on top of the least, where it computes."""
-        return self.memory - self.streamed if self.device is None else self.device - self.streamed_on_device
+        """What a streamed reference may take on top of the least and of reading ahead, where it computes."""
+        if self.device is not None:
+            return self.device - self.streamed_on_device
+        return self.memory - self.streamed - (self.layer if self.reads_ahead else 0)
 
 
 def _layer_sizes(weights: "ModelWeights", layers: int) -> list[int]:
@@ -232,6 +239,7 @@ def _open_streamed(
         weights,
         device=options.device,
         precision=options.dtype,
+        reads_ahead=budget.reads_ahead,
         resident_layers=resident,
         resident_vocabulary=keep_vocabulary,
     )

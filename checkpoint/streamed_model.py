@@ -2,14 +2,15 @@
 
 Hugging Face's own causal LM is built without weights. For every step its ``forward`` runs once per batch with empty
 layers, which tells what it would call each layer with: masks, rotary phases, cache. Then one layer after another gets
-its weights, with the adapter merged, runs all batches, and is empty again; meanwhile a thread reads the next one. So
-K + 1 sweeps over the layers serve any number of batches, and no architecture has code of its own here.
+its weights, with the adapter merged, runs all batches, and is empty again; meanwhile a thread reads the next one, if
+there is memory for it. So K + 1 sweeps over the layers serve any number of batches, and no architecture has code of its
+own here.
 """
 
 import copy
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,8 @@ from gircse.runtime.precision import SPECS, Precision
 
 State = Mapping[str, Tensor]
 """Parameters of a module by name."""
+
+T = TypeVar("T")
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 """Arguments of a decoder layer after the hidden state."""
@@ -36,6 +39,7 @@ class StreamedModel:
         device: where it computes.
         dtype: of weights and arithmetic.
         num_layers: number of decoder layers.
+        reads_ahead: whether the next layer is read while one computes, which takes the memory of another layer.
         resident_layers: how many of them, from the first on, keep their weights once these have been read.
     """
 
@@ -46,6 +50,7 @@ class StreamedModel:
         *,
         device: str = "cpu",
         precision: Precision = Precision.FP32,
+        reads_ahead: bool = True,
         resident_layers: int = 0,
         resident_vocabulary: bool = False,
     ) -> None:
@@ -56,6 +61,7 @@ class StreamedModel:
             weights: of the checkpoint, with its adapter.
             device: a torch device.
             precision: type of weights and arithmetic.
+            reads_ahead: see the attribute.
             resident_layers: see the attribute.
             resident_vocabulary: whether the embeddings and lm_head stay on the device too, once they have been read.
 
@@ -70,6 +76,7 @@ class StreamedModel:
         _move_buffers(self.model, self.device)
         self._layers = [f"model.layers.{index}" for index in range(config.num_hidden_layers)]
         self.num_layers = len(self._layers)
+        self.reads_ahead = reads_ahead
         self.resident_layers = resident_layers
         self._resident: dict[str, State] = {}
         self._resident_blocks: dict[str, list[Tensor]] | None = {} if resident_vocabulary else None
@@ -102,20 +109,16 @@ class StreamedModel:
             CheckpointError: a weight cannot be read or merged, or is not finite.
         """
         names = self._layers[start:]
-        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="next-layer") as thread:
-            coming = thread.submit(self._read, names[0])
-            for index, name in enumerate(names):
-                state = coming.result()
-                if index + 1 < len(names):
-                    coming = thread.submit(self._read, names[index + 1])
-                layer = self.model.get_submodule(name)
-                layer.load_state_dict({part: value.to(self.device) for part, value in state.items()}, assign=True)
-                try:
-                    yield name
-                finally:
-                    layer.load_state_dict(self._empty[name], assign=True)
-                    if name not in self._resident:
-                        self._spare.append(state)  # the next layer but one is read into it
+        states: Iterator[State] = map(self._read, names)
+        for name, state in zip(names, _one_ahead(states) if self.reads_ahead else states, strict=True):
+            layer = self.model.get_submodule(name)
+            layer.load_state_dict({part: value.to(self.device) for part, value in state.items()}, assign=True)
+            try:
+                yield name
+            finally:
+                layer.load_state_dict(self._empty[name], assign=True)
+                if name not in self._resident:
+                    self._spare.append(state)  # another layer is read into it
 
     def free_buffers(self) -> None:
         """Give up the memory that layers were read into; the next sweep takes new one."""
@@ -176,12 +179,8 @@ class StreamedModel:
 
     def _read_blocks(self, name: str) -> Iterator[Tensor]:
         step = rows_of_block(self.model.get_parameter(name).shape)
-        blocks = self.weights.blocks(name, rows_at_once=step)
-        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="next-block") as thread:
-            coming = thread.submit(next, blocks, None)
-            while (block := coming.result()) is not None:
-                coming = thread.submit(next, blocks, None)
-                yield block.to(device=self.device, dtype=self.dtype)
+        for block in _one_ahead(self.weights.blocks(name, rows_at_once=step)):
+            yield block.to(device=self.device, dtype=self.dtype)
 
     def head_blocks(self) -> Iterator[slice]:
         """Give ``lm_head`` one block of rows of its weight after another; yields their range."""
@@ -246,6 +245,15 @@ class _Recorder(nn.Module):
         call = self._call
         del self._call
         return call
+
+
+def _one_ahead(values: Iterator[T]) -> Iterator[T]:
+    """Yield the values of an iterator, while a thread takes the next one from it."""
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="read-ahead") as thread:
+        coming = thread.submit(next, values, None)
+        while (value := coming.result()) is not None:
+            coming = thread.submit(next, values, None)
+            yield value
 
 
 def _model_without_weights(config: Any) -> Any:

@@ -100,9 +100,18 @@ def test_bf16_is_that_of_the_whole_model(small_models: SmallModels, name: str) -
 
 
 @pytest.mark.parametrize(
-    "options", [{"group_bytes": 1}, {"resident_layers": 1}, {"resident_layers": 2}, {"resident_vocabulary": True}]
+    "options",
+    [
+        {"group_bytes": 1},
+        {"reads_ahead": False},
+        {"resident_layers": 1},
+        {"resident_layers": 2},
+        {"resident_vocabulary": True},
+    ],
 )
-def test_neither_groups_nor_what_is_resident_change_a_bit(small_models: SmallModels, options: dict[str, Any]) -> None:
+def test_neither_groups_nor_what_is_kept_or_read_ahead_change_a_bit(
+    small_models: SmallModels, options: dict[str, Any]
+) -> None:
     checkpoint = resolve_checkpoint(str(small_models.checkpoint("qwen3")))
     assert_same_bits(states_of(streamed_reference(checkpoint, **options)), states_of(streamed_reference(checkpoint)))
 
@@ -215,12 +224,15 @@ def test_every_tensor_is_read_once_in_a_sweep(small_models: SmallModels, tmp_pat
     assert reference.bytes_read - before == (STEPS + 1) * (layers + factors) + STEPS * vocabulary + rows
 
 
-def test_the_memory_of_layers_is_kept_for_the_next_ones_until_it_is_freed(small_models: SmallModels) -> None:
+@pytest.mark.parametrize("reads_ahead", [True, False])
+def test_the_memory_of_layers_is_kept_for_the_next_ones_until_it_is_freed(
+    small_models: SmallModels, reads_ahead: bool
+) -> None:
     checkpoint = resolve_checkpoint(str(small_models.checkpoint("llama")))
     config = read_model_config(checkpoint.directory)
-    streamed = StreamedModel(config, ModelWeights.open(checkpoint, config, steps=1))
+    streamed = StreamedModel(config, ModelWeights.open(checkpoint, config, steps=1), reads_ahead=reads_ahead)
     assert len(list(streamed.layers())) == 2
     kept = [weakref.ref(value) for state in streamed._spare for value in state.values()]
-    assert kept
+    assert 1 <= len(streamed._spare) <= 1 + reads_ahead
     streamed.free_buffers()
     assert all(value() is None for value in kept)
