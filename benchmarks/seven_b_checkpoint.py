@@ -7,7 +7,8 @@ Every tensor but the final norm depends on its name and the seed alone, so fewer
 model. What makes the activations behave like those of a trained model:
 
 - each layer multiplies the residual stream by ``GROWTH``, a third of the added variance from attention;
-- ``OUTLIERS`` channels grow ``OUTLIER_GAIN`` times as large, and the norms damp them again;
+- some channels grow ``OUTLIER_GAIN`` times as large, and the norms damp them again: the first of ``OUTLIERS``, one for
+  ``CHANNELS_AN_OUTLIER`` of them;
 - two tokens are attention sinks, as first tokens and delimiters are: the first of every prompt with an instruction,
   and the line break. They alone use ``SINK_CHANNEL``, on which one neuron of layer 0 writes values of about a thousand
   into ``MASSIVE``, and they are hardly ever predicted;
@@ -44,7 +45,7 @@ SHARD_BYTES = 4_000_000_000
 EMBEDDING_STD = 0.02
 GROWTH = 1.04
 TOP_MARGIN = 3.0
-OUTLIERS, OUTLIER_GAIN = (11, 170, 402, 555, 701, 860), 8.0
+OUTLIERS, OUTLIER_GAIN, CHANNELS_AN_OUTLIER = (11, 170, 402, 555, 701, 860), 8.0, 512
 MASSIVE = {303: 0.4, 619: -0.2}
 SINK_CHANNEL, SINK_VALUE, SINK_NEURON = 137, 0.8, 77
 DAMPED_GAIN = 0.05  # of the norms for outliers, and of whatever could be mistaken for a sink
@@ -257,6 +258,10 @@ class Recipe:
             return added * math.sqrt(2 / 3 / intermediate) / SILU_RMS
         return 1 / math.sqrt(hidden)
 
+    @property
+    def _outliers(self) -> tuple[int, ...]:
+        return OUTLIERS[: self.config["hidden_size"] // CHANNELS_AN_OUTLIER]
+
     def _center(self, name: str) -> float:
         """Return the mean of a tensor's values."""
         if name == "model.norm.weight":
@@ -273,7 +278,7 @@ class Recipe:
         if name in ("model.layers.0.mlp.gate_proj.weight", "model.layers.0.mlp.up_proj.weight"):
             return {SINK_NEURON: DAMPED_GAIN}
         if name.endswith(("o_proj.weight", "down_proj.weight")):
-            return {**dict.fromkeys(OUTLIERS, OUTLIER_GAIN), SINK_CHANNEL: DAMPED_GAIN}
+            return {**dict.fromkeys(self._outliers, OUTLIER_GAIN), SINK_CHANNEL: DAMPED_GAIN}
         return {}
 
     def _spikes(self, name: str) -> dict[tuple[int, ...], float]:
@@ -281,7 +286,7 @@ class Recipe:
         if name == "model.embed_tokens.weight":
             return {(token, SINK_CHANNEL): SINK_VALUE for token in self.sinks}
         if name.endswith("norm.weight"):
-            damped = {*OUTLIERS, *MASSIVE}
+            damped = {*self._outliers, *MASSIVE}
             if name != "model.layers.0.post_attention_layernorm.weight":
                 damped.add(SINK_CHANNEL)
             return {(channel,): DAMPED_GAIN * self._center(name) for channel in damped}
