@@ -41,7 +41,7 @@ from gircse.calibration.moments_file import moments_path, write_moments
 from gircse.calibration.plan import Plan, make_plan
 from gircse.calibration.resume import ResumeFolder
 from gircse.calibration.sensitivity import SensitivityStudy, measure_sensitivity
-from gircse.calibration.soft_tokens import SoftTokens, make_soft_tokens
+from gircse.calibration.soft_tokens import SoftTokens, gather_soft_tokens, make_soft_tokens, unfinished_batches
 from gircse.checkpoint.model_config import read_model_config
 from gircse.checkpoint.model_settings import ModelSettings, check_range
 from gircse.checkpoint.model_weights import ModelWeights
@@ -59,7 +59,7 @@ from gircse.runtime.precision import Precision
 
 TOOLS = ("gircse-deploy", "torch", "transformers", "peft", "safetensors", "tokenizers")
 
-_SOFT_TOKENS = "soft-tokens"
+_PLAN = "plan"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -273,13 +273,41 @@ def _identity(options: CalibrationOptions, fingerprint: ModelFingerprint, corpus
 
 def _make_soft_tokens(run: _Run) -> tuple[SoftTokens, Plan]:
     """Make the soft tokens of the observed texts, after an estimate of how long everything will take."""
-    folder, options = run.folder, run.options
-    if (facts := folder.facts(_SOFT_TOKENS)) is not None:
-        done = finished_layers(folder, run.streamed.num_layers)
-        run.progress.note(f"  resumes after the soft tokens and {done} of {run.streamed.num_layers} layers")
-        soft_tokens = SoftTokens.read(lambda key: folder.tensor(_SOFT_TOKENS, key))
-        return soft_tokens, msgspec.json.decode(facts, type=Plan)
-    reference = run.open_reference()
+    folder, options, used = run.folder, run.options, run.corpus.used
+    plan = _read_plan(run)
+    if plan is None or unfinished_batches(folder, run.corpus.observed, steps=options.steps):
+        reference = run.open_reference()
+        plan = plan or _make_plan(run, reference)
+        with run.progress.stage(
+            f"make soft tokens of {used.samples} texts, {used.tokens} tokens", total=used.samples
+        ) as advance:
+            make_soft_tokens(
+                reference,
+                run.corpus.observed,
+                steps=options.steps,
+                temperature=options.temperature,
+                folder=folder,
+                advance=advance,
+            )
+    return gather_soft_tokens(folder, run.streamed.weights, run.corpus.observed, steps=options.steps), plan
+
+
+def _read_plan(run: _Run) -> Plan | None:
+    """Return the plan of an interrupted run, after saying what it has done; None if there is none."""
+    if (facts := run.folder.facts(_PLAN)) is None:
+        return None
+    observed, layers, texts = run.corpus.observed, run.streamed.num_layers, run.corpus.used.samples
+    left = unfinished_batches(run.folder, observed, steps=run.options.steps)
+    run.progress.note(
+        f"  resumes after the soft tokens of {texts - sum(len(observed[index].rows) for index in left)} of {texts} "
+        f"texts, and {finished_layers(run.folder, layers)} of {layers} layers"
+    )
+    return msgspec.json.decode(facts, type=Plan)
+
+
+def _make_plan(run: _Run, reference: Reference) -> Plan:
+    """Decide what there is time for, say how long it will take, and keep to it from now on."""
+    options = run.options
     with run.progress.stage("estimate the time"):
         plan, estimate = make_plan(
             reference,
@@ -292,20 +320,8 @@ def _make_soft_tokens(run: _Run) -> tuple[SoftTokens, Plan]:
         )
     run.progress.note(f"  {estimate}")
     _check_disk(run, plan)
-    used = run.corpus.used
-    with run.progress.stage(
-        f"make soft tokens of {used.samples} texts, {used.tokens} tokens", total=used.samples
-    ) as advance:
-        soft_tokens = make_soft_tokens(
-            reference,
-            run.streamed.weights,
-            run.corpus.observed,
-            steps=options.steps,
-            temperature=options.temperature,
-            advance=advance,
-        )
-    folder.save(_SOFT_TOKENS, soft_tokens.tensors(), msgspec.json.encode(plan).decode())
-    return soft_tokens, plan
+    run.folder.save(_PLAN, {}, msgspec.json.encode(plan).decode())
+    return plan
 
 
 def _check_disk(run: _Run, plan: Plan) -> None:
@@ -366,6 +382,7 @@ def _measure(
         steps=options.steps,
         pooling=options.pooling,
         temperature=options.temperature,
+        folder=run.folder,
     )
     return measure_sensitivity(
         study,

@@ -23,6 +23,7 @@ from gircse.calibration.calibration_file import (
 )
 from gircse.calibration.int8.fake_quantization import RoundedWeights, quantized
 from gircse.calibration.int8.scheme import QuantizedInput
+from gircse.calibration.resume import ResumeFolder
 from gircse.checkpoint.reference import Advance, Reference
 from gircse.reporting.progress import StageProgress
 from gircse.reporting.similarity import neighbor_overlap, pairwise_rank_correlation
@@ -68,6 +69,7 @@ class SensitivityStudy:
         steps: K.
         pooling: of the vectors.
         temperature: divisor of the logits.
+        folder: keeps the vectors of each part, so that an interrupted measurement goes on.
     """
 
     open_reference: Callable[[], Reference]
@@ -79,6 +81,7 @@ class SensitivityStudy:
     steps: int
     pooling: Pooling
     temperature: float
+    folder: ResumeFolder
 
     @functools.cached_property
     def reference(self) -> Reference:
@@ -94,14 +97,22 @@ class SensitivityStudy:
         """Return the vectors after K steps, (n, hidden) float32, with each of the parts quantized.
 
         Args:
-            parts: what to quantize.
+            parts: what to quantize; those that the folder has are not run again.
             advance: told amounts that add up to the number of texts, times the parts.
         """
+        left = [part for part in parts if self.folder.facts(_saved(part)) is None]
+        advance(self.texts * (len(parts) - len(left)))
+        if left:
+            self._run(left, advance)
+        return [l2_normalize(self.folder.tensor(_saved(part), "pooled").numpy()) for part in parts]
+
+    def _run(self, parts: Sequence[Part], advance: Advance) -> None:
         variations = [
             quantized(part.inputs, self.calibrations, self.weights, self.soft_token if part.soft_token else None)
             for part in parts
         ]
         pooled = torch.zeros(len(parts), self.texts, self.reference.model.config.hidden_size)
+        batches_left = [len(self.batches)] * len(parts)
         states = self.reference.refine(
             self.batches, steps=self.steps, temperature=self.temperature, variations=variations, advance=advance
         )
@@ -109,7 +120,10 @@ class SensitivityStudy:
             # The sum over the steps has the direction of their mean.
             if state.step == self.steps or (state.step and self.pooling is Pooling.MEAN):
                 pooled[state.variation, list(self.batches[state.batch].rows)] += state.hidden.float().cpu()
-        return [l2_normalize(vectors) for vectors in pooled.numpy()]
+            if state.step == self.steps:
+                batches_left[state.variation] -= 1
+                if not batches_left[state.variation]:
+                    self.folder.save(_saved(parts[state.variation]), {"pooled": pooled[state.variation]})
 
 
 def measure_sensitivity(
@@ -216,6 +230,10 @@ def parts_to_measure(inputs: Sequence[QuantizedInput], mode: SensitivityMode) ->
         return 0
     layers = _grouped(inputs, _layer) if mode is SensitivityMode.FULL else []
     return 3 + len(_grouped(inputs, lambda one: one.kind)) + len(layers)
+
+
+def _saved(part: Part) -> str:
+    return f"sensitivity of {part.name}"
 
 
 def _fidelity(name: str, vectors: Float32, exact: Float32) -> Fidelity:

@@ -6,17 +6,19 @@ summed up over all texts and steps, so E is read once, a block of rows at a time
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Self
 
 import torch
 from torch import Tensor
 
 from gircse.calibration.int8.scheme import TOP_K
+from gircse.calibration.resume import ResumeFolder
 from gircse.checkpoint.model_weights import ModelWeights
 from gircse.checkpoint.reference import Reference, first_positions
 from gircse.checkpoint.tensor_naming import EMBEDDING_TABLE
 from gircse.runtime.errors import CheckpointError
 from gircse.runtime.tokenization import TokenBatch
+
+_OF_STEPS = ("soft_tokens", "states")
 
 
 @dataclass(frozen=True)
@@ -33,42 +35,40 @@ class SoftTokens:
     states: Tensor
     tail: Tensor
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Return the fields by name, for ``read``."""
-        return vars(self).copy()
 
-    @classmethod
-    def read(cls, tensor: Callable[[str], Tensor]) -> Self:
-        """Return what ``tensors`` gave away."""
-        return cls(tensor("soft_tokens"), tensor("states"), tensor("tail"))
+def unfinished_batches(folder: ResumeFolder, batches: Sequence[TokenBatch], *, steps: int) -> list[int]:
+    """Return the numbers of the batches whose soft tokens a folder does not have; none without steps."""
+    return [index for index in range(len(batches)) if steps and folder.facts(_part(index)) is None]
 
 
 def make_soft_tokens(
     reference: Reference,
-    weights: ModelWeights,
     batches: Sequence[TokenBatch],
     *,
     steps: int,
     temperature: float,
+    folder: ResumeFolder,
     advance: Callable[[float], None],
-) -> SoftTokens:
-    """Run the refinement of all texts.
+) -> None:
+    """Run the refinement of the batches that the folder does not have yet.
 
     Args:
         reference: whole or streamed.
-        weights: of its checkpoint.
         batches: prompts, which together hold the texts 0..n-1.
         steps: K.
         temperature: T.
+        folder: takes what is found of a batch when its last step is done.
         advance: told amounts that add up to the number of texts.
 
     Raises:
         CheckpointError: a state is NaN or infinite.
+        OSError: the folder cannot be written.
     """
-    texts, config = sum(len(batch.rows) for batch in batches), reference.model.config
-    found: dict[str, Tensor] = {}
-    rest = torch.zeros(config.vocab_size, dtype=torch.float64)
-    for state in reference.refine(batches, steps=steps, temperature=temperature, advance=advance) if steps else ():
+    left = unfinished_batches(folder, batches, steps=steps)
+    advance(sum(len(batch.rows) for index, batch in enumerate(batches) if index not in left))
+    run = [batches[index] for index in left]
+    found: dict[int, dict[str, Tensor]] = {}
+    for state in reference.refine(run, steps=steps, temperature=temperature, advance=advance) if run else ():
         if not torch.isfinite(state.hidden).all():
             raise CheckpointError(
                 f"h_{state.step}",
@@ -77,19 +77,41 @@ def make_soft_tokens(
                 "The checkpoint or the adapter is damaged: download it again. Or its values are too large for --dtype: "
                 "use fp32.",
             )
-        rows = list(batches[state.batch].rows)
-        if not found:
-            shape = (texts, steps, state.hidden.shape[1])
-            found = {name: torch.empty(shape, dtype=state.hidden.dtype) for name in ("soft_tokens", "states")}
+        if state.batch not in found:
+            texts, hidden = state.hidden.shape
+            found[state.batch] = {
+                **{name: torch.empty(texts, steps, hidden, dtype=state.hidden.dtype) for name in _OF_STEPS},
+                "rest": torch.zeros(reference.model.config.vocab_size, dtype=torch.float64),
+            }
+        tensors = found[state.batch]
         if state.step < steps:
-            found["states"][rows, state.step] = state.hidden.cpu()
+            tensors["states"][:, state.step] = state.hidden.cpu()
         if state.soft_token is not None and state.probabilities is not None:
-            found["soft_tokens"][rows, state.step - 1] = state.soft_token.cpu()
-            rest += rest_of(state.probabilities)
-    empty = torch.empty(texts, 0, config.hidden_size)
-    return SoftTokens(
-        found.get("soft_tokens", empty), found.get("states", empty), _mean_embedding(rest, weights, config.hidden_size)
-    )
+            tensors["soft_tokens"][:, state.step - 1] = state.soft_token.cpu()
+            tensors["rest"] += rest_of(state.probabilities)
+        if state.step == steps:
+            folder.save(_part(left[state.batch]), found.pop(state.batch))
+
+
+def gather_soft_tokens(
+    folder: ResumeFolder, weights: ModelWeights, batches: Sequence[TokenBatch], *, steps: int
+) -> SoftTokens:
+    """Return what ``make_soft_tokens`` left in a folder, of all texts."""
+    texts, (_, hidden) = sum(len(batch.rows) for batch in batches), weights.shape(EMBEDDING_TABLE) or (0, 0)
+    if not steps:
+        nothing = torch.empty(texts, 0, hidden)
+        return SoftTokens(nothing, nothing, torch.zeros(hidden))
+    parts = [
+        {name: folder.tensor(_part(index), name) for name in (*_OF_STEPS, "rest")} for index in range(len(batches))
+    ]
+    order = torch.tensor([row for batch in batches for row in batch.rows]).argsort()
+    soft_tokens, states = (torch.cat([part[name] for part in parts])[order] for name in _OF_STEPS)
+    rest = torch.stack([part["rest"] for part in parts]).sum(0)
+    return SoftTokens(soft_tokens, states, _mean_embedding(rest, weights, hidden))
+
+
+def _part(batch: int) -> str:
+    return f"soft-tokens-{batch}"
 
 
 def rest_of(probabilities: Tensor) -> Tensor:

@@ -31,12 +31,19 @@ setattr(module, name, killed)
 sys.exit(main(sys.argv[4:]))
 """
 POINTS = (
-    ("gircse.calibration.layers", "watched", 2, "soft tokens of"),  # while layer 0 is observed
-    ("gircse.calibration.layers", "round_weight", 9, "the soft tokens and 0 of 2"),  # of layer 1, which has run
-    ("gircse.calibration.resume", "save_file", 1, "the soft tokens and 1 of 2"),  # the scratch file stays
-    ("gircse.calibration.int8.fake_quantization", "dequantized", 12, "the soft tokens and 1 of 2"),
-    ("gircse.calibration.calibrate", "read_moments", 3, "the soft tokens and 2 of 2"),  # half of the file is written
-    ("gircse.calibration.calibrate", "read_moments", 99, "the soft tokens and 2 of 2"),  # never
+    ("gircse.calibration.soft_tokens", "rest_of", 3, "estimated: "),  # of the second batch
+    ("gircse.calibration.layers", "watched", 2, "the soft tokens of 16 of 40 texts, and 0 of 2"),  # layer 0 is observed
+    (
+        "gircse.calibration.layers",
+        "round_weight",
+        9,
+        "the soft tokens of 40 of 40 texts, and 0 of 2",
+    ),  # layer 1 has run
+    ("gircse.calibration.resume", "save_file", 1, "40 texts, and 1 of 2"),  # the scratch file stays
+    ("gircse.calibration.int8.fake_quantization", "dequantized", 12, "40 texts, and 1 of 2"),
+    ("gircse.calibration.resume", "save_file", 3, "40 texts, and 2 of 2"),  # two parts of the sensitivity are done
+    ("gircse.calibration.calibrate", "read_moments", 3, "40 texts, and 2 of 2"),  # half of the file is written
+    ("gircse.calibration.calibrate", "read_moments", 99, "40 texts, and 2 of 2"),  # never
 )
 
 
