@@ -5,6 +5,8 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
 
+import psutil
+
 from gircse.checkpoint.available_memory import available_memory
 from gircse.checkpoint.model_config import read_model_config
 from gircse.checkpoint.source import Checkpoint
@@ -21,7 +23,7 @@ BASE_BYTES = 5 << 28
 """Memory of torch, transformers and one batch (measured: 0.8 to 1.1 GiB)."""
 
 FREE_SHARE = 0.8
-"""Share of the available memory that a reference takes unless told otherwise; the system needs some to cache files."""
+"""Share of what there is that a reference takes unless told otherwise; the system needs some memory to cache files."""
 
 MIN_GROUP_BYTES, MAX_GROUP_BYTES = 1 << 28, 4 << 30
 """What the batches that run together may hold; more of it saves sweeps over the layers."""
@@ -157,7 +159,7 @@ class ReferenceBudget:
         merging = (2 if options.dtype is Precision.FP32 else 3) * weights.largest_read_bytes
         group = MIN_GROUP_BYTES
         return cls(
-            memory=int(available_memory() * FREE_SHARE) if options.memory is None else options.memory,
+            memory=_free_memory() if options.memory is None else options.memory,
             device=device,
             whole=BASE_BYTES + int(1.2 * weights.total_bytes) + 2 * weights.adapter_bytes,
             whole_on_device=BASE_BYTES + weights.total_bytes * item // 4,
@@ -244,6 +246,12 @@ def _open_streamed(
         resident_vocabulary=keep_vocabulary,
     )
     return StreamedReference(streamed, group_bytes=MIN_GROUP_BYTES + more, notes=(note,))
+
+
+def _free_memory() -> int:
+    """Return what a process with a reference may take, with what it already holds of ``BASE_BYTES``."""
+    held = min(psutil.Process().memory_full_info().uss, BASE_BYTES)
+    return int((available_memory() + held) * FREE_SHARE)
 
 
 def _device_memory(device: str) -> int | None:

@@ -1,10 +1,17 @@
 """What there is memory for: a layer to compute with, then one to read ahead, then the rest."""
 
 import dataclasses
+from types import SimpleNamespace
 
+import psutil
 import pytest
+from support.small_models import SmallModels
 
-from gircse.checkpoint.reference_choice import ReferenceBudget
+from gircse.checkpoint import reference_choice
+from gircse.checkpoint.model_config import read_model_config
+from gircse.checkpoint.model_weights import ModelWeights
+from gircse.checkpoint.reference_choice import BASE_BYTES, FREE_SHARE, ReferenceBudget, ReferenceOptions
+from gircse.checkpoint.source import resolve_checkpoint
 
 GIB = 1 << 30
 CPU = ReferenceBudget(
@@ -44,3 +51,17 @@ def test_on_a_gpu_a_layer_is_always_read_ahead() -> None:
 def test_too_little_memory_is_told_with_both_numbers(memory: int, device: int | None, shortage: str | None) -> None:
     budget = dataclasses.replace(CPU, memory=memory * GIB, device=None if device is None else device * GIB)
     assert budget.shortage == shortage
+
+
+@pytest.mark.parametrize(("held", "counted"), [(GIB // 2, GIB // 2), (50 * GIB, BASE_BYTES)])
+def test_what_torch_takes_already_is_not_asked_for_again(
+    small_models: SmallModels, monkeypatch: pytest.MonkeyPatch, held: int, counted: int
+) -> None:
+    checkpoint = resolve_checkpoint(str(small_models.checkpoint("llama")))
+    config = read_model_config(checkpoint.directory)
+    monkeypatch.setattr(reference_choice, "available_memory", lambda: 4 * GIB)
+    monkeypatch.setattr(psutil.Process, "memory_full_info", lambda _: SimpleNamespace(uss=held))
+    weights = ModelWeights.open(checkpoint, config, steps=1)
+    found = ReferenceBudget.of(weights, config, ReferenceOptions())
+    assert found.memory == int((4 * GIB + counted) * FREE_SHARE)
+    assert ReferenceBudget.of(weights, config, ReferenceOptions(memory=GIB)).memory == GIB
