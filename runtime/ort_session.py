@@ -12,9 +12,10 @@ import numpy as np
 from gircse.runtime import tensor_names
 from gircse.runtime.bundle import Bundle
 from gircse.runtime.errors import BundleError, OptionError, ProviderError
+from gircse.runtime.integer_products import EXACT_PRODUCTS, products_saturate
 from gircse.runtime.manifest import GraphFacts, Layout
 from gircse.runtime.numerics import Int64
-from gircse.runtime.precision import CPU_ORDER, SPECS, Precision
+from gircse.runtime.precision import CPU_ORDER, SPECS, Precision, multiplies_integers
 from gircse.runtime.provider import Provider
 from gircse.runtime.session import Session, StepOutputs, step_outputs
 
@@ -213,7 +214,14 @@ def open_session(
     path = bundle.graph(precision, layout)
     if provider is Provider.CPU:
         check_release(import_onnxruntime(provider), precision)
-    graph = load_graph(path, provider=provider, threads=threads, content=content, copy_weights=copy_weights)
+    graph = load_graph(
+        path,
+        provider=provider,
+        threads=threads,
+        content=content,
+        copy_weights=copy_weights,
+        integer_products=multiplies_integers(precision),
+    )
     found = graph.get_modelmeta().custom_metadata_map.get(tensor_names.GRAPH_IDENTITY_KEY)
     if found != facts.identity:
         raise BundleError(
@@ -239,6 +247,7 @@ def load_graph(
     threads: int | None = None,
     content: bytes | None = None,
     copy_weights: bool = True,
+    integer_products: bool = False,
 ) -> Any:
     """Load one graph of a bundle as an ``onnxruntime.InferenceSession``.
 
@@ -251,6 +260,7 @@ def load_graph(
             Without, the file stays mapped and each weight is converted where it is used: a fraction of the memory, and
             slower. A converted weight is held from its first use to its last, so ``content`` has to have an initializer
             or a Cast for each.
+        integer_products: the graph multiplies 8-bit integers, which has to be exact on every CPU.
 
     Raises:
         ProviderError: onnxruntime is not installed, or cannot use the provider.
@@ -268,6 +278,8 @@ def load_graph(
     options.enable_mem_reuse = False
     # Weight-only INT8 computes in float; by default ONNX Runtime would round the activations to int8 as well.
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
+    if integer_products and provider is Provider.CPU and products_saturate(ort):
+        options.add_session_config_entry(*EXACT_PRODUCTS)
     if threads is not None:
         options.intra_op_num_threads = threads
     if content is not None:

@@ -60,6 +60,7 @@ class PrecisionSpec:
         tensorrt: engines can be built from it.
         gpu_rank: place among the variants of a bundle, the best first, where a GPU runs it and none is named. INT8
             costs accuracy, so it comes last, and first of its kinds the one that multiplies integers.
+        integer_products: its graphs multiply 8-bit integers.
         float32: what stays in FP32, in words, for the manifest.
         self_test_min_cosine: smallest cosine to the golden vectors that passes. It detects damage; how good a precision
             is, ``limits`` say.
@@ -77,6 +78,7 @@ class PrecisionSpec:
     emulated: bool
     tensorrt: bool
     gpu_rank: int
+    integer_products: bool
     float32: tuple[str, ...]
     self_test_min_cosine: float
     limits: ParityLimits
@@ -104,6 +106,7 @@ SPECS: Mapping[Precision, PrecisionSpec] = {
         emulated=False,
         tensorrt=True,
         gpu_rank=2,
+        integer_products=False,
         float32=(),
         self_test_min_cosine=0.9999,  # measured worst 0.9999975: bare demo, pooling last, K = 8
         limits=ParityLimits(0.9999, 0.9999, 0.99, 0.001, 1e-3),
@@ -119,6 +122,7 @@ SPECS: Mapping[Precision, PrecisionSpec] = {
         emulated=True,
         tensorrt=True,
         gpu_rank=0,
+        integer_products=False,
         float32=_HALF_ISLANDS,
         self_test_min_cosine=0.999,
         limits=ParityLimits(0.9995, 0.999, 0.98, 0.002, 5e-3),
@@ -134,6 +138,7 @@ SPECS: Mapping[Precision, PrecisionSpec] = {
         emulated=True,
         tensorrt=True,
         gpu_rank=1,
+        integer_products=False,
         float32=(*_HALF_ISLANDS, "SwiGLU"),
         self_test_min_cosine=0.999,
         # Batch difference on an H200: 5.9e-3, and 7.5e-3 in PyTorch's own BF16.
@@ -150,6 +155,7 @@ SPECS: Mapping[Precision, PrecisionSpec] = {
         emulated=False,
         tensorrt=True,
         gpu_rank=3,
+        integer_products=True,
         float32=_INT8_FLOAT,
         self_test_min_cosine=0.97,  # measured 0.988
         # Another batch shape changes the last bit of FP32 sums, which flips roundings to 8 bits: batch difference 0.017
@@ -167,6 +173,7 @@ SPECS: Mapping[Precision, PrecisionSpec] = {
         emulated=False,
         tensorrt=False,
         gpu_rank=4,
+        integer_products=False,
         float32=_INT8_FLOAT,
         self_test_min_cosine=0.995,  # measured 0.9995
         limits=ParityLimits(0.995, 0.9995, 0.98, 0.002, 1e-3),
@@ -191,6 +198,11 @@ def runs_on(precision: str, provider: Provider) -> bool:
     if provider in (Provider.CUDA, Provider.ORT_TENSORRT):
         return spec.cuda
     return spec.cpu if provider is Provider.CPU else spec.tensorrt
+
+
+def multiplies_integers(precision: str) -> bool:
+    """Return whether the graphs of a precision multiply 8-bit integers; False for one that is not known."""
+    return precision in SPECS and SPECS[Precision(precision)].integer_products
 
 
 def precision_spec(precision: str) -> PrecisionSpec:

@@ -2,14 +2,14 @@
 # Installs what the C++ runtime is built and tested with, on Debian and Ubuntu; does nothing where all of it is here.
 #
 #   scripts/install_cpp_tools.sh             # compiler, CMake, headers: enough to build
-#   scripts/install_cpp_tools.sh --tests     # doctest, clang with libFuzzer and the sanitizers too
+#   scripts/install_cpp_tools.sh --tests     # doctest, clang with libFuzzer and the sanitizers, and QEMU for older CPUs
 #
 # The C header of ONNX Runtime is a package from Debian 13 on. An older Debian gets that package's header, unpacked into
 # /usr/local/include; elsewhere CMake downloads it.
 set -euo pipefail
 
 packages=(g++ cmake ninja-build pkg-config nlohmann-json3-dev zlib1g-dev)
-[ "${1:-}" = --tests ] && packages+=(binutils doctest-dev clang libclang-rt-dev)
+[ "${1:-}" = --tests ] && packages+=(binutils doctest-dev clang libclang-rt-dev qemu-user)
 
 install() { as_root env DEBIAN_FRONTEND=noninteractive apt-get --quiet=2 install --yes --no-install-recommends "$@"; }
 

@@ -27,7 +27,7 @@ from gircse.runtime.errors import BundleError
 from gircse.runtime.manifest import Layout
 from gircse.runtime.numerics import Float32
 from gircse.runtime.ort_session import StepwiseSession, load_graph, ort_device, run_errors
-from gircse.runtime.precision import precision_spec
+from gircse.runtime.precision import multiplies_integers, precision_spec
 from gircse.runtime.provider import Provider
 from gircse.runtime.tokenization import TokenBatch
 
@@ -81,7 +81,14 @@ class GraphProbe:
         emulated = precision_spec(precision).emulated and provider is Provider.CPU
         model = emulated_graph(path, copy_weights=copy_weights) if emulated else ir.load(path)
         content = _instrumented(path, model, prefixes, inner)
-        self._graph = load_graph(path, provider=provider, threads=threads, content=content, copy_weights=copy_weights)
+        self._graph = load_graph(
+            path,
+            provider=provider,
+            threads=threads,
+            content=content,
+            copy_weights=copy_weights,
+            integer_products=multiplies_integers(precision),
+        )
         if not self._unrolled:
             self._session = StepwiseSession(self._graph, self._facts, device=ort_device(provider))
 

@@ -9,11 +9,11 @@ namespace gircse::core {
 namespace {
 
 constexpr std::array<PrecisionSpec, 5> kSpecs = {{
-    {"fp32", false, true, true, 0.9999, {1, 24, 4}},
-    {"fp16", false, true, true, 0.999, {1, 30, 0}},
-    {"bf16", false, false, true, 0.999, {1, 24, 4}},
-    {"int8", true, true, false, 0.97, {1, 32, 0}},
-    {"int8-weights", true, true, false, 0.995, {1, 32, 0}},
+    {"fp32", false, true, true, false, 0.9999, {1, 24, 4}},
+    {"fp16", false, true, true, false, 0.999, {1, 30, 0}},
+    {"bf16", false, false, true, false, 0.999, {1, 24, 4}},
+    {"int8", true, true, false, true, 0.97, {1, 32, 0}},
+    {"int8-weights", true, true, false, false, 0.995, {1, 32, 0}},
 }};
 
 }  // namespace

@@ -12,9 +12,10 @@ using OnnxRuntimeVersion = std::array<int, 3>;
 
 struct PrecisionSpec {
   std::string_view name;
-  bool calibrated;  // made from a calibration: has the stepwise graph alone
-  bool cpu;         // ONNX Runtime's CPU provider has kernels for it
-  bool cuda;        // ONNX Runtime's GPU providers run its graphs
+  bool calibrated;        // made from a calibration: has the stepwise graph alone
+  bool cpu;               // ONNX Runtime's CPU provider has kernels for it
+  bool cuda;              // ONNX Runtime's GPU providers run its graphs
+  bool integer_products;  // its graphs multiply 8-bit integers
   double self_test_min_cosine;
   OnnxRuntimeVersion onnxruntime;  // oldest release whose CPU provider gives the right vectors
 };

@@ -9,13 +9,21 @@ SOURCE = (Path(__file__).parents[3] / "runtime" / "cpp" / "src" / "precision.cpp
 
 
 def test_the_rows_are_those_of_python() -> None:
-    rows = re.findall(r'\{"([a-z0-9-]+)", (true|false), (true|false), (true|false), ([0-9.]+), \{([^}]+)\}\}', SOURCE)
+    rows = re.findall(r'\{"([a-z0-9-]+)"' + 4 * ", (true|false)" + r", ([0-9.]+), \{([^}]+)\}\}", SOURCE)
     found = [
         (name, *(flag == "true" for flag in flags), float(limit), oldest.replace(", ", "."))
         for name, *flags, limit, oldest in rows
     ]
     expected = [
-        (str(precision), spec.calibrated, spec.cpu, spec.cuda, spec.self_test_min_cosine, spec.onnxruntime)
+        (
+            str(precision),
+            spec.calibrated,
+            spec.cpu,
+            spec.cuda,
+            spec.integer_products,
+            spec.self_test_min_cosine,
+            spec.onnxruntime,
+        )
         for precision, spec in SPECS.items()
     ]
     assert found == expected

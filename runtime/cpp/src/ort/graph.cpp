@@ -33,13 +33,13 @@ Error load_error(const OrtFailure &err, const std::string &path, const std::stri
 }  // namespace
 
 OrtGraph::OrtGraph(const OnnxRuntime &runtime, const std::filesystem::path &path, const std::string &provider,
-                   int threads)
+                   int threads, bool integer_products)
     : runtime_(&runtime),
       path_(path),
       host_memory_(nullptr, api().ReleaseMemoryInfo),
       device_memory_(nullptr, api().ReleaseMemoryInfo),
       session_(nullptr, api().ReleaseSession) {
-  const auto options = session_options(runtime, provider, threads);
+  const auto options = session_options(runtime, provider, threads, integer_products);
   try {
     host_memory_ = create_owned(api(), api().ReleaseMemoryInfo, [&](OrtMemoryInfo **info) {
       return api().CreateCpuMemoryInfo(OrtArenaAllocator, OrtMemTypeDefault, info);

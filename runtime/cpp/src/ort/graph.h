@@ -23,9 +23,10 @@ struct NamedTensor {
 
 class OrtGraph {
  public:
-  // Loads a graph; `threads` of one run on the CPU, 0 for the physical cores. Throws Error where the library lacks the
-  // provider, the device cannot be used, or the graph does not load.
-  OrtGraph(const OnnxRuntime &runtime, const std::filesystem::path &path, const std::string &provider, int threads);
+  // Loads a graph; `threads` of one run on the CPU, 0 for the physical cores; `integer_products`: it multiplies 8-bit
+  // integers. Throws Error where the library lacks the provider, the device cannot be used, or the graph does not load.
+  OrtGraph(const OnnxRuntime &runtime, const std::filesystem::path &path, const std::string &provider, int threads,
+           bool integer_products);
 
   // The value of an entry of the graph's metadata; empty where there is none.
   std::string metadata(const char *key) const;

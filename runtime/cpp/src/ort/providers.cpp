@@ -5,6 +5,7 @@
 
 #include "error.h"
 #include "manifest.h"
+#include "ort/integer_products.h"
 
 namespace gircse::core {
 namespace {
@@ -60,11 +61,15 @@ void require_provider(const OnnxRuntime &runtime, const std::string &provider) {
               "Name ONNX Runtime's GPU build in GIRCSE_ONNXRUNTIME or in the option onnxruntime.");
 }
 
-OrtOwned<OrtSessionOptions> session_options(const OnnxRuntime &runtime, const std::string &provider, int threads) {
+OrtOwned<OrtSessionOptions> session_options(const OnnxRuntime &runtime, const std::string &provider, int threads,
+                                            bool integer_products) {
   const OrtApi &api = *runtime.api;
   auto options = create_owned(api, api.ReleaseSessionOptions, api.CreateSessionOptions);
   // Weight-only INT8 computes in float; by default ONNX Runtime would round the activations to int8 as well.
   check_status(api, api.AddSessionConfigEntry(options.get(), "session.qdq_matmulnbits_accuracy_level", "1"));
+  if (integer_products && provider == "cpu" && products_saturate(runtime)) {
+    check_status(api, api.AddSessionConfigEntry(options.get(), "session.x64quantprecision", "1"));
+  }
   if (threads > 0) check_status(api, api.SetIntraOpNumThreads(options.get(), threads));
   append_providers(runtime, options.get(), provider);
   return options;

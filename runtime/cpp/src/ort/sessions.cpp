@@ -6,6 +6,7 @@
 
 #include "error.h"
 #include "ort/graph.h"
+#include "precision.h"
 
 namespace gircse::core {
 namespace {
@@ -131,7 +132,8 @@ std::unique_ptr<Session> open_session(const Bundle &bundle, const OnnxRuntime &r
                                       const std::string &layout, const std::string &provider, int threads) {
   const GraphFacts &facts = bundle.manifest().graph;
   const std::filesystem::path path = bundle.graph(precision, layout);
-  OrtGraph graph(runtime, path, provider, threads);
+  const PrecisionSpec *spec = find_precision(precision);
+  OrtGraph graph(runtime, path, provider, threads, spec != nullptr && spec->integer_products);
   check_identity(graph, facts, path.string());
   if (layout == "unrolled") return std::make_unique<UnrolledSession>(std::move(graph), facts);
   return std::make_unique<StepwiseSession>(std::move(graph), facts);
