@@ -7,6 +7,7 @@ a group stay in memory, so a group is as large as that allows.
 
 import functools
 import itertools
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -67,18 +68,18 @@ class StreamedReference:
         """Run all batches and variations of a group through one layer after another; see ``Reference``."""
         for group in self._groups(batches, steps=steps, variations=len(variations)):
             runs = [
-                _Run(variation, index, batches[index], self._streamed.device, self.model.config)
-                for variation, index in group
+                _Run(number, variations[number], index, batches[index], self._streamed.device, self.model.config)
+                for number, index in group
             ]
             texts = sum(len(batches[index].rows) for _, index in group)
             passes = (steps + 1) * self.model.config.num_hidden_layers
             self._embed_prompts(runs)
             for step in range(steps + 1):
-                self._run_layers(runs, variations, functools.partial(advance, texts / passes))
+                self._run_layers(runs, functools.partial(advance, texts / passes))
                 for run in runs:
                     yield run.state(step)
                 if step < steps:
-                    self._make_soft_tokens(runs, variations, temperature)
+                    self._make_soft_tokens(runs, temperature)
 
     @functools.cached_property
     def rates(self) -> StreamingRates:
@@ -133,40 +134,38 @@ class StreamedReference:
         for run in runs:
             run.inputs = self._streamed.embed(run.input_ids)
 
-    def _run_layers(self, runs: Sequence["_Run"], variations: Sequence[Variation], advance: Callable[[], None]) -> None:
+    def _run_layers(self, runs: Sequence["_Run"], advance: Callable[[], None]) -> None:
         """Run one step of all batches through all layers and the final norm."""
-        forwards = [
-            self._streamed.begin(
+        forwards = {
+            run: self._streamed.begin(
                 inputs_embeds=run.inputs, attention_mask=run.mask, position_ids=run.positions, cache=run.cache
             )
             for run in runs
-        ]
+        }
         for layer in self._streamed.layers():
-            for number, variation in enumerate(variations):
+            for variation, members in itertools.groupby(runs, _variation):
                 with variation.changed(self.model, layer, slice(None)):
-                    for run, forward in zip(runs, forwards, strict=True):
-                        if run.variation == number:
-                            forward.run(layer)
+                    for run in members:
+                        forwards[run].run(layer)
             advance()
         with torch.inference_mode():
-            for run, forward in zip(runs, forwards, strict=True):
+            for run, forward in forwards.items():
                 run.hidden = self.model.model.norm(forward.hidden[:, -1:])[:, 0]
 
-    def _make_soft_tokens(self, runs: Sequence["_Run"], variations: Sequence[Variation], temperature: float) -> None:
+    def _make_soft_tokens(self, runs: Sequence["_Run"], temperature: float) -> None:
         """Make the next input of all batches: softmax over the vocabulary, and the sum of the rows of E."""
         size = self.model.lm_head.weight.shape[0]
-        logits = [run.hidden.new_empty(len(run.hidden), size) for run in runs]
+        logits = {run: run.hidden.new_empty(len(run.hidden), size) for run in runs}
         with torch.inference_mode():
             for rows in self._streamed.head_blocks():
-                for number, variation in enumerate(variations):
+                for variation, members in itertools.groupby(runs, _variation):
                     with variation.changed(self.model, "lm_head", rows):
-                        for run, found in zip(runs, logits, strict=True):
-                            if run.variation == number:
-                                found[:, rows] = self.model.lm_head(run.hidden)
+                        for run in members:
+                            logits[run][:, rows] = self.model.lm_head(run.hidden)
             weighed = []
-            for run, found in zip(runs, logits, strict=True):
+            for run, found in logits.items():
                 run.probabilities = F.softmax(soft_capped(self.model, found) / temperature, dim=-1)
-                weighed.append(variations[run.variation].reweight(run.probabilities))
+                weighed.append(run.variation.reweight(run.probabilities))
             del logits
             sums = [torch.zeros_like(run.hidden) for run in runs]
             for rows, block in self._streamed.blocks(EMBEDDING_TABLE):
@@ -176,13 +175,19 @@ class StreamedReference:
                 run.feed(total if rest is None else total + rest)
 
 
+_variation = operator.attrgetter("variation")
+"""The runs of a variation lie side by side; changing weights for it is most of their work."""
+
+
 class _Run:
     """One batch in one variation, between the steps."""
 
-    def __init__(self, variation: int, index: int, batch: TokenBatch, device: torch.device, config: Any) -> None:
+    def __init__(
+        self, number: int, variation: Variation, index: int, batch: TokenBatch, device: torch.device, config: Any
+    ) -> None:
         from transformers import DynamicCache
 
-        self.variation, self.batch = variation, index
+        self.number, self.variation, self.batch = number, variation, index
         self.input_ids, self.mask = tensors_of(batch, device)
         self.positions = first_positions(self.mask)
         self.cache = DynamicCache(config=config)
@@ -193,7 +198,7 @@ class _Run:
 
     def state(self, step: int) -> BatchState:
         """Return the state after a step."""
-        return BatchState(self.hidden, self.probabilities, self.soft_token, self.variation, self.batch, step)
+        return BatchState(self.hidden, self.probabilities, self.soft_token, self.number, self.batch, step)
 
     def feed(self, soft_token: Tensor) -> None:
         """Let the next step read a soft token (batch, hidden)."""

@@ -145,6 +145,29 @@ def test_variations_run_as_on_the_whole_model(small_models: SmallModels) -> None
         assert not torch.equal(*last)
 
 
+@pytest.mark.parametrize(("group_bytes", "groups"), [(LARGE, 1), (1, len(BATCHES))])
+def test_weights_are_changed_only_for_the_runs_of_a_group(
+    small_models: SmallModels, group_bytes: int, groups: int
+) -> None:
+    changes: list[tuple[int, str]] = []
+
+    def counting(number: int) -> Any:
+        @contextmanager
+        def changed(_model: torch.nn.Module, loaded: str, _rows: slice) -> Iterator[None]:
+            changes.append((number, loaded))
+            yield
+
+        return changed
+
+    checkpoint = resolve_checkpoint(str(small_models.checkpoint("llama")))
+    states_of(
+        streamed_reference(checkpoint, group_bytes=group_bytes), tuple(Variation(changed=counting(n)) for n in range(2))
+    )
+    for number in range(2):
+        for loaded, times in (("model.layers.0", STEPS + 1), ("model.layers.1", STEPS + 1), ("lm_head", STEPS)):
+            assert changes.count((number, loaded)) == groups * times
+
+
 def test_hooks_see_every_layer_and_step(small_models: SmallModels) -> None:
     checkpoint = resolve_checkpoint(str(small_models.checkpoint("qwen2")))
     seen: dict[str, list[list[np.ndarray]]] = {}
