@@ -29,6 +29,6 @@ def products_saturate(onnxruntime: Any) -> bool:
     """Return whether the CPU provider gives wrong products unless told otherwise; takes a few milliseconds, once."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
-    session = onnxruntime.InferenceSession(PROBE, options, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(PROBE, options, providers=[("CPUExecutionProvider", {})])
     (found,) = session.run(None, {"a": np.full((ROWS, ROWS), 255, np.uint8)})
     return not np.array_equal(found, np.full((ROWS, ROWS), ROWS * 255 * 127))
