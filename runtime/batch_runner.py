@@ -8,8 +8,9 @@ import numpy as np
 from gircse.runtime.errors import OptionError
 from gircse.runtime.manifest import MAX_STEPS, Manifest
 from gircse.runtime.numerics import Float32
+from gircse.runtime.prefix_cache import PrefixCache, PrefixCacheInfo, PrefixSession, common_length
 from gircse.runtime.session import Session, StepOutputs
-from gircse.runtime.tokenization import Overflow, PromptTokenizer, TokenBatch, padded_batches
+from gircse.runtime.tokenization import Overflow, PromptTokenizer, TokenBatch, length_buckets, pad_batch
 
 
 @dataclass(frozen=True)
@@ -28,10 +29,19 @@ class EncodeOptions:
 class BatchRunner:
     """Runs texts and token ids of any number through a session."""
 
-    def __init__(self, manifest: Manifest, tokenizer: PromptTokenizer, session: Session) -> None:
-        """Take a session; ``close`` closes it."""
+    def __init__(
+        self, manifest: Manifest, tokenizer: PromptTokenizer, session: Session, *, prefix_cache: bool = True
+    ) -> None:
+        """Take a session; ``close`` closes it. With ``prefix_cache`` what prompts have in common is run once."""
         self._manifest, self._tokenizer, self._session = manifest, tokenizer, session
+        self._prefixes: PrefixCache | None = None
+        if prefix_cache and isinstance(session, PrefixSession) and session.takes_prefixes:
+            self._prefixes = PrefixCache(session)
         self._closed = False
+
+    def prefix_cache_info(self) -> PrefixCacheInfo:
+        """Return what ``Embedder.prefix_cache_info`` does."""
+        return PrefixCacheInfo(0, 0, 0, 0, 0) if self._prefixes is None else self._prefixes.info()
 
     def close(self) -> None:
         """Close the session; closing twice does nothing."""
@@ -63,7 +73,11 @@ class BatchRunner:
         hidden = self._manifest.graph.hidden_size
         result = np.empty((len(texts), steps, hidden) if options.all_steps else (len(texts), hidden), np.float32)
         for rows, outputs in self.run_batches(
-            token_ids, steps=steps, batch_size=options.batch_size, batch_tokens=options.batch_tokens
+            token_ids,
+            steps=steps,
+            batch_size=options.batch_size,
+            batch_tokens=options.batch_tokens,
+            instruction_tokens=self._instruction_tokens(token_ids, options),
         ):
             if options.all_steps:
                 result[list(rows)] = outputs.step_embeddings
@@ -72,8 +86,21 @@ class BatchRunner:
             advance(len(rows))
         return result, cut
 
+    def _instruction_tokens(self, token_ids: Sequence[list[int]], options: EncodeOptions) -> int:
+        """Return how many tokens of a call's prompts are those of its instruction or prompt, whatever the text."""
+        if not token_ids or not (options.instruction or options.prompt):
+            return 0
+        bare, _ = self._tokenizer.tokenize([""], instruction=options.instruction, prompt=options.prompt)
+        return common_length([bare[0], token_ids[0]])
+
     def run_batches(
-        self, token_ids: Sequence[list[int]], *, steps: int | None, batch_size: int, batch_tokens: int
+        self,
+        token_ids: Sequence[list[int]],
+        *,
+        steps: int | None,
+        batch_size: int,
+        batch_tokens: int,
+        instruction_tokens: int | None,
     ) -> Iterator[tuple[tuple[int, ...], StepOutputs]]:
         """Run token ids batch by batch, as ``Embedder.run_batches`` describes."""
         if self._closed:
@@ -82,10 +109,13 @@ class BatchRunner:
         for name, value in (("batch_size", batch_size), ("batch_tokens", batch_tokens)):
             if value < 1:
                 raise OptionError(name, f"is {value}", "it has to be at least 1")
-        for batch in padded_batches(
-            token_ids, pad_token_id=self._manifest.pad_token_id, batch_size=batch_size, batch_tokens=batch_tokens
-        ):
-            yield batch.rows, self._run(batch, steps)
+        lengths, run = [len(ids) for ids in token_ids], self._session.run
+        if self._prefixes is not None and token_ids and instruction_tokens is not None:
+            prefix = self._prefixes.choose(token_ids, fixed=instruction_tokens)
+            if prefix is not None:
+                token_ids, run = [ids[prefix.tokens :] for ids in token_ids], prefix.run
+        for rows in length_buckets(lengths, batch_size=batch_size, batch_tokens=batch_tokens):
+            yield rows, self._run(pad_batch(rows, token_ids, pad_token_id=self._manifest.pad_token_id), steps, run)
 
     def check_steps(self, steps: int | None) -> int:
         """Return the number of steps to run; None is K.
@@ -101,12 +131,12 @@ class BatchRunner:
             raise OptionError("steps", f"is {steps}", f"this bundle has 0 to {most}", f"Choose one of these{export}")
         return steps
 
-    def _run(self, batch: TokenBatch, steps: int) -> StepOutputs:
+    def _run(self, batch: TokenBatch, steps: int, run: Callable[..., StepOutputs]) -> StepOutputs:
         """Run a batch, in several parts where the session takes fewer texts at once."""
         texts, tokens = batch.input_ids.shape
         most = self._session.max_batch(tokens) or texts
         parts = [
-            self._session.run(batch.input_ids[at : at + most], batch.attention_mask[at : at + most], steps=steps)
+            run(batch.input_ids[at : at + most], batch.attention_mask[at : at + most], steps=steps)
             for at in range(0, texts, most)
         ]
         return parts[0] if len(parts) == 1 else StepOutputs(*map(np.concatenate, zip(*parts, strict=True)))

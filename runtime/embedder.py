@@ -15,6 +15,7 @@ from gircse.runtime.bundle import Bundle
 from gircse.runtime.errors import BundleError, OptionError, member_of
 from gircse.runtime.manifest import Layout, Manifest
 from gircse.runtime.numerics import Float32
+from gircse.runtime.prefix_cache import PrefixCacheInfo
 from gircse.runtime.provider import Provider
 from gircse.runtime.provider_selection import SessionHandle, SessionOptions, open_provider
 from gircse.runtime.self_test import (
@@ -55,6 +56,7 @@ class Embedder:
         layout: Layout | str | None = None,
         threads: int | None = None,
         verify: bool = True,
+        prefix_cache: bool = True,
     ) -> None:
         """Open a bundle and load its graphs or its engine.
 
@@ -68,6 +70,9 @@ class Embedder:
             threads: threads of one run on the CPU; None lets ONNX Runtime take the physical cores.
             verify: compare the SHA-256 of every file that is used with the manifest while the graphs load, and the
                 token ids of the golden texts with those of the export.
+            prefix_cache: run what the prompts of a call begin with once, and keep its keys and values for the next
+                call, in the stepwise layout on the CPU: a third less work for queries with an instruction. The last
+                bits of a vector then depend on it.
 
         Raises:
             BundleError: the bundle cannot be used.
@@ -93,7 +98,7 @@ class Embedder:
         except BundleError:
             opened.session.close()
             raise
-        self._take(bundle, tokenizer, opened)
+        self._take(bundle, tokenizer, opened, prefix_cache=prefix_cache)
 
     @classmethod
     def from_session(cls, bundle: Bundle, session: Session, *, precision: str) -> Self:
@@ -105,12 +110,13 @@ class Embedder:
             precision: the variant of the bundle that it stands for.
         """
         embedder = cls.__new__(cls)
-        embedder._take(bundle, open_tokenizer(bundle), SessionHandle(session, Provider.CPU, precision))
+        handle = SessionHandle(session, Provider.CPU, precision)
+        embedder._take(bundle, open_tokenizer(bundle), handle, prefix_cache=True)
         return embedder
 
-    def _take(self, bundle: Bundle, tokenizer: PromptTokenizer, opened: SessionHandle) -> None:
+    def _take(self, bundle: Bundle, tokenizer: PromptTokenizer, opened: SessionHandle, *, prefix_cache: bool) -> None:
         self._bundle, self.tokenizer, self._opened = bundle, tokenizer, opened
-        self._runner = BatchRunner(bundle.manifest, tokenizer, opened.session)
+        self._runner = BatchRunner(bundle.manifest, tokenizer, opened.session, prefix_cache=prefix_cache)
 
     def close(self) -> None:
         """Free the graphs or the engine. Closing twice does nothing; embedding afterwards is an ``OptionError``."""
@@ -153,6 +159,10 @@ class Embedder:
     def steps(self) -> int:
         """K, the most refinement steps that the bundle can run."""
         return self.manifest.graph.steps
+
+    def prefix_cache_info(self) -> PrefixCacheInfo:
+        """Return what the cache of ``prefix_cache`` did and holds; all zeros where there is none."""
+        return self._runner.prefix_cache_info()
 
     def get_sentence_embedding_dimension(self) -> int:
         """Return ``embedding_dimension``, under the name that sentence-transformers has for it."""
@@ -312,6 +322,7 @@ class Embedder:
         steps: int | None = None,
         batch_size: int = DEFAULT_BATCH_SIZE,
         batch_tokens: int = DEFAULT_BATCH_TOKENS,
+        instruction_tokens: int | None = None,
     ) -> Iterator[tuple[tuple[int, ...], StepOutputs]]:
         """Run token ids batch by batch, longest first; the lower half of ``encode``.
 
@@ -320,6 +331,8 @@ class Embedder:
             steps: as in ``encode``.
             batch_size: as in ``encode``.
             batch_tokens: as in ``encode``.
+            instruction_tokens: how many tokens at the beginning of every prompt are an instruction, for the prefix
+                cache; None runs whole prompts.
 
         Returns:
             An iterator over the positions of a batch's texts, and their embeddings at every step.
@@ -327,7 +340,13 @@ class Embedder:
         Raises:
             OptionError: an argument is out of range, or the embedder is closed.
         """
-        return self._runner.run_batches(token_ids, steps=steps, batch_size=batch_size, batch_tokens=batch_tokens)
+        return self._runner.run_batches(
+            token_ids,
+            steps=steps,
+            batch_size=batch_size,
+            batch_tokens=batch_tokens,
+            instruction_tokens=instruction_tokens,
+        )
 
     def self_test(self) -> SelfTestReport:
         """Embed the golden texts and compare every step with the PyTorch reference in the bundle.

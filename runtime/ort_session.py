@@ -16,6 +16,7 @@ from gircse.runtime.integer_products import EXACT_PRODUCTS, products_saturate
 from gircse.runtime.manifest import GraphFacts, Layout
 from gircse.runtime.numerics import Int64
 from gircse.runtime.precision import CPU_ORDER, SPECS, Precision, multiplies_integers
+from gircse.runtime.prefix_cache import KeysAndValues
 from gircse.runtime.provider import Provider
 from gircse.runtime.session import Session, StepOutputs, step_outputs
 
@@ -68,10 +69,15 @@ class UnrolledSession:
 
 
 class StepwiseSession:
-    """One graph, run once for the prompt and once per step; a run costs only the steps that it is asked for."""
+    """One graph, run once for the prompt and once per step; a run costs only the steps that it is asked for.
+
+    Attributes:
+        takes_prefixes: on the CPU alone.
+    """
 
     def __init__(self, graph: Any, facts: GraphFacts, *, device: str = "cpu") -> None:
         """Take an ``onnxruntime.InferenceSession`` of the stepwise graph, and ONNX Runtime's name of its device."""
+        self.takes_prefixes = device == "cpu"
         self._graph, self._facts, self._device = graph, facts, device
         self._past = tensor_names.cache_names("past", facts.num_layers)
         self._present = tensor_names.cache_names("present", facts.num_layers)
@@ -79,10 +85,21 @@ class StepwiseSession:
 
     def run(self, input_ids: Int64, attention_mask: Int64, *, steps: int) -> StepOutputs:
         """Embed one batch; (batch, tokens) int64 each. State and KV cache stay on the device from step to step."""
+        return self.run_after((), input_ids, attention_mask, steps=steps)
+
+    def run_after(self, prefix: KeysAndValues, input_ids: Int64, attention_mask: Int64, *, steps: int) -> StepOutputs:
+        """Embed one batch of prompts that begin with what ``compute_prefix`` was given; the arrays hold the rest."""
         states = np.empty((len(input_ids), steps + 1, self._facts.hidden_size), np.float32)
-        for k, (hidden,) in enumerate(self.passes(input_ids, attention_mask, steps=steps)):
+        for k, (hidden,) in enumerate(self.passes(input_ids, attention_mask, steps=steps, prefix=prefix)):
             states[:, k] = hidden[:, 0]
         return step_outputs(states, self._facts.pooling)
+
+    def compute_prefix(self, token_ids: Sequence[int]) -> KeysAndValues:
+        """Return keys and values (1, tokens, kv) of the beginning of a prompt."""
+        graph, ids = _still_open(self._graph), np.array([token_ids], np.int64)
+        arrays, kept = self._no_past(ids)
+        with run_errors(ids):
+            return tuple(graph.run(self._present, {**arrays, **kept, tensor_names.ATTENTION_MASK: np.ones_like(ids)}))
 
     def passes(
         self,
@@ -90,6 +107,7 @@ class StepwiseSession:
         attention_mask: Int64,
         *,
         steps: int,
+        prefix: KeysAndValues = (),
         inner: Sequence[str] = (),
         inputs_of: Callable[[int], Mapping[str, Any]] = lambda _: {},
     ) -> Iterator[list[Any]]:
@@ -99,23 +117,21 @@ class StepwiseSession:
             input_ids: (batch, tokens) int64.
             attention_mask: the same.
             steps: how often to run it after the prompt.
+            prefix: keys and values (1, prefix tokens, kv) of what every prompt begins with, before its padding.
             inner: further outputs of an edited graph, of the steps.
             inputs_of: further inputs of an edited graph, by step, 0 being the prompt.
 
         Yields:
             h_k (batch, 1, hidden) float32, and the further outputs as arrays.
         """
-        from onnxruntime import OrtValue
-
         graph = _still_open(self._graph)  # kept for all passes, should another thread close the session meanwhile
         run_once = self._run_on_cpu if self._device == "cpu" else self._run_on_device
-        mask = np.pad(attention_mask, ((0, 0), (0, steps)), constant_values=1)
-        batch, tokens = input_ids.shape
-        arrays: dict[str, Any] = {tensor_names.INPUT_IDS: input_ids}
-        if self._facts.steps:
-            arrays[tensor_names.HIDDEN] = np.empty((batch, 0, self._facts.hidden_size), np.float32)
-        no_past = OrtValue.ortvalue_from_shape_and_type((batch, 0, self._facts.kv_size), self._cache_type)
-        kept = dict.fromkeys(self._past, no_past)
+        arrays, kept = self._no_past(input_ids)
+        if prefix:
+            kept = {name: np.repeat(value, len(input_ids), 0) for name, value in zip(self._past, prefix, strict=True)}
+        before = prefix[0].shape[1] if prefix else 0
+        mask = np.pad(attention_mask, ((0, 0), (before, steps)), constant_values=1)
+        tokens = before + input_ids.shape[1]
         for k in range(steps + 1):
             arrays[tensor_names.ATTENTION_MASK] = np.ascontiguousarray(mask[:, : tokens + k])
             read = [tensor_names.NEXT_HIDDEN, *(inner if k else ())]
@@ -126,6 +142,16 @@ class StepwiseSession:
             arrays = {tensor_names.INPUT_IDS: input_ids[:, :0]}
             cache = zip(self._past, values[len(read) :], strict=False)  # none at the end
             kept = {tensor_names.HIDDEN: values[0], **dict(cache)}
+
+    def _no_past(self, input_ids: Int64) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return the inputs of a pass over whole prompts but for the mask: arrays, and an empty cache."""
+        from onnxruntime import OrtValue
+
+        arrays: dict[str, Any] = {tensor_names.INPUT_IDS: input_ids}
+        if self._facts.steps:
+            arrays[tensor_names.HIDDEN] = np.empty((len(input_ids), 0, self._facts.hidden_size), np.float32)
+        no_past = OrtValue.ortvalue_from_shape_and_type((len(input_ids), 0, self._facts.kv_size), self._cache_type)
+        return arrays, dict.fromkeys(self._past, no_past)
 
     def max_batch(self, tokens: int) -> int | None:
         """Return None: any batch that fits in memory."""

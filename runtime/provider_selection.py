@@ -79,6 +79,7 @@ def open_provider(bundle: Bundle, provider: Provider, options: SessionOptions) -
             continue
         logger.info("provider auto: runs on %s in %s", opened.provider, opened.precision)
         _log_skipped(skipped, logging.INFO)
+        skipped.clear()  # their tracebacks hold this frame and, through it, the embedder that is being made
         return opened
     _log_skipped(skipped[:-1], logging.WARNING)
     raise skipped[-1]

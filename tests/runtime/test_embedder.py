@@ -58,7 +58,7 @@ def test_any_number_of_steps(embedder: Embedder) -> None:
 def test_instruction_is_the_prompt_template(embedder: Embedder) -> None:
     with_instruction = embedder.encode(["ok"], instruction="Find")
     by_hand = embedder.encode(["Instruct: Find\nQuery:ok"])
-    np.testing.assert_array_equal(with_instruction, by_hand)
+    np.testing.assert_allclose(with_instruction, by_hand, atol=1e-5)  # the stepwise one computes the instruction apart
     assert np.abs(with_instruction - embedder.encode(["ok"])).max() > 0.01
 
 

@@ -67,6 +67,7 @@ class OpenOptions(ctypes.Structure):
         ("onnxruntime", c_char_p),
         ("threads", c_int32),
         ("verify", c_int32),
+        ("prefix_cache", c_int32),
     ]
 
 

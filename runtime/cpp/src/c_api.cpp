@@ -35,6 +35,7 @@ gircse_open_options default_open_options() {
   gircse_open_options options{};
   options.size = sizeof options;
   options.verify = 1;
+  options.prefix_cache = 1;
   return options;
 }
 
@@ -117,6 +118,7 @@ OpenOptions open_options(const gircse_open_options *given) {
   options.onnxruntime = optional_text(raw.onnxruntime).value_or("");
   options.threads = raw.threads;
   options.verify = raw.verify != 0;
+  options.prefix_cache = raw.prefix_cache != 0;
   return options;
 }
 
@@ -237,7 +239,7 @@ gircse_error *gircse_encode(const gircse_embedder *embedder, const gircse_text *
     const EncodeOptions chosen = encode_options(options);
     check_capacity("vectors", vectors, capacity, count, open->row_size(chosen.run));
     const TokenizedTexts tokens = open->tokenizer().tokenize(views(texts, count), chosen.prompt);
-    open->embed(tokens.ids, chosen.run, vectors);
+    open->embed_texts(tokens.ids, chosen.prompt, chosen.run, vectors);
     if (truncated != nullptr) *truncated = tokens.truncated;
   });
 }

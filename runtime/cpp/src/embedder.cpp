@@ -91,6 +91,7 @@ void Embedder::open_on(const std::string &provider, const OpenOptions &options) 
   const std::string layout = bundle_.layout(precision, options.layout);
   const auto open_it = [&] { return open_session(bundle_, *runtime_, precision, layout, provider, options.threads); };
   session_ = options.verify ? while_verifying(bundle_, precision, open_it) : open_it();
+  if (options.prefix_cache && session_->prefixes() != nullptr) prefixes_ = std::make_unique<PrefixCache>();
   precision_ = precision, provider_ = provider, layout_ = layout;
 }
 
@@ -132,11 +133,36 @@ void Embedder::check_tokens(std::size_t prompt, const TokenIds &ids) const {
 }
 
 void Embedder::embed(const std::vector<TokenIds> &prompts, const RunOptions &options, float *vectors) const {
+  embed_after(std::nullopt, prompts, options, vectors);
+}
+
+void Embedder::embed_texts(const std::vector<TokenIds> &prompts, const PromptOptions &prompt, const RunOptions &options,
+                           float *vectors) const {
+  embed_after(choose_prefix(prompts, prompt), prompts, options, vectors);
+}
+
+std::optional<Prefix> Embedder::choose_prefix(const std::vector<TokenIds> &prompts,
+                                              const PromptOptions &options) const {
+  if (!prefixes_ || prompts.empty()) return std::nullopt;
+  std::size_t fixed = 0;
+  if (!options.instruction.empty() || !options.prompt.value_or("").empty()) {
+    fixed = common_length({tokenizer_.tokenize({""}, options).ids.front(), prompts.front()});
+  }
+  return prefixes_->choose(*session_->prefixes(), prompts, fixed);
+}
+
+void Embedder::embed_after(const std::optional<Prefix> &prefix, const std::vector<TokenIds> &prompts,
+                           const RunOptions &options, float *vectors) const {
   const std::size_t steps = checked_steps(options), row_floats = row_size(options);
   const std::size_t first = options.all_steps ? 1 : steps;
+  const auto before = static_cast<std::ptrdiff_t>(prefix ? prefix->tokens : 0);
+  std::vector<TokenIds> own;
+  if (prefix) {
+    for (const TokenIds &prompt : prompts) own.emplace_back(prompt.begin() + before, prompt.end());
+  }
   for (auto &rows : length_buckets(prompts, options.batch_size, options.batch_tokens)) {
-    const TokenBatch batch = pad_batch(std::move(rows), prompts, manifest().pad_token_id);
-    const StepVectors outputs = session_->run(batch, steps);
+    const TokenBatch batch = pad_batch(std::move(rows), prefix ? own : prompts, manifest().pad_token_id);
+    const StepVectors outputs = session_->run(batch, steps, prefix ? &*prefix : nullptr);
     for (std::size_t i = 0; i < batch.size(); ++i) {
       std::copy_n(outputs.at(i, first), row_floats, vectors + batch.rows[i] * row_floats);
     }

@@ -25,6 +25,7 @@ struct OpenOptions {
   std::string onnxruntime;
   int threads = 0;
   bool verify = true;
+  bool prefix_cache = true;
 };
 
 // How prompts run; the fields are those of gircse_encode_options.
@@ -56,6 +57,10 @@ class Embedder {
   // Embeds prompts into (n, hidden) floats, or (n, steps, hidden) with all_steps; row i belongs to prompt i.
   void embed(const std::vector<TokenIds> &prompts, const RunOptions &options, float *vectors) const;
 
+  // The same with prompts that were made of texts: what they begin with is run once, where that saves work.
+  void embed_texts(const std::vector<TokenIds> &prompts, const PromptOptions &prompt, const RunOptions &options,
+                   float *vectors) const;
+
   // Throws Error where a prompt that did not come from the tokenizer has no tokens, too many, or unknown ones.
   void check_length(std::size_t prompt, std::size_t tokens) const;
   void check_tokens(std::size_t prompt, const TokenIds &ids) const;
@@ -64,6 +69,9 @@ class Embedder {
   SelfTest self_test() const;
 
  private:
+  std::optional<Prefix> choose_prefix(const std::vector<TokenIds> &prompts, const PromptOptions &options) const;
+  void embed_after(const std::optional<Prefix> &prefix, const std::vector<TokenIds> &prompts,
+                   const RunOptions &options, float *vectors) const;
   std::size_t checked_steps(const RunOptions &options) const;
   void open(const OpenOptions &options);
   void open_on(const std::string &provider, const OpenOptions &options);
@@ -72,6 +80,7 @@ class Embedder {
   PromptTokenizer tokenizer_;
   const OnnxRuntime *runtime_;
   std::unique_ptr<Session> session_;
+  std::unique_ptr<PrefixCache> prefixes_;  // null where prompts are run whole
   std::string precision_;
   std::string provider_;
   std::string layout_;

@@ -5,6 +5,7 @@
 
 #include "batch_planner.h"
 #include "numerics.h"
+#include "prefix_cache.h"
 
 namespace gircse::core {
 
@@ -13,7 +14,11 @@ class Session {
   virtual ~Session() = default;
 
   // Runs a batch through the prompt pass and the first `steps` refinement steps; safe to call from several threads.
-  virtual StepVectors run(const TokenBatch &batch, std::size_t steps) const = 0;
+  // Every prompt begins with the prefix, where there is one; the batch holds the rest, and padding lies between.
+  virtual StepVectors run(const TokenBatch &batch, std::size_t steps, const Prefix *prefix = nullptr) const = 0;
+
+  // What computes prefixes; null where every prompt has to be run whole.
+  virtual const PrefixSession *prefixes() const { return nullptr; }
 };
 
 }  // namespace gircse::core

@@ -105,6 +105,10 @@ def test_every_graph_gives_the_same_bits(library: CppLibrary, bundle: Path) -> N
                 np.testing.assert_array_equal(ours.encode(TEXTS, **options), expected, f"{chosen} {options}")
             _, cut = theirs.tokenizer.tokenize(TEXTS)
             assert (ours.truncated, cut) == (1, 1)
+            for text in TEXTS[:4]:  # one by one, with what earlier calls left of this instruction or of another
+                for instruction in (PROMPTS[1]["instruction"], "Find it"):
+                    alone = theirs.encode([text], instruction=instruction)
+                    np.testing.assert_array_equal(ours.encode([text], instruction=instruction), alone, f"{chosen}")
 
 
 def test_every_graph_passes_the_same_self_test(library: CppLibrary, bundle: Path) -> None:

@@ -59,6 +59,8 @@ typedef struct gircse_open_options {
   const char *onnxruntime; /* path of ONNX Runtime's library; NULL: $GIRCSE_ONNXRUNTIME, else the loader's search */
   int32_t threads;         /* of one run on the CPU; 0: every physical core */
   int32_t verify;          /* not 0: compare the hashes of all files, and the tokens of the golden texts (default) */
+  int32_t prefix_cache;    /* not 0: run what the texts of a call begin with once, and keep it, in the stepwise layout
+                            * on the CPU (default) */
 } gircse_open_options;
 
 typedef struct gircse_encode_options {

@@ -39,6 +39,7 @@ struct OpenOptions {
   std::string onnxruntime;
   int threads = 0;
   bool verify = true;
+  bool prefix_cache = true;
 };
 
 // How texts are embedded; the fields are those of gircse_encode_options.
@@ -79,6 +80,7 @@ class Embedder {
     raw.onnxruntime = detail::or_null(options.onnxruntime);
     raw.threads = options.threads;
     raw.verify = options.verify;
+    raw.prefix_cache = options.prefix_cache;
     detail::check(gircse_open(bundle.c_str(), &raw, &handle_));
     try {
       description_.size = sizeof description_;

@@ -20,6 +20,9 @@ std::size_t elements(std::initializer_list<std::size_t> shape) {
   return product;
 }
 
+// Bytes of an element of a KV cache.
+std::size_t size_of(ONNXTensorElementDataType type) { return type == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT ? 4 : 2; }
+
 Error load_error(const OrtFailure &err, const std::string &path, const std::string &provider) {
   if (err.out_of_memory()) return {GIRCSE_ERROR_MEMORY, path, std::string("cannot be loaded: ") + err.what()};
   if (err.code == ORT_NOT_IMPLEMENTED) {
@@ -106,6 +109,11 @@ OrtTensor OrtGraph::tensor(std::int64_t *data, std::initializer_list<std::size_t
   return host_tensor(data, elements(shape) * sizeof *data, signed_shape(shape), ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64);
 }
 
+OrtTensor OrtGraph::tensor(ONNXTensorElementDataType type, std::vector<unsigned char> &bytes,
+                           std::initializer_list<std::size_t> shape) const {
+  return host_tensor(bytes.data(), bytes.size(), signed_shape(shape), type);
+}
+
 OrtTensor OrtGraph::empty_tensor(ONNXTensorElementDataType type, std::initializer_list<std::size_t> shape) const {
   return host_tensor(nullptr, 0, signed_shape(shape), type);
 }
@@ -174,6 +182,17 @@ std::vector<OrtTensor> OrtGraph::run_on_device(const std::vector<NamedTensor> &i
 }
 
 const float *OrtGraph::floats(const OrtTensor &tensor, std::initializer_list<std::size_t> shape) const {
+  return static_cast<const float *>(checked_data(tensor, ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT, shape));
+}
+
+std::vector<unsigned char> OrtGraph::bytes(const OrtTensor &tensor, ONNXTensorElementDataType type,
+                                           std::initializer_list<std::size_t> shape) const {
+  const auto *data = static_cast<const unsigned char *>(checked_data(tensor, type, shape));
+  return {data, data + elements(shape) * size_of(type)};
+}
+
+void *OrtGraph::checked_data(const OrtTensor &tensor, ONNXTensorElementDataType wanted,
+                             std::initializer_list<std::size_t> shape) const {
   const auto info = create_owned(api(), api().ReleaseTensorTypeAndShapeInfo, [&](OrtTensorTypeAndShapeInfo **found) {
     return api().GetTensorTypeAndShape(tensor.get(), found);
   });
@@ -183,13 +202,13 @@ const float *OrtGraph::floats(const OrtTensor &tensor, std::initializer_list<std
   check_status(api(), api().GetTensorElementType(info.get(), &type));
   std::vector<std::int64_t> found(dimensions);
   check_status(api(), api().GetDimensions(info.get(), found.data(), dimensions));
-  if (type != ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT || found != signed_shape(shape)) {
+  if (type != wanted || found != signed_shape(shape)) {
     throw Error(GIRCSE_ERROR_BUNDLE, path_.string(), "gives tensors of another type or shape than its manifest says",
                 std::nullopt, "Export the bundle again.");
   }
   void *data = nullptr;
   check_status(api(), api().GetTensorMutableData(tensor.get(), &data));
-  return static_cast<const float *>(data);
+  return data;
 }
 
 }  // namespace gircse::core

@@ -38,12 +38,20 @@ class OrtGraph {
   OrtTensor tensor(float *data, std::initializer_list<std::size_t> shape) const;
   OrtTensor tensor(std::int64_t *data, std::initializer_list<std::size_t> shape) const;
 
+  // The same of another type, whose elements are bytes to the caller.
+  OrtTensor tensor(ONNXTensorElementDataType type, std::vector<unsigned char> &bytes,
+                   std::initializer_list<std::size_t> shape) const;
+
   // A tensor of no elements.
   OrtTensor empty_tensor(ONNXTensorElementDataType type, std::initializer_list<std::size_t> shape) const;
 
   // Runs the graph; the batch is for the error of a run that fails. The outputs stay on the device, but for the first.
   std::vector<OrtTensor> run(const std::vector<NamedTensor> &inputs, const std::vector<std::string> &outputs,
                              const TokenBatch &batch) const;
+
+  // A copy of the bytes of a tensor on the host, which has to have that type and shape; throws Error where it has not.
+  std::vector<unsigned char> bytes(const OrtTensor &tensor, ONNXTensorElementDataType type,
+                                   std::initializer_list<std::size_t> shape) const;
 
   // The elements of a float32 tensor on the host, which has to have that shape; throws Error where it has not.
   const float *floats(const OrtTensor &tensor, std::initializer_list<std::size_t> shape) const;
@@ -58,6 +66,8 @@ class OrtGraph {
                                      const std::vector<std::string> &outputs) const;
   std::vector<OrtTensor> run_on_device(const std::vector<NamedTensor> &inputs,
                                        const std::vector<std::string> &outputs) const;
+  void *checked_data(const OrtTensor &tensor, ONNXTensorElementDataType type,
+                     std::initializer_list<std::size_t> shape) const;
   OrtTensor host_tensor(void *data, std::size_t bytes, const std::vector<std::int64_t> &shape,
                         ONNXTensorElementDataType type) const;
 

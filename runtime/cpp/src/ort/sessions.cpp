@@ -21,7 +21,7 @@ class UnrolledSession : public Session {
  public:
   UnrolledSession(OrtGraph graph, const GraphFacts &facts) : graph_(std::move(graph)), facts_(facts) {}
 
-  StepVectors run(const TokenBatch &batch, std::size_t steps) const override {
+  StepVectors run(const TokenBatch &batch, std::size_t steps, const Prefix *) const override {
     const auto most = static_cast<std::size_t>(facts_.steps), hidden = static_cast<std::size_t>(facts_.hidden_size);
     const OrtTensor ids = graph_.tensor(data_of(batch.input_ids), {batch.size(), batch.tokens});
     const OrtTensor mask = graph_.tensor(data_of(batch.attention_mask), {batch.size(), batch.tokens});
@@ -48,10 +48,13 @@ class UnrolledSession : public Session {
 };
 
 // One graph, run once for the prompt and once per step; a run costs only the steps that it is asked for.
-class StepwiseSession : public Session {
+class StepwiseSession : public Session, private PrefixSession {
  public:
-  StepwiseSession(OrtGraph graph, const GraphFacts &facts)
-      : graph_(std::move(graph)), facts_(facts), cache_type_(graph_.input_type("past.0.key")) {
+  StepwiseSession(OrtGraph graph, const GraphFacts &facts, bool takes_prefixes)
+      : graph_(std::move(graph)),
+        facts_(facts),
+        cache_type_(graph_.input_type("past.0.key")),
+        takes_prefixes_(takes_prefixes) {
     for (std::int64_t layer = 0; layer < facts.num_layers; ++layer) {
       for (const char *kind : {".key", ".value"}) {
         past_.push_back("past." + std::to_string(layer) + kind);
@@ -60,12 +63,14 @@ class StepwiseSession : public Session {
     }
   }
 
-  StepVectors run(const TokenBatch &batch, std::size_t steps) const override {
+  StepVectors run(const TokenBatch &batch, std::size_t steps, const Prefix *prefix) const override {
     const auto hidden = static_cast<std::size_t>(facts_.hidden_size);
     StepVectors vectors{batch.size(), steps, hidden, std::vector<float>(batch.size() * (steps + 1) * hidden)};
-    std::vector<OrtTensor> state;  // h_{k-1} and, but for the last step, the cache
+    const std::size_t before = prefix == nullptr ? 0 : prefix->tokens;
+    KeysAndValues repeated = prefix == nullptr ? KeysAndValues{} : repeat(*prefix, batch.size());
+    std::vector<OrtTensor> state = first_state(batch.size(), before, repeated);
     for (std::size_t k = 0; k <= steps; ++k) {
-      state = run_step(batch, k, k == steps, std::move(state));
+      state = run_step(batch, before, k, k == steps, state);
       const float *next = graph_.floats(state.front(), {batch.size(), 1, hidden});
       for (std::size_t row = 0; row < batch.size(); ++row) std::copy_n(next + row * hidden, hidden, vectors.at(row, k));
     }
@@ -73,33 +78,63 @@ class StepwiseSession : public Session {
     return vectors;
   }
 
+  const PrefixSession *prefixes() const override { return takes_prefixes_ ? this : nullptr; }
+
  private:
-  // The prompt (k = 0) or a refinement step; takes and gives next_hidden and the cache.
-  std::vector<OrtTensor> run_step(const TokenBatch &batch, std::size_t k, bool last,
-                                  std::vector<OrtTensor> state) const {
-    const auto hidden = static_cast<std::size_t>(facts_.hidden_size), kv = static_cast<std::size_t>(facts_.kv_size);
-    const std::size_t rows = batch.size();
-    std::vector<std::int64_t> mask = extended_mask(batch, k);
-    const OrtTensor mask_tensor = graph_.tensor(mask.data(), {rows, batch.tokens + k});
-    const OrtTensor ids = graph_.tensor(data_of(batch.input_ids), {rows, k == 0 ? batch.tokens : 0});
-    const OrtTensor no_hidden = graph_.empty_tensor(ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT, {rows, 0, hidden});
-    const OrtTensor no_past = graph_.empty_tensor(cache_type_, {rows, 0, kv});
-    std::vector<NamedTensor> inputs = {{"input_ids", ids.get()}, {"attention_mask", mask_tensor.get()}};
-    if (facts_.steps > 0) inputs.push_back({"hidden", k == 0 ? no_hidden.get() : state.front().get()});
-    for (std::size_t i = 0; i < past_.size(); ++i) {
-      inputs.push_back({past_[i], k == 0 ? no_past.get() : state[i + 1].get()});
+  KeysAndValues compute_prefix(const TokenIds &ids) const override {
+    const TokenBatch batch{{0}, ids.size(), ids, std::vector<std::int64_t>(ids.size(), 1)};
+    KeysAndValues nothing, values;
+    const std::vector<OrtTensor> state = run_step(batch, 0, 0, false, first_state(1, 0, nothing));
+    for (auto value = state.begin() + 1; value != state.end(); ++value) {
+      values.push_back(graph_.bytes(*value, cache_type_, {1, ids.size(), static_cast<std::size_t>(facts_.kv_size)}));
     }
+    return values;
+  }
+
+  // The first tokens of every kept value, once for every row of a batch.
+  KeysAndValues repeat(const Prefix &prefix, std::size_t rows) const {
+    KeysAndValues repeated;
+    for (const auto &value : *prefix.values) {
+      std::vector<unsigned char> &target = repeated.emplace_back();
+      target.reserve(rows * value.size());
+      for (std::size_t row = 0; row < rows; ++row) target.insert(target.end(), value.begin(), value.end());
+    }
+    return repeated;
+  }
+
+  // What the prompt pass takes: no hidden state, and the cache of what lies before, which has to outlive it.
+  std::vector<OrtTensor> first_state(std::size_t rows, std::size_t before, KeysAndValues &values) const {
+    const auto hidden = static_cast<std::size_t>(facts_.hidden_size), kv = static_cast<std::size_t>(facts_.kv_size);
+    std::vector<OrtTensor> state;
+    state.push_back(graph_.empty_tensor(ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT, {rows, 0, hidden}));
+    for (std::size_t i = 0; i < past_.size(); ++i) {
+      state.push_back(before == 0 ? graph_.empty_tensor(cache_type_, {rows, 0, kv})
+                                  : graph_.tensor(cache_type_, values[i], {rows, before, kv}));
+    }
+    return state;
+  }
+
+  // The prompt (k = 0) or a refinement step; takes and gives next_hidden and the cache.
+  std::vector<OrtTensor> run_step(const TokenBatch &batch, std::size_t before, std::size_t k, bool last,
+                                  const std::vector<OrtTensor> &state) const {
+    const std::size_t rows = batch.size();
+    std::vector<std::int64_t> mask = extended_mask(batch, before, k);
+    const OrtTensor mask_tensor = graph_.tensor(mask.data(), {rows, before + batch.tokens + k});
+    const OrtTensor ids = graph_.tensor(data_of(batch.input_ids), {rows, k == 0 ? batch.tokens : 0});
+    std::vector<NamedTensor> inputs = {{"input_ids", ids.get()}, {"attention_mask", mask_tensor.get()}};
+    if (facts_.steps > 0) inputs.push_back({"hidden", state.front().get()});
+    for (std::size_t i = 0; i < past_.size(); ++i) inputs.push_back({past_[i], state[i + 1].get()});
     std::vector<std::string> outputs = {"next_hidden"};
     if (!last) outputs.insert(outputs.end(), present_.begin(), present_.end());
     return graph_.run(inputs, outputs, batch);
   }
 
-  // The prompt's mask, then a 1 for every soft token: (batch, tokens + k).
-  static std::vector<std::int64_t> extended_mask(const TokenBatch &batch, std::size_t k) {
-    std::vector<std::int64_t> mask(batch.size() * (batch.tokens + k), 1);
+  // A 1 for every token of the prefix, the prompt's mask, a 1 for every soft token: (batch, before + tokens + k).
+  static std::vector<std::int64_t> extended_mask(const TokenBatch &batch, std::size_t before, std::size_t k) {
+    const std::size_t width = before + batch.tokens + k;
+    std::vector<std::int64_t> mask(batch.size() * width, 1);
     for (std::size_t row = 0; row < batch.size(); ++row) {
-      std::copy_n(batch.attention_mask.data() + row * batch.tokens, batch.tokens,
-                  mask.data() + row * (batch.tokens + k));
+      std::copy_n(batch.attention_mask.data() + row * batch.tokens, batch.tokens, mask.data() + row * width + before);
     }
     return mask;
   }
@@ -107,6 +142,7 @@ class StepwiseSession : public Session {
   OrtGraph graph_;
   GraphFacts facts_;
   ONNXTensorElementDataType cache_type_;
+  bool takes_prefixes_;
   std::vector<std::string> past_;
   std::vector<std::string> present_;
 };
@@ -136,7 +172,7 @@ std::unique_ptr<Session> open_session(const Bundle &bundle, const OnnxRuntime &r
   OrtGraph graph(runtime, path, provider, threads, spec != nullptr && spec->integer_products);
   check_identity(graph, facts, path.string());
   if (layout == "unrolled") return std::make_unique<UnrolledSession>(std::move(graph), facts);
-  return std::make_unique<StepwiseSession>(std::move(graph), facts);
+  return std::make_unique<StepwiseSession>(std::move(graph), facts, provider == "cpu");
 }
 
 }  // namespace gircse::core
