@@ -41,6 +41,12 @@ def build_parser() -> argparse.ArgumentParser:
         help="texts of a run (default: 1,8,32)",
     )
     parser.add_argument(
+        "--instruction",
+        default="",
+        metavar="TEXT",
+        help="put before every text; stepwise graphs on the CPU are also measured with it cached",
+    )
+    parser.add_argument(
         "--tokens", type=comma_separated(int), metavar="N,...", help="tokens of each text (default: 16,64,256)"
     )
     parser.add_argument("--steps", type=comma_separated(int), metavar="k,...", help="default: 1,2,4,8 and K, up to K")

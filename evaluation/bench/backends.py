@@ -59,6 +59,8 @@ class BundleSpec(_Spec):
         threads: threads of one run.
         layout: which of its graphs; None is its default.
         provider: where it runs.
+        instruction_tokens: how many tokens of every text are an instruction.
+        prefix_cache: whether it computes the instruction once; else every prompt is run whole.
     """
 
     libraries: ClassVar[tuple[str, ...]] = ("onnxruntime",)
@@ -68,11 +70,14 @@ class BundleSpec(_Spec):
     threads: int
     layout: Layout | None = None
     provider: Provider = Provider.CPU
+    instruction_tokens: int = 0
+    prefix_cache: bool = False
 
     @property
     def name(self) -> str:
         """What it is, for reports."""
-        return f"{self.bundle.directory.name}:{self.precision}{_place(self.provider)}"
+        cached = ", cached instruction" if self.prefix_cache else ""
+        return f"{self.bundle.directory.name}:{self.precision}{_place(self.provider)}{cached}"
 
     def open(self) -> Run:
         """Load the graph or the engine."""
@@ -87,8 +92,13 @@ class BundleSpec(_Spec):
         )
 
         def run(input_ids: Int64, steps: int) -> Float32:
-            whole = {"batch_size": len(input_ids), "batch_tokens": input_ids.size}
-            ((_, outputs),) = embedder.run_batches(input_ids.tolist(), steps=steps, **whole)
+            ((_, outputs),) = embedder.run_batches(
+                input_ids.tolist(),
+                steps=steps,
+                batch_size=len(input_ids),
+                batch_tokens=input_ids.size,
+                instruction_tokens=self.instruction_tokens if self.prefix_cache else None,
+            )
             return outputs.step_embeddings[:, -1] if steps else outputs.prompt_embedding
 
         return run
@@ -98,6 +108,12 @@ class BundleSpec(_Spec):
         most = self.bundle.manifest.graph.steps
         stepwise = self.bundle.layout(self.precision, self.layout) is Layout.STEPWISE
         return steps == most or (stepwise and steps < most)
+
+    @property
+    def takes_prefixes(self) -> bool:
+        """Whether it can compute an instruction once."""
+        stepwise = self.bundle.layout(self.precision, self.layout) is Layout.STEPWISE
+        return stepwise and self.provider is Provider.CPU
 
     def model_bytes(self) -> int:
         """Return the size of the files that it loads."""

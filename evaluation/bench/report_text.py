@@ -16,7 +16,8 @@ def terminal_tables(report: BenchReport) -> list[Table]:
     """Return the tables that ``bench.md`` has too."""
     costs = _table("Loading and memory", COST_COLUMNS, [_cost_cells(cost) for cost in report.backends])
     header, rows = _latency_rows(report)
-    tables = [costs, _table(f"Median time of a run (p95), {report.threads} threads", header, rows)]
+    after = f", texts after an instruction of {report.instruction_tokens} tokens" if report.instruction_tokens else ""
+    tables = [costs, _table(f"Median time of a run (p95), {report.threads} threads{after}", header, rows)]
     if report.quality:
         tables.append(_table("Quality by step", *_quality_rows(report.quality)))
     return tables
@@ -39,10 +40,16 @@ def markdown(report: BenchReport) -> str:
         )
         for entry in report.latencies
     ]
+    instruction = (
+        f" Every text comes after an instruction of {report.instruction_tokens} tokens."
+        if report.instruction_tokens
+        else ""
+    )
     parts = [
         "# Benchmark",
         f"{report.threads} threads per backend, each backend in its own process, all in turn at every setting, "
-        f"{report.warm_up} runs of each to warm up. Memory bandwidth, measured: {report.bandwidth / 1e9:.1f} GB/s.",
+        f"{report.warm_up} runs of each to warm up.{instruction} Memory bandwidth, measured: "
+        f"{report.bandwidth / 1e9:.1f} GB/s.",
         "## Loading and memory",
         markdown_table(COST_COLUMNS, [_cost_cells(cost) for cost in report.backends]),
         "## Median time of a run (p95)",

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
 
@@ -28,6 +28,7 @@ from gircse.runtime.errors import CheckpointError, MeasurementError, OptionError
 from gircse.runtime.manifest import Layout
 from gircse.runtime.numerics import Float32, Int64, row_cosine
 from gircse.runtime.precision import runs_on
+from gircse.runtime.prefix_cache import common_length
 from gircse.runtime.provider import Provider
 from gircse.runtime.tokenization import load_tokenizer, open_tokenizer
 
@@ -61,7 +62,8 @@ class BenchOptions:
         bundles: bundle directories; the baselines take K, pooling and checkpoint from the first.
         precisions: variants; empty means every one that the provider runs and that has the layout.
         batches: texts of a run.
-        tokens: tokens of each text; None takes 16, 64 and 256 as far as the first bundle goes.
+        instruction: put before every text; bundles that can are also measured with its keys and values kept.
+        tokens: tokens of each text, without the instruction; None takes 16, 64 and 256 as far as the first bundle goes.
         steps: refinement steps; None takes 1, 2, 4, 8 and K as far as the first bundle goes.
         against: baselines to measure in turn with the bundles.
         model: where the first bundle's checkpoint is now; None is as in its manifest.
@@ -80,6 +82,7 @@ class BenchOptions:
     bundles: Sequence[Path]
     precisions: Sequence[str] = ()
     batches: Sequence[int] = (1, 8, 32)
+    instruction: str = ""
     tokens: Sequence[int] | None = None
     steps: Sequence[int] | None = None
     against: Sequence[Baseline] = ()
@@ -112,22 +115,30 @@ def run_bench(options: BenchOptions, *, progress: StageProgress | None = None) -
     """
     progress = progress or StageProgress()
     bundles = [Bundle.open(path) for path in options.bundles]
-    settings = _choose_settings(options, bundles[0])
-    _check(options, bundles, settings)
+    instruction = _instruction_ids(options, bundles[0])
+    settings = _choose_settings(options, bundles[0], len(instruction))
+    _check(options, bundles, settings, len(instruction))
     tasks = read_tasks(options.tasks)
     threads = options.threads or psutil.cpu_count(logical=False) or 1
     bundle_specs = _bundle_specs(options, bundles, threads)
-    specs = [*bundle_specs, *_baseline_specs(options, bundles[0], settings, threads)]
+    prefix_specs = [
+        replace(spec, instruction_tokens=len(instruction), prefix_cache=True)
+        for spec in bundle_specs
+        if instruction and spec.takes_prefixes
+    ]
+    baselines = _baseline_specs(options, bundles[0], settings, threads, len(instruction))
+    specs = [*bundle_specs, *prefix_specs, *baselines]
     _check_names(specs)
     check_memory(specs)
     with progress.stage("measure the memory bandwidth"):
         bandwidth = memory_bandwidth(threads)
-    costs, latencies = _run_backends(specs, settings, options, bandwidth, progress)
+    costs, latencies = _run_backends(specs, settings, instruction, options, bandwidth, progress)
     quality = [result for spec in bundle_specs for result in _measure_quality(spec, tasks, progress)]
     return BenchReport(
         schema_version=SCHEMA_VERSION,
         threads=threads,
         warm_up=WARM_UP,
+        instruction_tokens=len(instruction),
         bandwidth=bandwidth,
         backends=tuple(costs),
         latencies=tuple(latencies),
@@ -136,18 +147,23 @@ def run_bench(options: BenchOptions, *, progress: StageProgress | None = None) -
     )
 
 
-def _choose_settings(options: BenchOptions, bundle: Bundle) -> list[_Setting]:
+def _choose_settings(options: BenchOptions, bundle: Bundle, instruction_tokens: int) -> list[_Setting]:
     facts = bundle.manifest.graph
-    tokens = options.tokens or [size for size in DEFAULT_TOKENS if size <= facts.max_tokens] or [facts.max_tokens]
+    most = facts.max_tokens - instruction_tokens
+    tokens = options.tokens or [size for size in DEFAULT_TOKENS if size <= most] or [most]
     steps = options.steps or [step for step in DEFAULT_STEPS if step < facts.steps] + [facts.steps]
     return [_Setting(*values) for values in product(options.batches, sorted(set(tokens)), sorted(set(steps)))]
 
 
-def _check(options: BenchOptions, bundles: Sequence[Bundle], settings: Sequence[_Setting]) -> None:
+def _check(
+    options: BenchOptions, bundles: Sequence[Bundle], settings: Sequence[_Setting], instruction_tokens: int
+) -> None:
     facts = bundles[0].manifest.graph
+    if instruction_tokens >= facts.max_tokens:
+        raise OptionError("--instruction", f"has {instruction_tokens} tokens", f"the bundle takes {facts.max_tokens}")
     for name, values, low, high in (
         ("--batch", options.batches, 1, 4096),
-        ("--tokens", [setting.tokens for setting in settings], 1, facts.max_tokens),
+        ("--tokens", [setting.tokens for setting in settings], 1, facts.max_tokens - instruction_tokens),
         ("--steps", [setting.steps for setting in settings], 0, facts.steps),
         ("--repeats", [options.repeats], MIN_REPEATS, 10000),
         ("--threads", [1 if options.threads is None else options.threads], 1, 4096),
@@ -179,6 +195,7 @@ def _check_names(specs: Sequence[BackendSpec]) -> None:
 def _run_backends(
     specs: Sequence[BackendSpec],
     settings: Sequence[_Setting],
+    instruction: Sequence[int],
     options: BenchOptions,
     bandwidth: float,
     progress: StageProgress,
@@ -195,7 +212,8 @@ def _run_backends(
                 loads.append(_spread(seconds))
         with progress.stage(f"run {len(specs)} backends at {len(settings)} settings", total=len(settings)) as advance:
             for setting in settings:
-                runs = _run_setting(setting, workers, options, cosines=cosines)
+                input_ids = _input_ids(setting, instruction, workers[0].spec.bundle)
+                runs = _run_setting(setting, input_ids, workers, options, cosines=cosines)
                 latencies += [_latency(setting, spec, seconds, bandwidth) for spec, seconds in runs]
                 advance(1)
         costs = [
@@ -220,7 +238,7 @@ def _bundle_specs(options: BenchOptions, bundles: Sequence[Bundle], threads: int
 
 
 def _baseline_specs(
-    options: BenchOptions, bundle: Bundle, settings: Sequence[_Setting], threads: int
+    options: BenchOptions, bundle: Bundle, settings: Sequence[_Setting], threads: int, instruction_tokens: int
 ) -> list[BackendSpec]:
     if not options.against:
         return []
@@ -230,12 +248,17 @@ def _baseline_specs(
         if baseline is Baseline.TORCH:
             specs.append(TorchSpec(bundle, checkpoint, options.dtype, threads, options.device))
         else:
-            specs.append(_llama_cpp_spec(options, bundle, checkpoint, settings, threads))
+            specs.append(_llama_cpp_spec(options, bundle, checkpoint, settings, threads, instruction_tokens))
     return specs
 
 
 def _llama_cpp_spec(
-    options: BenchOptions, bundle: Bundle, checkpoint: Checkpoint, settings: Sequence[_Setting], threads: int
+    options: BenchOptions,
+    bundle: Bundle,
+    checkpoint: Checkpoint,
+    settings: Sequence[_Setting],
+    threads: int,
+    instruction_tokens: int,
 ) -> LlamaCppSpec:
     from gircse.evaluation.bench.gguf import gguf_of
 
@@ -246,7 +269,7 @@ def _llama_cpp_spec(
         weights=options.gguf.stem if options.gguf else "Q8_0",
         threads=threads,
         batch=max(setting.batch for setting in settings),
-        tokens=max(setting.tokens for setting in settings),
+        tokens=instruction_tokens + max(setting.tokens for setting in settings),
         steps=max(setting.steps for setting in settings),
     )
 
@@ -263,6 +286,7 @@ def _load(spec: BackendSpec) -> tuple[Worker, list[float]]:
 
 def _run_setting(
     setting: _Setting,
+    input_ids: Int64,
     workers: Sequence[Worker],
     options: BenchOptions,
     *,
@@ -271,7 +295,6 @@ def _run_setting(
     """Run every backend that can in turn; ``cosines`` keeps the worst agreement of each with the first."""
     able = [worker for worker in workers if worker.spec.can_run(setting.steps)]
     seconds: list[list[float]] = [[] for _ in able]
-    input_ids = _input_ids(setting, workers[0].spec.bundle)
     start = time.perf_counter()
     first: Float32 | None = None
     for repeat in range(WARM_UP + options.repeats):
@@ -287,8 +310,18 @@ def _run_setting(
     return [(worker.spec, runs[WARM_UP:]) for worker, runs in zip(able, seconds, strict=True)]
 
 
-def _input_ids(setting: _Setting, bundle: Bundle) -> Int64:
-    """Return the same tokens (batch, tokens) int64 for every backend: running prose, each row starting at another word.
+def _instruction_ids(options: BenchOptions, bundle: Bundle) -> list[int]:
+    """Return what every prompt with the instruction begins with."""
+    if not options.instruction:
+        return []
+    prompts, _ = open_tokenizer(bundle).tokenize(["a", "The"], instruction=options.instruction)
+    return prompts[0][: common_length(prompts)]
+
+
+def _input_ids(setting: _Setting, instruction: Sequence[int], bundle: Bundle) -> Int64:
+    """Return the same tokens (batch, tokens) int64 for every backend: the instruction, and running prose.
+
+    Each row starts at another word of it.
 
     Not random tokens: the entropy of the softmax over the vocabulary decides what a soft token costs in INT8 variants.
     """
@@ -296,7 +329,7 @@ def _input_ids(setting: _Setting, bundle: Bundle) -> Int64:
     prose = np.array(tokenizer.encode(PROSE, add_special_tokens=False).ids, np.int64)
     starts = np.arange(setting.batch)[:, None] * len(prose) // setting.batch
     picked: Int64 = prose[(starts + np.arange(setting.tokens)) % len(prose)]
-    return picked
+    return np.hstack([np.tile(np.array(instruction, np.int64), (setting.batch, 1)), picked])
 
 
 def _latency(setting: _Setting, spec: BackendSpec, seconds: Sequence[float], bandwidth: float) -> Latency:

@@ -17,6 +17,7 @@ def report() -> BenchReport:
         schema_version=1,
         threads=2,
         warm_up=2,
+        instruction_tokens=18,
         bandwidth=12.34e9,
         backends=tuple(BackendCost(name, spread(1.0), 3 << 29, 5 << 20, 0.9999999) for name in names),
         latencies=(
@@ -30,7 +31,9 @@ def report() -> BenchReport:
 
 
 def test_markdown(report: BenchReport) -> None:
-    lines = markdown(report).splitlines()
+    text = markdown(report)
+    assert "2 runs of each to warm up. Every text comes after an instruction of 18 tokens. Memory bandwidth" in text
+    lines = text.splitlines()
     for line in (
         "| batch x tokens | k | demo:fp32 | torch fp32 |",
         "| 1 x 16 | 8 | 100.0 ms (200.0 ms) | 1.50 s (3.00 s), 15.00 x |",
@@ -45,5 +48,6 @@ def test_markdown(report: BenchReport) -> None:
 
 def test_the_terminal_shows_the_tables_of_the_file(report: BenchReport) -> None:
     costs, latencies, quality = terminal_tables(report)
+    assert latencies.title == "Median time of a run (p95), 2 threads, texts after an instruction of 18 tokens"
     assert [table.row_count for table in (costs, latencies, quality)] == [2, 2, 1]
     assert [column.header for column in latencies.columns] == ["batch x tokens", "k", "demo:fp32", "torch fp32"]
