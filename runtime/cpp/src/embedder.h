@@ -70,8 +70,8 @@ class Embedder {
 
  private:
   std::optional<Prefix> choose_prefix(const std::vector<TokenIds> &prompts, const PromptOptions &options) const;
-  void embed_after(const std::optional<Prefix> &prefix, const std::vector<TokenIds> &prompts,
-                   const RunOptions &options, float *vectors) const;
+  void embed_after(const std::optional<Prefix> &prefix, const std::vector<TokenIds> &prompts, const RunOptions &options,
+                   float *vectors) const;
   std::size_t checked_steps(const RunOptions &options) const;
   void open(const OpenOptions &options);
   void open_on(const std::string &provider, const OpenOptions &options);
