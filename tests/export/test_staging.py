@@ -162,8 +162,9 @@ def test_too_little_disk_is_said_before_writing(
 def test_too_little_memory_for_the_reference(
     small_models: SmallModels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    memory = type("Memory", (), {"available": (1 << 30) + (1 << 27)})
+    memory = type("Memory", (), {"available": (1 << 30) + (1 << 27), "uss": 0})
     monkeypatch.setattr("psutil.virtual_memory", lambda: memory)
+    monkeypatch.setattr("psutil.Process.memory_full_info", lambda _: memory)
     manifest = Bundle.open(export_bundle(options(small_models, tmp_path / "out"))).manifest
     assert not manifest.golden
     assert re.match(
