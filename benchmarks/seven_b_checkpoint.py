@@ -13,8 +13,7 @@ model. What makes the activations behave like those of a trained model:
   and the line break. They alone use ``SINK_CHANNEL``, on which one neuron of layer 0 writes values of about a thousand
   into ``MASSIVE``, and they are hardly ever predicted;
 - the rows of lm_head are those of the embeddings, one further (in a tied model the same), so that a token predicts
-  one other, ``TOP_MARGIN`` nats ahead of all the rest together; more in a model narrower than ``WIDE``, in which
-  random directions are less different.
+  one other, ``TOP_MARGIN`` nats ahead of all the rest together.
 
 The last point makes the model insensitive to rounding, as trained ones are. With independent rows for lm_head every
 step multiplies the error of its input, through the layers and the softmax, by ten to a hundred: in FP32 the fourth
@@ -45,7 +44,7 @@ from gircse.checkpoint.model_weights import rows_of_block
 SHARD_BYTES = 4_000_000_000
 EMBEDDING_STD = 0.02
 GROWTH = 1.04
-TOP_MARGIN, WIDE = 3.0, 1536
+TOP_MARGIN = 3.0
 OUTLIERS, OUTLIER_GAIN, CHANNELS_AN_OUTLIER = (11, 170, 402, 555, 701, 860), 8.0, 512
 MASSIVE = {303: 0.4, 619: -0.2}
 SINK_CHANNEL, SINK_VALUE, SINK_NEURON = 137, 0.8, 77
@@ -266,10 +265,9 @@ class Recipe:
     def _center(self, name: str) -> float:
         """Return the mean of a tensor's values."""
         if name == "model.norm.weight":
-            # What is left of the token's embedding in the state, times its own row, is a logit of log(V) + the margin.
+            # What is left of the token's embedding in the state, times its own row, is a logit of log(V) + TOP_MARGIN.
             left = GROWTH ** -self.config["num_hidden_layers"]
-            margin = TOP_MARGIN * max(1, WIDE / self.config["hidden_size"])
-            scale = (math.log(self.config["vocab_size"]) + margin) / left
+            scale = (math.log(self.config["vocab_size"]) + TOP_MARGIN) / left
             return scale / EMBEDDING_STD / self.config["hidden_size"]
         return 1.0 if name.endswith("norm.weight") else 0.0
 
