@@ -80,23 +80,23 @@ class BenchReport(Record, frozen=True):
         schema_version: version of these fields.
         threads: threads of each backend.
         warm_up: runs of each backend at each setting that are not counted.
-        instruction_tokens: tokens before each text, which all texts share.
         bandwidth: bytes of memory read per second by so many threads, measured.
         backends: what each backend costs.
         latencies: every backend at every setting.
         quality: where tasks were given.
         environment: machine and versions.
+        instruction_tokens: tokens before each text, which all texts share; reports of before have none.
     """
 
     schema_version: int
     threads: int
     warm_up: int
-    instruction_tokens: int
     bandwidth: float
     backends: tuple[BackendCost, ...]
     latencies: tuple[Latency, ...]
     quality: tuple[Quality, ...]
     environment: dict[str, str]
+    instruction_tokens: int = 0
 
     def to_json(self) -> bytes:
         """Return the content of ``bench.json``."""

@@ -110,7 +110,6 @@ def bench_report(backends: dict[str, float]) -> bytes:
         schema_version=1,
         threads=2,
         warm_up=2,
-        instruction_tokens=0,
         bandwidth=1e9,
         backends=tuple(BackendCost(name, spread, 1, 1, 1.0) for name, spread in spreads.items()),
         latencies=tuple(Latency(name, 8, 24, 5, spread, 1.0, None) for name, spread in spreads.items()),

@@ -1,5 +1,8 @@
 """A benchmark for people: ratios are to the first backend of a row, and what was not run is a dash."""
 
+import json
+
+import msgspec
 import pytest
 
 from gircse.evaluation.bench.report_schema import BackendCost, BenchReport, Latency, Quality, Spread
@@ -51,3 +54,9 @@ def test_the_terminal_shows_the_tables_of_the_file(report: BenchReport) -> None:
     assert latencies.title == "Median time of a run (p95), 2 threads, texts after an instruction of 18 tokens"
     assert [table.row_count for table in (costs, latencies, quality)] == [2, 2, 1]
     assert [column.header for column in latencies.columns] == ["batch x tokens", "k", "demo:fp32", "torch fp32"]
+
+
+def test_a_report_from_before_instructions_is_read(report: BenchReport) -> None:
+    content = json.loads(report.to_json())
+    del content["instruction_tokens"]
+    assert msgspec.convert(content, BenchReport).instruction_tokens == 0
