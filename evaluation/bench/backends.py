@@ -59,8 +59,8 @@ class BundleSpec(_Spec):
         threads: threads of one run.
         layout: which of its graphs; None is its default.
         provider: where it runs.
-        instruction_tokens: how many tokens of every text are an instruction.
-        prefix_cache: whether it computes the instruction once; else every prompt is run whole.
+        cached_instruction: how many tokens of every prompt are an instruction that is computed once; None runs whole
+            prompts.
     """
 
     libraries: ClassVar[tuple[str, ...]] = ("onnxruntime",)
@@ -70,13 +70,12 @@ class BundleSpec(_Spec):
     threads: int
     layout: Layout | None = None
     provider: Provider = Provider.CPU
-    instruction_tokens: int = 0
-    prefix_cache: bool = False
+    cached_instruction: int | None = None
 
     @property
     def name(self) -> str:
         """What it is, for reports."""
-        cached = ", cached instruction" if self.prefix_cache else ""
+        cached = "" if self.cached_instruction is None else ", cached instruction"
         return f"{self.bundle.directory.name}:{self.precision}{_place(self.provider)}{cached}"
 
     def open(self) -> Run:
@@ -97,7 +96,7 @@ class BundleSpec(_Spec):
                 steps=steps,
                 batch_size=len(input_ids),
                 batch_tokens=input_ids.size,
-                instruction_tokens=self.instruction_tokens if self.prefix_cache else None,
+                instruction_tokens=self.cached_instruction,
             )
             return outputs.step_embeddings[:, -1] if steps else outputs.prompt_embedding
 
@@ -106,14 +105,16 @@ class BundleSpec(_Spec):
     def can_run(self, steps: int) -> bool:
         """Whether it can stop after so many steps; an unrolled graph always runs K."""
         most = self.bundle.manifest.graph.steps
-        stepwise = self.bundle.layout(self.precision, self.layout) is Layout.STEPWISE
-        return steps == most or (stepwise and steps < most)
+        return steps == most or (self._is_stepwise and steps < most)
 
     @property
     def takes_prefixes(self) -> bool:
         """Whether it can compute an instruction once."""
-        stepwise = self.bundle.layout(self.precision, self.layout) is Layout.STEPWISE
-        return stepwise and self.provider is Provider.CPU
+        return self._is_stepwise and self.provider is Provider.CPU
+
+    @property
+    def _is_stepwise(self) -> bool:
+        return self.bundle.layout(self.precision, self.layout) is Layout.STEPWISE
 
     def model_bytes(self) -> int:
         """Return the size of the files that it loads."""

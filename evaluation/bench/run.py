@@ -122,7 +122,7 @@ def run_bench(options: BenchOptions, *, progress: StageProgress | None = None) -
     threads = options.threads or psutil.cpu_count(logical=False) or 1
     bundle_specs = _bundle_specs(options, bundles, threads)
     prefix_specs = [
-        replace(spec, instruction_tokens=len(instruction), prefix_cache=True)
+        replace(spec, cached_instruction=len(instruction))
         for spec in bundle_specs
         if instruction and spec.takes_prefixes
     ]

@@ -22,7 +22,7 @@ def test_names_tell_precision_and_device(small_models: SmallModels, checkpoint: 
     name = bundle.directory.name
     assert BundleSpec(bundle, "fp32", 1).name == f"{name}:fp32"
     assert BundleSpec(bundle, "fp32", 1, provider=Provider.CUDA).name == f"{name}:fp32 on cuda"
-    assert BundleSpec(bundle, "fp32", 1, prefix_cache=True).name == f"{name}:fp32, cached instruction"
+    assert BundleSpec(bundle, "fp32", 1, cached_instruction=18).name == f"{name}:fp32, cached instruction"
     assert TorchSpec(bundle, checkpoint, "fp16", 1).name == "torch fp16"
     assert TorchSpec(bundle, checkpoint, "fp16", 1, device="cuda").name == "torch fp16 on cuda"
     assert (

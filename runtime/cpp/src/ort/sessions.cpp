@@ -91,7 +91,7 @@ class StepwiseSession : public Session, private PrefixSession {
     return values;
   }
 
-  // The first tokens of every kept value, once for every row of a batch.
+  // Every kept value, once for every row of a batch.
   KeysAndValues repeat(const Prefix &prefix, std::size_t rows) const {
     KeysAndValues repeated;
     for (const auto &value : *prefix.values) {
