@@ -6,7 +6,8 @@ python benchmarks/seven_b_checkpoint.py qwen-7b DIR --layers 2  # the first two 
 Every tensor but the final norm depends on its name and the seed alone, so fewer layers are the first ones of the whole
 model. What makes the activations behave like those of a trained model:
 
-- each layer multiplies the residual stream by ``GROWTH``, a third of the added variance from attention;
+- each layer multiplies the residual stream by the same factor, a third of the added variance from attention. All
+  together add ``ADDED_VARIANCE`` for each channel, so that a token stands out alike in narrow and in wide states;
 - some channels grow ``OUTLIER_GAIN`` times as large, and the norms damp them again: the first of ``OUTLIERS``, one for
   ``CHANNELS_AN_OUTLIER`` of them;
 - two tokens are attention sinks, as first tokens and delimiters are: the first of every prompt with an instruction,
@@ -43,7 +44,7 @@ from gircse.checkpoint.model_weights import rows_of_block
 
 SHARD_BYTES = 4_000_000_000
 EMBEDDING_STD = 0.02
-GROWTH = 1.04
+ADDED_VARIANCE = (1.04**56 - 1) / 3584  # 4 % in each of the 28 layers of qwen-7b
 TOP_MARGIN = 3.0
 OUTLIERS, OUTLIER_GAIN, CHANNELS_AN_OUTLIER = (11, 170, 402, 555, 701, 860), 8.0, 512
 MASSIVE = {303: 0.4, 619: -0.2}
@@ -160,7 +161,8 @@ def make_checkpoint(shape: str, directory: Path, *, layers: int | None = None, s
     unfinished = directory.with_name(f"{directory.name}.unfinished")
     unfinished.mkdir(parents=True)
     (unfinished / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    recipe = Recipe(config, sinks=_write_tokenizer(unfinished, config["vocab_size"]), seed=seed)
+    sinks = _write_tokenizer(unfinished, config["vocab_size"])
+    recipe = Recipe(config, growth=_growth(CONFIGS[shape]), sinks=sinks, seed=seed)
     shapes = _tensor_shapes(config)
     shards = _shards(shapes)
     weight_map = {}
@@ -178,7 +180,7 @@ def make_checkpoint(shape: str, directory: Path, *, layers: int | None = None, s
 def make_adapter(shape: str, directory: Path, *, base: str, layers: int | None = None, seed: int = 0) -> None:
     """Write a LoRA adapter of rank 16 on the seven projections, for the model called ``base``."""
     config = _config(shape, layers)
-    recipe = Recipe(config, sinks=(), seed=seed)
+    recipe = Recipe(config, growth=_growth(CONFIGS[shape]), sinks=(), seed=seed)
     tensors = {}
     for name, tensor_shape in _tensor_shapes(config).items():
         if not name.endswith(tuple(f"{projection}.weight" for projection in PROJECTIONS)):
@@ -208,11 +210,13 @@ class Recipe:
 
     Attributes:
         config: content of config.json.
+        growth: factor by which a layer multiplies the residual stream.
         sinks: ids of the tokens that are attention sinks.
         seed: of all tensors.
     """
 
     config: Mapping[str, Any]
+    growth: float
     sinks: tuple[int, ...]
     seed: int
 
@@ -251,7 +255,7 @@ class Recipe:
             return 0.5
         if name.endswith("q_proj.weight"):
             return 1.5 / math.sqrt(hidden)
-        added = EMBEDDING_STD * GROWTH ** int(name.split(".")[2]) * math.sqrt(GROWTH**2 - 1)
+        added = EMBEDDING_STD * self.growth ** int(name.split(".")[2]) * math.sqrt(self.growth**2 - 1)
         if name.endswith("o_proj.weight"):
             return added * math.sqrt(1 / 3 / hidden)
         if name.endswith("down_proj.weight"):
@@ -266,7 +270,7 @@ class Recipe:
         """Return the mean of a tensor's values."""
         if name == "model.norm.weight":
             # What is left of the token's embedding in the state, times its own row, is a logit of log(V) + TOP_MARGIN.
-            left = GROWTH ** -self.config["num_hidden_layers"]
+            left = self.growth ** -self.config["num_hidden_layers"]
             scale = (math.log(self.config["vocab_size"]) + TOP_MARGIN) / left
             return scale / EMBEDDING_STD / self.config["hidden_size"]
         return 1.0 if name.endswith("norm.weight") else 0.0
@@ -302,6 +306,10 @@ def _config(shape: str, layers: int | None) -> dict[str, Any]:
     if layers is not None:
         config["num_hidden_layers"] = layers
     return config
+
+
+def _growth(config: Mapping[str, Any]) -> float:
+    return float((1 + ADDED_VARIANCE * config["hidden_size"]) ** (0.5 / config["num_hidden_layers"]))
 
 
 def _tensor_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:

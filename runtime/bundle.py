@@ -14,6 +14,7 @@ from typing import Self
 from gircse.runtime.errors import BundleError
 from gircse.runtime.manifest import MANIFEST_NAME, FileEntry, Layout, Manifest, Variant, listed
 from gircse.runtime.precision import precision_spec
+from gircse.runtime.provider import Provider
 
 HASH_BLOCK_BYTES = 1 << 20
 
@@ -108,16 +109,20 @@ class Bundle:
             )
         return found or next(iter(variants))
 
-    def layout(self, precision: str, wanted: Layout | None = None) -> Layout:
-        """Return the layout to run: the one that is wanted; else the bundle's default; else, without it, stepwise.
+    def layout(self, precision: str, provider: Provider, wanted: Layout | None = None) -> Layout:
+        """Return the layout to run: the one that is wanted, else the one that suits the provider if there is a choice.
+
+        The CPU takes stepwise, which is as fast, loads in a fifth of the time and keeps the prefixes of prompts, and so
+        do engines, which build faster. ONNX Runtime on a GPU takes unrolled: one run in place of K + 1.
 
         Raises:
             BundleError: the bundle does not have the precision.
         """
         if wanted is not None:
             return wanted
-        default = self.manifest.graph.layout
-        return default if default in self.variant(precision).graphs else Layout.STEPWISE
+        usual = Layout.UNROLLED if provider in (Provider.CUDA, Provider.ORT_TENSORRT) else Layout.STEPWISE
+        graphs = self.variant(precision).graphs
+        return usual if usual in graphs else next(iter(graphs))
 
     def graph(self, precision: str, layout: Layout) -> Path:
         """Return the path of a variant's graph.

@@ -141,5 +141,5 @@ def add_runtime_flags(parser: argparse.ArgumentParser, *, default: Provider) -> 
         type=Layout,
         choices=list(Layout),
         metavar="unrolled|stepwise",
-        help="graph or engine (default: the bundle's own)",
+        help="graph or engine (default: stepwise, or unrolled with ONNX Runtime on a GPU)",
     )

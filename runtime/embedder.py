@@ -65,8 +65,8 @@ class Embedder:
             precision: variant to load; None takes FP32 on the CPU and FP16 on a GPU, if the bundle has them,
                 and INT8 only where there is nothing else.
             provider: where to run; ``auto`` takes the best provider that is installed and usable, and logs which.
-            layout: ``unrolled`` or ``stepwise``; None takes the bundle's default if the variant has it, else
-                ``stepwise``, or the engine that there is.
+            layout: ``unrolled`` or ``stepwise``; None takes the one that suits the provider (``Bundle.layout``), or
+                the engine that there is.
             threads: threads of one run on the CPU; None lets ONNX Runtime take the physical cores.
             verify: compare the SHA-256 of every file that is used with the manifest while the graphs load, and the
                 token ids of the golden texts with those of the export.

@@ -84,8 +84,7 @@ class GraphFacts(Record, frozen=True):
 
     Attributes:
         architecture: ``model_type`` of the config, such as ``qwen2``.
-        layout: the layout that ONNX Runtime runs by default, where a variant has it (see ``Bundle.layout``). An
-            ``unrolled`` bundle holds the stepwise graph too.
+        layout: what was exported. An ``unrolled`` bundle holds the stepwise graph too; ``Bundle.layout`` chooses.
         steps: K. The unrolled graph always runs K steps; the stepwise one runs up to K.
         pooling: ``mean`` or ``last``.
         temperature: divisor of the logits before the softmax over the vocabulary.

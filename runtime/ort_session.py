@@ -224,7 +224,7 @@ def open_session(
     Args:
         bundle: an opened bundle.
         precision: name of one of its variants.
-        layout: which of its graphs; None is its default.
+        layout: which of its graphs; None is the one that suits the provider.
         provider: one of ONNX Runtime's.
         threads: threads of one run; None lets ONNX Runtime take the physical cores.
         content: an edited graph to load in place of the file's own content.
@@ -236,7 +236,7 @@ def open_session(
         BundleError: the variant has no such layout, or its graph does not load or belongs to another bundle.
     """
     facts = bundle.manifest.graph
-    layout = bundle.layout(precision, layout)
+    layout = bundle.layout(precision, provider, layout)
     path = bundle.graph(precision, layout)
     if provider is Provider.CPU:
         check_release(import_onnxruntime(provider), precision)

@@ -48,7 +48,7 @@ class SessionOptions:
 
     Attributes:
         precision: variant; None takes the first that suits the provider.
-        layout: graph; None takes the variant's default, or any engine.
+        layout: graph; None takes the one that suits the provider, or any engine.
         threads: threads of one run on the CPU; None takes the physical cores.
         verify: compare the SHA-256 of the files with the manifest.
     """

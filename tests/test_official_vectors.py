@@ -19,9 +19,9 @@ pytestmark = pytest.mark.slow
 def test_official_vectors(golden_directory: Path, tmp_path: Path, pooling: str, layout: str) -> None:
     inputs = json.loads((golden_directory / "inputs.json").read_text(encoding="utf-8"))
     official = np.load(golden_directory / "official_fp32.npz")
-    options = ExportOptions(output=tmp_path / "bundle", steps=8, adapter="none", pooling=pooling, layout=layout)
+    options = ExportOptions(output=tmp_path / "bundle", steps=8, adapter="none", pooling=pooling)
     bundle = export_bundle(options)
-    embedder = Embedder(bundle, threads=2, prefix_cache=False)
+    embedder = Embedder(bundle, layout=layout, threads=2, prefix_cache=False)
     assert embedder.self_test().passed
 
     suffix = {"mean": "generate_mean", "last": "last"}[pooling]

@@ -114,12 +114,12 @@ class BundleSpec(_Spec):
 
     @property
     def _is_stepwise(self) -> bool:
-        return self.bundle.layout(self.precision, self.layout) is Layout.STEPWISE
+        return self.bundle.layout(self.precision, self.provider, self.layout) is Layout.STEPWISE
 
     def model_bytes(self) -> int:
         """Return the size of the files that it loads."""
         manifest, variant = self.bundle.manifest, self.bundle.variant(self.precision)
-        graph = variant.graphs[self.bundle.layout(self.precision, self.layout)].path
+        graph = variant.graphs[self.bundle.layout(self.precision, self.provider, self.layout)].path
         return manifest.weight_bytes(self.precision) + manifest.files[graph].bytes
 
     def weight_bytes_read(self, steps: int) -> int | None:

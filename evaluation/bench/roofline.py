@@ -10,6 +10,7 @@ import onnx_ir as ir
 
 from gircse.runtime.bundle import Bundle
 from gircse.runtime.manifest import Layout
+from gircse.runtime.provider import Provider
 
 BUFFER_BYTES = 1 << 30
 """Larger than the caches of most machines."""
@@ -37,11 +38,11 @@ def weight_bytes_read(bundle: Bundle, precision: str, *, layout: Layout | None =
     Args:
         bundle: an opened bundle.
         precision: name of one of its variants.
-        layout: graph; None is the variant's default.
+        layout: graph; None is the one that the CPU takes.
         steps: k; an unrolled graph reads for all K.
     """
     facts = bundle.manifest.graph
-    layout = bundle.layout(precision, layout)
+    layout = bundle.layout(precision, Provider.CPU, layout)
     decoder, vocabulary = _bytes_read(bundle.graph(precision, layout), facts.vocab_size)
     if layout is Layout.UNROLLED:
         return decoder + vocabulary

@@ -232,7 +232,9 @@ def _bundle_specs(options: BenchOptions, bundles: Sequence[Bundle], threads: int
             if runs_on(name, options.provider) and options.layout in (None, *variant.graphs)
         ]
         for precision in options.precisions or able or bundle.manifest.variants:
-            bundle.graph(precision, bundle.layout(precision, options.layout))  # before anything runs for minutes
+            bundle.graph(
+                precision, bundle.layout(precision, options.provider, options.layout)
+            )  # before anything runs for minutes
             specs.append(BundleSpec(bundle, precision, threads, options.layout, options.provider))
     return specs
 

@@ -168,7 +168,10 @@ class BundleBackend:
                 layout=self._layout,
                 threads=self._threads,
             )
-        layout, copy_weights = self._bundle.layout(self._precision, self._layout), self.memory_note is None
+        layout, copy_weights = (
+            self._bundle.layout(self._precision, self._provider, self._layout),
+            self.memory_note is None,
+        )
         content = None
         if self._emulated:
             graph = emulated_graph(self._bundle.graph(self._precision, layout), copy_weights=copy_weights)

@@ -55,7 +55,7 @@ class GraphProbe:
         Args:
             bundle: an opened bundle.
             precision: name of one of its variants. On the CPU, FP16 and BF16 are emulated.
-            layout: which of its graphs; None is its default.
+            layout: which of its graphs; None is the one that suits the provider.
             provider: one of ONNX Runtime's.
             threads: threads of one run; None lets ONNX Runtime take the physical cores.
             copy_weights: see ``load_graph``.
@@ -65,7 +65,7 @@ class GraphProbe:
             ProviderError: the provider is not there, or does not run the precision.
         """
         self._manifest, self._facts = bundle.manifest, bundle.manifest.graph
-        layout = bundle.layout(precision, layout)
+        layout = bundle.layout(precision, provider, layout)
         self._unrolled = layout is Layout.UNROLLED
         steps = range(1, self._facts.steps + 1)
         self._prefixes = [tensor_names.step_prefix(step if self._unrolled else None) for step in steps]

@@ -200,7 +200,9 @@ def _choose_precisions(options: ParityOptions, bundle: Bundle, reference: tuple[
     able = [name for name in runnable if options.layout in (None, *variants[name].graphs)]
     chosen = list(dict.fromkeys(options.precisions or able or others))
     for precision in chosen:
-        bundle.graph(precision, bundle.layout(precision, options.layout))  # before the reference runs for minutes
+        bundle.graph(
+            precision, bundle.layout(precision, options.provider, options.layout)
+        )  # before the reference runs for minutes
     return chosen
 
 

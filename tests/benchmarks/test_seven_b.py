@@ -64,7 +64,7 @@ def test_activations_are_those_of_a_trained_model(
     for state in states[1:]:
         assert state.probabilities is not None
         entropy = -(state.probabilities * state.probabilities.clamp_min(1e-30).log()).sum(-1)
-        assert 0.3 < entropy.min() < entropy.max() < math.log(4000) - 1
+        assert 0.2 < entropy.min() < entropy.max() < math.log(4000) - 1  # a margin of 5 nats would be 0.1
     noise = 1e-4 * seven_b_checkpoint.EMBEDDING_STD * torch.randn(2, 896, generator=torch.Generator().manual_seed(0))
     *_, disturbed = refine(
         model,

@@ -25,27 +25,28 @@ from gircse.export.exporter import export_bundle
 from gircse.export.options import ExportOptions
 from gircse.runtime import Embedder
 from gircse.runtime.bundle import Bundle
+from gircse.runtime.manifest import Layout
 from gircse.runtime.numerics import l2_normalize
 from gircse.runtime.ort_session import open_session
 
 
-@pytest.mark.parametrize("layout", ["unrolled", "stepwise"])
+@pytest.mark.parametrize("layout", Layout)
 @pytest.mark.parametrize("name", CONFIGS)
-def test_every_step_matches_plain_torch(small_models: SmallModels, name: str, layout: str) -> None:
+def test_every_step_matches_plain_torch(small_models: SmallModels, name: str, layout: Layout) -> None:
     prompt, steps = expected(small_models.load(name))
     for left in (True, False):
-        ours_prompt, ours_steps = run(small_models.bundle(name, layout=layout), left=left)
+        ours_prompt, ours_steps = run(small_models.bundle(name), layout=layout, left=left)
         assert np.abs(ours_prompt - prompt).max() < SMALL_MODEL_MAX_DIFFERENCE
         assert np.abs(ours_steps - steps).max() < SMALL_MODEL_MAX_DIFFERENCE
 
 
-@pytest.mark.parametrize("layout", ["unrolled", "stepwise"])
+@pytest.mark.parametrize("layout", Layout)
 @pytest.mark.parametrize(("pooling", "temperature"), [("last", 1.0), ("mean", 0.25)])
-def test_pooling_and_temperature(small_models: SmallModels, layout: str, pooling: str, temperature: float) -> None:
+def test_pooling_and_temperature(small_models: SmallModels, layout: Layout, pooling: str, temperature: float) -> None:
     model = small_models.load("llama")
     states = [plain_states(model, prompt, STEPS, temperature) for prompt in PROMPTS]
     wanted = torch.stack([plain_embeddings(rows, pooling) for rows in states]).numpy()
-    _, ours = run(small_models.bundle("llama", layout=layout, pooling=pooling, temperature=temperature))
+    _, ours = run(small_models.bundle("llama", pooling=pooling, temperature=temperature), layout=layout)
     assert np.abs(ours - wanted).max() < SMALL_MODEL_MAX_DIFFERENCE
 
 
@@ -95,9 +96,9 @@ def test_reference_with_cache_matches_plain_torch(small_models: SmallModels, nam
     assert np.abs(difference).max() < REFERENCE_MAX_DIFFERENCE
 
 
-@pytest.mark.parametrize("layout", ["unrolled", "stepwise"])
-def test_golden_vectors_and_self_test(small_models: SmallModels, layout: str) -> None:
-    report = Embedder(small_models.bundle("mistral-window", layout=layout)).self_test()
+@pytest.mark.parametrize("layout", Layout)
+def test_golden_vectors_and_self_test(small_models: SmallModels, layout: Layout) -> None:
+    report = Embedder(small_models.bundle("mistral-window"), layout=layout).self_test()
     assert report.passed
     assert report.texts == 12
     assert report.max_difference < SMALL_MODEL_MAX_DIFFERENCE

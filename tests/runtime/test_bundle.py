@@ -12,6 +12,7 @@ from gircse.runtime import BundleError, Embedder
 from gircse.runtime.bundle import Bundle, file_sha256
 from gircse.runtime.manifest import FileEntry, Layout, Manifest
 from gircse.runtime.precision import SPECS, Precision
+from gircse.runtime.provider import Provider
 
 
 def accept_file(bundle: Path, name: str) -> None:
@@ -115,13 +116,13 @@ def test_external_data_that_leaves_the_bundle(small_bundle: Path, location: str)
     """A graph whose weights point elsewhere is refused even if every hash agrees."""
     weights = small_bundle / "fp32" / "weights.bin"
     shutil.copyfile(weights, small_bundle / "outside.bin")
-    point_weights_at(small_bundle / "fp32" / "model.onnx", location)
-    accept_file(small_bundle, "fp32/model.onnx")
-    with pytest.raises(BundleError, match=r"model\.onnx cannot be loaded by ONNX Runtime: .*External data path"):
+    point_weights_at(small_bundle / "fp32" / "stepwise.onnx", location)
+    accept_file(small_bundle, "fp32/stepwise.onnx")
+    with pytest.raises(BundleError, match=r"stepwise\.onnx cannot be loaded by ONNX Runtime: .*External data path"):
         Embedder(small_bundle)
 
 
-@pytest.mark.parametrize("name", ["fp32/weights.bin", "fp32/model.onnx", "tokenizer.json", "golden.safetensors"])
+@pytest.mark.parametrize("name", ["fp32/weights.bin", "fp32/stepwise.onnx", "tokenizer.json", "golden.safetensors"])
 def test_flipped_bit(small_bundle: Path, name: str) -> None:
     path = small_bundle / name
     data = bytearray(path.read_bytes())
@@ -144,9 +145,9 @@ def test_flipped_bit_stops_the_embedder(small_bundle: Path) -> None:
 
 
 def test_damaged_graph_is_blamed_on_the_hash(small_bundle: Path) -> None:
-    path = small_bundle / "fp32" / "model.onnx"
+    path = small_bundle / "fp32" / "stepwise.onnx"
     path.write_bytes(b"\0" * path.stat().st_size)
-    with pytest.raises(BundleError, match=r"model\.onnx was changed .* SHA-256"):
+    with pytest.raises(BundleError, match=r"stepwise\.onnx was changed .* SHA-256"):
         Embedder(small_bundle)
 
 
@@ -164,7 +165,7 @@ def test_truncated_and_missing_files(small_bundle: Path, name: str) -> None:
 
 def test_graph_of_another_bundle(small_models: SmallModels, small_bundle: Path) -> None:
     other = small_models.bundle("qwen2", steps=3)
-    for name in ("fp32/model.onnx", "fp32/weights.bin"):
+    for name in ("fp32/stepwise.onnx", "fp32/weights.bin"):
         shutil.copyfile(other / name, small_bundle / name)
         accept_file(small_bundle, name)
     with pytest.raises(BundleError, match="belongs to another bundle"):
@@ -173,7 +174,7 @@ def test_graph_of_another_bundle(small_models: SmallModels, small_bundle: Path) 
 
 def test_graph_of_another_architecture(small_models: SmallModels, small_bundle: Path) -> None:
     other = small_models.bundle("mistral-window")
-    for name in ("fp32/model.onnx", "fp32/weights.bin"):
+    for name in ("fp32/stepwise.onnx", "fp32/weights.bin"):
         shutil.copyfile(other / name, small_bundle / name)
         accept_file(small_bundle, name)
     with pytest.raises(BundleError, match=r'it computes .*"mistral".*; the manifest describes .*"qwen2"'):
@@ -187,28 +188,44 @@ def test_unknown_precision(small_bundle: Path) -> None:
 
 @pytest.mark.parametrize("precision", [precision for precision, spec in SPECS.items() if spec.calibrated])
 def test_variant_with_the_stepwise_graph_alone(small_bundle: Path, precision: Precision) -> None:
-    """INT8 has no unrolled graph, also where the bundle's default is unrolled."""
+    """INT8 has no unrolled graph, also where other variants have one."""
     add_stepwise_variants(small_bundle, precision)
     bundle = Bundle.open(small_bundle)
     assert Manifest.from_json(bundle.manifest.to_json()) == bundle.manifest
     assert bundle.manifest.graph.layout is Layout.UNROLLED
-    assert bundle.layout("fp32") is Layout.UNROLLED
-    assert bundle.layout(precision) is Layout.STEPWISE
-    for name in ("fp32", precision):
-        for layout in Layout:
-            assert bundle.layout(name, layout) is layout  # what was asked for is never replaced
+    for provider in Provider:
+        assert bundle.layout(precision, provider) is Layout.STEPWISE
+        for name in ("fp32", precision):
+            for layout in Layout:
+                assert bundle.layout(name, provider, layout) is layout  # what was asked for is never replaced
     assert bundle.graph(precision, Layout.STEPWISE) == small_bundle / "fp32" / "stepwise.onnx"
     match = rf"bundle, {precision}, has no unrolled graph; it has stepwise\. .* or take another precision\.$"
     with pytest.raises(BundleError, match=match):
         bundle.graph(precision, Layout.UNROLLED)
     with pytest.raises(BundleError, match=r"has no precision 'fp8'; it has fp32, int8"):
-        bundle.layout("fp8")
+        bundle.layout("fp8", Provider.CPU)
+
+
+@pytest.mark.parametrize(
+    ("provider", "layout"),
+    [
+        (Provider.CPU, Layout.STEPWISE),
+        (Provider.CUDA, Layout.UNROLLED),
+        (Provider.ORT_TENSORRT, Layout.UNROLLED),
+        (Provider.TENSORRT, Layout.STEPWISE),
+        (Provider.TENSORRT_RTX, Layout.STEPWISE),
+    ],
+)
+def test_the_provider_decides_where_there_are_two_graphs(
+    small_bundle: Path, provider: Provider, layout: Layout
+) -> None:
+    assert Bundle.open(small_bundle).layout("fp32", provider) is layout
 
 
 def test_without_steps_every_variant_has_the_one_graph(small_models: SmallModels) -> None:
     bundle = Bundle.open(small_models.bundle("qwen2", steps=0))
     assert set(bundle.manifest.variants["fp32"].graphs) == {Layout.UNROLLED}
-    assert bundle.layout("fp32") is Layout.UNROLLED
+    assert {bundle.layout("fp32", provider) for provider in Provider} == {Layout.UNROLLED}
     with pytest.raises(
         BundleError, match=r"has no stepwise graph; it has unrolled\. .* export again with --layout stepwise\."
     ):

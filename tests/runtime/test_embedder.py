@@ -25,7 +25,7 @@ TEXTS = [
 
 @pytest.fixture(scope="module", params=["unrolled", "stepwise"])
 def embedder(request: pytest.FixtureRequest, small_models: SmallModels) -> Embedder:
-    return Embedder(small_models.bundle("qwen2", layout=request.param), threads=2)
+    return Embedder(small_models.bundle("qwen2"), layout=request.param, threads=2)
 
 
 def test_vectors_are_unit_float32_in_input_order(embedder: Embedder) -> None:
@@ -122,7 +122,7 @@ def test_threads_share_one_embedder(embedder: Embedder) -> None:
 
 
 def test_layouts_agree(small_models: SmallModels) -> None:
-    unrolled, stepwise = (Embedder(small_models.bundle("qwen2", layout=layout)) for layout in ("unrolled", "stepwise"))
+    unrolled, stepwise = (Embedder(small_models.bundle("qwen2"), layout=layout) for layout in ("unrolled", "stepwise"))
     difference = unrolled.encode(TEXTS, all_steps=True) - stepwise.encode(TEXTS, all_steps=True)
     assert np.abs(difference).max() < BATCH_MAX_DIFFERENCE
 

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from gircse.runtime.bundle import Bundle
+from gircse.runtime.manifest import Layout
 from gircse.runtime.numerics import l2_normalize
 from gircse.runtime.ort_session import open_session
 from support.reference_loop import plain_embeddings, plain_states
@@ -31,6 +32,8 @@ def expected(model: torch.nn.Module, *, pooling: str = "mean", steps: int = STEP
     return l2_normalize(torch.stack(states)[:, 0].numpy()), embeddings.numpy()
 
 
-def run(bundle: Path, *, left: bool = True, steps: int = STEPS) -> tuple[np.ndarray, np.ndarray]:
-    session = open_session(Bundle.open(bundle), "fp32", threads=1)
+def run(
+    bundle: Path, *, layout: Layout | None = None, left: bool = True, steps: int = STEPS
+) -> tuple[np.ndarray, np.ndarray]:
+    session = open_session(Bundle.open(bundle), "fp32", layout=layout, threads=1)
     return tuple(session.run(*padded(PROMPTS, left=left), steps=steps))

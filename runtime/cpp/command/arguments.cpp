@@ -78,7 +78,7 @@ const std::array<Flag, 16> kFlags{{
      [](Arguments &a, const std::string &v) {
        a.provider = choice("--provider", "Provider", v, {"auto", "cpu", "cuda", "onnxruntime-tensorrt"});
      }},
-    {"--layout", "unrolled|stepwise", "graph (default: the bundle's own)",
+    {"--layout", "unrolled|stepwise", "graph (default: stepwise, or unrolled on a GPU)",
      [](Arguments &a, const std::string &v) { a.layout = choice("--layout", "Layout", v, {"unrolled", "stepwise"}); }},
     {"--threads", "T", "threads (default: every physical core)",
      [](Arguments &a, const std::string &v) { a.threads = integer("--threads", v); }},

@@ -102,10 +102,13 @@ std::string Bundle::default_precision(const std::vector<std::string> &preferred)
   return manifest_.variants.begin()->first;
 }
 
-std::string Bundle::layout(const std::string &precision, const std::optional<std::string> &wanted) const {
+std::string Bundle::layout(const std::string &precision, const std::string &provider,
+                           const std::optional<std::string> &wanted) const {
   if (wanted) return *wanted;
-  const std::string &usual = manifest_.graph.layout;
-  return variant(precision).graphs.count(usual) > 0 ? usual : "stepwise";
+  // The CPU is as fast with stepwise, which loads in a fifth of the time; on a GPU unrolled starts one run, not K + 1.
+  const std::string usual = provider == "cpu" ? "stepwise" : "unrolled";
+  const auto &graphs = variant(precision).graphs;
+  return graphs.count(usual) > 0 ? usual : graphs.begin()->first;
 }
 
 fs::path Bundle::graph(const std::string &precision, const std::string &layout) const {

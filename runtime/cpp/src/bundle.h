@@ -30,8 +30,9 @@ class Bundle {
   // The precision to take when none is named: the first preferred one, or the only one there is.
   std::string default_precision(const std::vector<std::string> &preferred) const;
 
-  // The layout to run: the one that is wanted; else the bundle's default; else, without it, stepwise.
-  std::string layout(const std::string &precision, const std::optional<std::string> &wanted) const;
+  // The layout to run: the one that is wanted, else the one that suits the provider if there is a choice.
+  std::string layout(const std::string &precision, const std::string &provider,
+                     const std::optional<std::string> &wanted) const;
 
   // The path of a variant's graph in a layout.
   std::filesystem::path graph(const std::string &precision, const std::string &layout) const;

@@ -88,7 +88,7 @@ void Embedder::open_on(const std::string &provider, const OpenOptions &options) 
   check_runs_on_gpu(precision, provider);
   if (provider == "cpu") require_version(*runtime_, precision);
   require_provider(*runtime_, provider);  // before any file is hashed: "auto" may have to pass over it
-  const std::string layout = bundle_.layout(precision, options.layout);
+  const std::string layout = bundle_.layout(precision, provider, options.layout);
   const auto open_it = [&] { return open_session(bundle_, *runtime_, precision, layout, provider, options.threads); };
   session_ = options.verify ? while_verifying(bundle_, precision, open_it) : open_it();
   if (options.prefix_cache && session_->prefixes() != nullptr) prefixes_ = std::make_unique<PrefixCache>();

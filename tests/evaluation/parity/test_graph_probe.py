@@ -29,7 +29,7 @@ def test_probe_sees_what_the_runtime_computes(
     reference: tuple[np.ndarray, StepTrace],
     layout: Layout,
 ) -> None:
-    backend = BundleBackend(Bundle.open(small_models.bundle("llama", layout=layout)), "fp32", threads=2)
+    backend = BundleBackend(Bundle.open(small_models.bundle("llama")), "fp32", layout=layout, threads=2)
     vectors, trace = backend.embed_and_trace(token_ids, lambda _: None)
     np.testing.assert_allclose(l2_normalize(pool_states(trace.states, Pooling.MEAN)), vectors, atol=1e-6)
     np.testing.assert_allclose(vectors, reference[0], atol=SMALL_MODEL_MAX_DIFFERENCE)
@@ -44,7 +44,7 @@ def test_probe_sees_what_the_runtime_computes(
 def test_teacher_forcing_feeds_the_given_soft_tokens(
     small_models: SmallModels, token_ids: list[list[int]], reference: tuple[np.ndarray, StepTrace], layout: Layout
 ) -> None:
-    probe = GraphProbe(Bundle.open(small_models.bundle("llama", layout=layout)), "fp32", threads=2)
+    probe = GraphProbe(Bundle.open(small_models.bundle("llama")), "fp32", layout=layout, threads=2)
     given = np.roll(reference[1].soft_tokens, 1, axis=0)  # each text gets another one's
     states = np.empty_like(reference[1].states)
     for values in probe.refine(token_ids, forced=given, advance=lambda _: None):
@@ -63,12 +63,12 @@ def test_probe_refuses_graphs_without_names(bundle_copy: Path) -> None:
     path = bundle_copy / "fp32" / "model.onnx"
     path.write_bytes(path.read_bytes().replace(b"step1/soft_token", b"step1/soft_tokem"))
     with pytest.raises(BundleError, match=r"has no value step1/soft_token; .* Export the bundle again"):
-        GraphProbe(Bundle.open(bundle_copy), "fp32", threads=1)
+        GraphProbe(Bundle.open(bundle_copy), "fp32", layout=Layout.UNROLLED, threads=1)
 
 
 @pytest.mark.parametrize("layout", Layout)
 def test_what_fails_in_a_run_is_an_error_of_ours(small_models: SmallModels, layout: Layout) -> None:
-    probe = GraphProbe(Bundle.open(small_models.bundle("llama", layout=layout)), "fp32", threads=2)
+    probe = GraphProbe(Bundle.open(small_models.bundle("llama")), "fp32", layout=layout, threads=2)
     values = probe.refine([[1, 10**6]], advance=lambda _: None)  # the second is outside the vocabulary
     with pytest.raises(ProviderError, match=r"^ONNX Runtime failed in a batch of 1 texts of 2 tokens: "):
         list(values)
@@ -79,10 +79,10 @@ def test_probe_on_a_gpu_runs_the_graph_itself(
     small_models: SmallModels, monkeypatch: pytest.MonkeyPatch, layout: Layout
 ) -> None:
     """On a stub, whose GPU computes what the CPU does: FP16 is not emulated, and the cache stays on the device."""
-    bundle = Bundle.open(small_models.bundle("llama", precisions=("fp32", "fp16"), layout=layout))
+    bundle = Bundle.open(small_models.bundle("llama", precisions=("fp32", "fp16")))
     stub = StubOnnxRuntime(CUDA, CPU)
     monkeypatch.setitem(sys.modules, "onnxruntime", stub)
-    backend = BundleBackend(bundle, "fp16", provider=Provider.CUDA)
+    backend = BundleBackend(bundle, "fp16", layout=layout, provider=Provider.CUDA)
     vectors, trace = backend.embed_and_trace([[5, 6, 7], [8]], lambda _: None)
     assert [asked[0][0] for asked in stub.asked] == [CUDA, CUDA]
     np.testing.assert_allclose(l2_normalize(pool_states(trace.states, Pooling.MEAN)), vectors, atol=1e-6)
@@ -98,7 +98,7 @@ def test_probe_on_a_gpu_runs_the_graph_itself(
 @pytest.mark.parametrize("layout", Layout)
 def test_soft_tokens_of_bf16_are_read_and_fed_in_float32(small_models: SmallModels, layout: Layout) -> None:
     """No CPU runs the graph, so it is only checked: types fit, and everything read has a type of numpy's."""
-    bundle = Bundle.open(small_models.bundle("llama", precisions=("fp32", "bf16"), layout=layout))
+    bundle = Bundle.open(small_models.bundle("llama", precisions=("fp32", "bf16")))
     path = bundle.graph("bf16", layout)
     prefixes = {"step/"} if layout is Layout.STEPWISE else {f"step{step}/" for step in range(1, 6)}
     inner = _InnerNames({f"{prefix}soft_token" for prefix in prefixes}, set())

@@ -36,7 +36,7 @@ HOST_INPUTS = {"Expand": {1}, "Range": {0, 1, 2}, "Reshape": {1}, "Slice": {1, 2
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_sizes_stay_on_the_host(small_models: SmallModels, precision: str, layout: str, pooling: str) -> None:
     """A size that meets a tensor of the GPU in one operator is copied there in every run, and holds it up."""
-    bundle = small_models.bundle("qwen2", layout=layout, precisions=("fp32", "fp16"), pooling=pooling)
+    bundle = small_models.bundle("qwen2", precisions=("fp32", "fp16"), pooling=pooling)
     (path,) = (bundle / precision).glob("stepwise.onnx" if layout == "stepwise" else "model.onnx")
     graph = onnx.load(path).graph
     constants = {initializer.name for initializer in graph.initializer}

@@ -205,7 +205,7 @@ def test_the_folder_itself_is_no_file(library: CppLibrary, small_bundle: Path, n
     assert re.search(r"bundle[/.]* is missing; the manifest says \d+ bytes\. Copy", found.message)
 
 
-@pytest.mark.parametrize("name", ["fp32/weights.bin", "fp32/model.onnx", "golden.json", "golden.safetensors"])
+@pytest.mark.parametrize("name", ["fp32/weights.bin", "fp32/stepwise.onnx", "golden.json", "golden.safetensors"])
 def test_files_that_are_missing_short_or_flipped(library: CppLibrary, small_bundle: Path, name: str) -> None:
     path = small_bundle / name
     content = path.read_bytes()
@@ -227,9 +227,9 @@ def test_a_damaged_file_may_be_opened_unverified(library: CppLibrary, small_bund
 
 
 def test_a_damaged_graph_is_blamed_on_its_hash(library: CppLibrary, small_bundle: Path) -> None:
-    path = small_bundle / "fp32" / "model.onnx"
+    path = small_bundle / "fp32" / "stepwise.onnx"
     path.write_bytes(b"\0" * path.stat().st_size)
-    assert "model.onnx was changed" in assert_same_error(library, small_bundle)
+    assert "stepwise.onnx was changed" in assert_same_error(library, small_bundle)
     assert "cannot be loaded by ONNX Runtime" in assert_same_error(library, small_bundle, verify=False)
 
 
@@ -261,7 +261,7 @@ def test_links_inside_the_bundle_and_to_it_are_followed(library: CppLibrary, sma
 @pytest.mark.parametrize("location", ["../outside.bin", "/etc/passwd"])
 def test_external_data_that_leaves_the_bundle(library: CppLibrary, small_bundle: Path, location: str) -> None:
     shutil.copyfile(small_bundle / "fp32" / "weights.bin", small_bundle / "outside.bin")
-    point_weights_at(small_bundle / "fp32" / "model.onnx", location)
+    point_weights_at(small_bundle / "fp32" / "stepwise.onnx", location)
     rehash(small_bundle)
     assert "External data path" in assert_same_error(library, small_bundle)
 
@@ -270,14 +270,14 @@ def test_external_data_that_leaves_the_bundle(library: CppLibrary, small_bundle:
 def test_a_graph_of_another_bundle(
     library: CppLibrary, small_models: SmallModels, small_bundle: Path, other: str
 ) -> None:
-    for name in ("fp32/model.onnx", "fp32/weights.bin"):
+    for name in ("fp32/stepwise.onnx", "fp32/weights.bin"):
         shutil.copyfile(small_models.bundle(other, steps=3) / name, small_bundle / name)
     rehash(small_bundle)
     assert "belongs to another bundle: it computes " in assert_same_error(library, small_bundle)
 
 
 def test_a_graph_that_says_nothing_of_its_bundle(library: CppLibrary, small_bundle: Path) -> None:
-    path = small_bundle / "fp32" / "model.onnx"
+    path = small_bundle / "fp32" / "stepwise.onnx"
     model = onnx.load(path, load_external_data=False)
     del model.metadata_props[:]
     onnx.save(model, path)

@@ -165,7 +165,7 @@ def test_a_bundle_is_described(library: CppLibrary, small_models: SmallModels) -
     with library.open(bundle, precision="fp16", provider="cpu") as subject:
         found = subject.description
         assert (found.dimension, found.steps, found.max_tokens) == (48, 5, 48)
-        assert (found.precision, found.provider, found.layout) == (b"fp16", b"cpu", b"unrolled")
+        assert (found.precision, found.provider, found.layout) == (b"fp16", b"cpu", b"stepwise")
         assert (found.query_instruction.decode(), found.skipped) == ("Find it ünïcödé", b"")
         assert library.onnxruntime is not None
         assert library.onnxruntime.name == f"libonnxruntime.so.{found.onnxruntime.decode()}"
@@ -177,10 +177,8 @@ def test_auto_takes_the_cpu_and_says_why(library: CppLibrary, small_models: Smal
         assert subject.description.skipped.startswith(b"provider cuda needs CUDAExecutionProvider; ")
 
 
-def test_fp32_and_the_layout_of_the_bundle_are_the_defaults(library: CppLibrary, small_models: SmallModels) -> None:
-    for layout in ("unrolled", "stepwise"):
-        bundle = small_models.bundle("qwen2", layout=layout, precisions=("fp16", "fp32"))
-        with library.open(bundle) as subject:
-            assert (subject.description.precision, subject.description.layout) == (b"fp32", layout.encode())
-    with library.open(int8_bundle(small_models, "qwen2"), precision="int8") as subject:
-        assert subject.description.layout == b"stepwise"  # INT8 has no other
+def test_fp32_and_stepwise_are_the_defaults_of_the_cpu(library: CppLibrary, small_models: SmallModels) -> None:
+    with library.open(small_models.bundle("qwen2", precisions=("fp16", "fp32"))) as subject:
+        assert (subject.description.precision, subject.description.layout) == (b"fp32", b"stepwise")
+    with library.open(small_models.bundle("qwen2", steps=0)) as subject:
+        assert subject.description.layout == b"unrolled"  # without steps there is no other

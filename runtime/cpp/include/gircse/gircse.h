@@ -55,7 +55,7 @@ typedef struct gircse_open_options {
   size_t size;             /* of this struct, in bytes */
   const char *precision;   /* variant; NULL: FP32 on the CPU and FP16 on a GPU, where the bundle has them */
   const char *provider;    /* "auto", "cpu", "cuda" or "onnxruntime-tensorrt"; NULL is "auto" */
-  const char *layout;      /* "stepwise" or "unrolled"; NULL: the bundle's own */
+  const char *layout;      /* "stepwise" or "unrolled"; NULL: stepwise on the CPU, unrolled on a GPU */
   const char *onnxruntime; /* path of ONNX Runtime's library; NULL: $GIRCSE_ONNXRUNTIME, else the loader's search */
   int32_t threads;         /* of one run on the CPU; 0: every physical core */
   int32_t verify;          /* not 0: compare the hashes of all files, and the tokens of the golden texts (default) */
