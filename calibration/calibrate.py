@@ -249,7 +249,8 @@ def _prepare(options: CalibrationOptions, progress: StageProgress) -> _Run:
         tokenizer = open_checkpoint_tokenizer(checkpoint.directory, options.tokenizer, vocab_size=rows)
         prompts = tokenizer.prompt_tokenizer(max_tokens=options.max_tokens, add_eos=options.add_eos)
         corpus = tokenize_texts(texts, prompts)
-        budget = ReferenceBudget.of(weights, config, options.reference)
+        has_variations = options.sensitivity is not SensitivityMode.OFF
+        budget = ReferenceBudget.of(weights, config, options.reference, variations=has_variations)
         streamed = StreamedModel(
             config, weights, device=options.device, precision=options.dtype, reads_ahead=budget.reads_ahead
         )

@@ -146,8 +146,15 @@ class ReferenceBudget:
     streamed_on_device: int
 
     @classmethod
-    def of(cls, weights: "ModelWeights", config: Any, options: ReferenceOptions) -> Self:
+    def of(cls, weights: "ModelWeights", config: Any, options: ReferenceOptions, *, variations: bool = False) -> Self:
         """Add up the shapes of a checkpoint, and ask what is free.
+
+        Args:
+            weights: of the checkpoint.
+            config: of the model.
+            options: what the reference may take.
+            variations: whether it is to run with other weights in place of its own (``Variation``). The whole model is
+                then in memory twice, while the table is rounded with three more copies of that.
 
         Raises:
             OptionError: torch cannot use the device.
@@ -158,13 +165,15 @@ class ReferenceBudget:
         # What PEFT adds to a weight, and that before it is scaled; the weight itself where it is not merged in place.
         merging = (2 if options.dtype is Precision.FP32 else 3) * weights.largest_read_bytes
         group = MIN_GROUP_BYTES
+        table = math.prod(weights.base.entries[EMBEDDING_TABLE].shape)
+        varied = weights.total_bytes // 4 + 3 * table if variations else 0
         return cls(
             memory=_free_memory() if options.memory is None else options.memory,
             device=device,
-            whole=BASE_BYTES + int(1.2 * weights.total_bytes) + 2 * weights.adapter_bytes,
-            whole_on_device=BASE_BYTES + weights.total_bytes * item // 4,
+            whole=BASE_BYTES + int(1.2 * weights.total_bytes) + 2 * weights.adapter_bytes + 4 * varied,
+            whole_on_device=BASE_BYTES + (weights.total_bytes // 4 + varied) * item,
             layer=layer,
-            vocabulary=2 * item * math.prod(weights.base.entries[EMBEDDING_TABLE].shape),
+            vocabulary=2 * item * table,
             streamed=BASE_BYTES + (layer + group if device is None else 2 * layer) + merging,
             streamed_on_device=BASE_BYTES + layer + merging + group,
         )

@@ -65,3 +65,16 @@ def test_what_torch_takes_already_is_not_asked_for_again(
     found = ReferenceBudget.of(weights, config, ReferenceOptions())
     assert found.memory == int((4 * GIB + counted) * FREE_SHARE)
     assert ReferenceBudget.of(weights, config, ReferenceOptions(memory=GIB)).memory == GIB
+
+
+def test_variations_hold_the_weights_twice(small_models: SmallModels) -> None:
+    checkpoint = resolve_checkpoint(str(small_models.checkpoint("llama")))
+    config = read_model_config(checkpoint.directory)
+    weights = ModelWeights.open(checkpoint, config, steps=1)
+    plain, varied = (
+        ReferenceBudget.of(weights, config, ReferenceOptions(), variations=variations) for variations in (False, True)
+    )
+    model = small_models.load("llama")
+    table = model.get_input_embeddings().weight.nbytes
+    assert varied.whole - plain.whole == sum(parameter.nbytes for parameter in model.parameters()) + 3 * table
+    assert varied.streamed == plain.streamed  # a layer at a time has its copies at a time
