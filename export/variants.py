@@ -12,6 +12,7 @@ from gircse.export.graph.architecture import DecoderShape
 from gircse.export.graph.builder import RefinementSettings
 from gircse.export.graph.compose import compose_graph, weight_initializers
 from gircse.export.graph.mixed_precision import set_precision
+from gircse.export.graph.size_nodes import size_nodes
 from gircse.export.int8.qdq import QdqTarget
 from gircse.export.int8.quantize import OpenedCalibration, Quantization, Quantized, excluded_inputs, quantize
 from gircse.export.weights.external_data import engine_tensors, external_tensors, write_weights
@@ -182,6 +183,7 @@ def _write_graph(model: ir.Model, external: Mapping[str, ir.ExternalTensor], pat
     for name, value in model.graph.initializers.items():
         value.const_value = external.get(name, value.const_value)
     model.metadata_props[tensor_names.GRAPH_IDENTITY_KEY] = identity
+    model.metadata_props[tensor_names.SIZE_NODES_KEY] = ",".join(size_nodes(model.graph))
     ir.save(model, path)
 
 

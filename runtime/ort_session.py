@@ -14,6 +14,7 @@ from gircse.runtime.bundle import Bundle
 from gircse.runtime.errors import BundleError, OptionError, ProviderError
 from gircse.runtime.integer_products import EXACT_PRODUCTS, products_saturate
 from gircse.runtime.manifest import GraphFacts, Layout
+from gircse.runtime.node_placement import RECORD_PLACEMENT, warn_of_fallback
 from gircse.runtime.numerics import Int64
 from gircse.runtime.precision import CPU_ORDER, SPECS, Precision, multiplies_integers
 from gircse.runtime.prefix_cache import KeysAndValues
@@ -275,7 +276,7 @@ def load_graph(
     copy_weights: bool = True,
     integer_products: bool = False,
 ) -> Any:
-    """Load one graph of a bundle as an ``onnxruntime.InferenceSession``.
+    """Load one graph of a bundle as an ``onnxruntime.InferenceSession``; warn of nodes that a GPU leaves to the CPU.
 
     Args:
         path: the graph's file, beside its weights.
@@ -299,6 +300,7 @@ def load_graph(
             ort.preload_dlls()
     wanted = EXECUTION_PROVIDERS[provider]
     options = ort.SessionOptions()
+    options.add_session_config_entry(*RECORD_PLACEMENT)
     # The planner that reuses activation buffers is quadratic in nodes (minutes for an unrolled graph); the arena
     # recycles the buffers anyway, so without it load is linear at the same speed and the same memory.
     options.enable_mem_reuse = False
@@ -338,6 +340,8 @@ def load_graph(
             f"onnxruntime {ort.__version__} needs a GPU with its driver and {_LIBRARIES[provider]}",
             "Fix the installation, or choose another provider.",
         )
+    if provider is not Provider.CPU:
+        warn_of_fallback(session, str(path))
     return session
 
 

@@ -47,6 +47,9 @@ NEXT_HIDDEN = "next_hidden"
 GRAPH_IDENTITY_KEY = "gircse"
 """Key of the ONNX metadata entry that repeats the manifest's identity (see ``GraphFacts.identity``)."""
 
+SIZE_NODES_KEY = "gircse.size_nodes"
+"""Key of the ONNX metadata entry that lists, separated by commas, the nodes that read nothing but sizes of tensors."""
+
 
 def cache_names(prefix: str, num_layers: int) -> list[str]:
     """Names of the KV cache tensors, key before value, layer by layer.

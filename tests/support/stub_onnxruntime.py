@@ -2,7 +2,7 @@
 
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import onnxruntime as real_onnxruntime
@@ -18,6 +18,7 @@ class StubOnnxRuntime(ModuleType):
         asked: the providers that each was asked for, with their options.
         preloaded: how often CUDA's libraries were preloaded.
         falls_back: sessions go on with the CPU alone, as ONNX Runtime does where a GPU fails.
+        left_to_cpu: operators for which the first provider has no kernel.
     """
 
     OrtValue = real_onnxruntime.OrtValue
@@ -28,6 +29,7 @@ class StubOnnxRuntime(ModuleType):
         super().__init__("onnxruntime")
         self.available, self.falls_back = list(available), falls_back
         self.preloaded = 0
+        self.left_to_cpu: set[str] = set()
         self.sessions: list[StubSession] = []
         self.asked: list[list[tuple[str, dict[str, str]]]] = []
 
@@ -43,14 +45,15 @@ class StubOnnxRuntime(ModuleType):
     ) -> "StubSession":
         self.asked.append(providers)
         names = [name for name, _ in providers]
-        self.sessions.append(StubSession(path, options, [CPU] if self.falls_back else names))
+        self.sessions.append(StubSession(path, options, [CPU] if self.falls_back else names, self.left_to_cpu))
         return self.sessions[-1]
 
 
 class StubSession:
     """A session that says it runs on a GPU and records what is bound to it."""
 
-    def __init__(self, path: str | bytes, options: Any, providers: list[str]) -> None:
+    def __init__(self, path: str | bytes, options: Any, providers: list[str], left_to_cpu: set[str]) -> None:
+        self._left_to_cpu = left_to_cpu
         self.path, self.providers = path if isinstance(path, bytes) else Path(path), providers
         # A GPU runs BF16; the CPU that stands for it does not.
         runnable = path.replace("/bf16/", "/fp32/") if isinstance(path, str) and providers != [CPU] else path
@@ -59,6 +62,17 @@ class StubSession:
 
     def get_providers(self) -> list[str]:
         return self.providers
+
+    def get_provider_graph_assignment_info(self) -> list[Any]:
+        """Return what the real session recorded, as if only the operators left to it ran on the CPU."""
+        return [
+            SimpleNamespace(
+                ep_name=CPU if node.op_type in self._left_to_cpu else self.providers[0],
+                get_nodes=lambda node=node: [node],
+            )
+            for subgraph in self._session.get_provider_graph_assignment_info()
+            for node in subgraph.get_nodes()
+        ]
 
     def io_binding(self) -> "StubBinding":
         self.bindings.append(StubBinding(self._session.io_binding()))
