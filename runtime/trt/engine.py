@@ -14,13 +14,17 @@ from gircse.runtime.errors import BundleError, ProviderError
 from gircse.runtime.manifest import MANIFEST_NAME, GraphFacts, Layout
 from gircse.runtime.provider import Provider
 from gircse.runtime.tensor_names import ATTENTION_MASK, INPUT_IDS, cache_names
+from gircse.runtime.trt.cuda import MIB, Cuda
 from gircse.runtime.trt.engine_manifest import EngineManifest
 from gircse.runtime.trt.library import tensorrt_logger
-from gircse.runtime.trt.memory_layout import MemoryLayout
+from gircse.runtime.trt.memory_layout import MemoryLayout, aligned
 
 logger = logging.getLogger(__name__)
 
 CACHE_ITEM_BYTES = {"FLOAT": 4, "HALF": 2, "BF16": 2}
+
+SPARE_BYTES = 256 * MIB
+"""What streamed weights leave free besides: CUDA loads kernels when they are first used."""
 
 Check = Callable[[str | None, str, object, object], None]
 """Refuses a plan unless found equals expected; takes the part (None: the whole), a verb, found and expected."""
@@ -33,6 +37,7 @@ class LoadedEngine:
         manifest: the manifest of its plan.
         memory: what its passes bind.
         build_command: builds it again; for messages.
+        streams_weights: whether every pass copies weights from main memory; such a pass cannot be captured.
     """
 
     def __init__(
@@ -47,6 +52,7 @@ class LoadedEngine:
     ) -> None:
         """Take an ``ICudaEngine`` and what :func:`load_engine` found out about it."""
         self.manifest, self.memory, self.build_command = manifest, memory, build_command
+        self.streams_weights = False
         self._engine, self._module, self._messages = engine, module, messages
         self._is_rtx = manifest.provider is Provider.TENSORRT_RTX
         self._lock = threading.Lock()  # TensorRT does not promise that contexts can be created concurrently
@@ -56,18 +62,41 @@ class LoadedEngine:
         """Whether a context made with ``for_graph`` captures and replays CUDA graphs on its own."""
         return self._is_rtx
 
-    def stream_weights(self) -> None:
+    def stream_weights(self, cuda: Cuda, *, buffer_bytes: int) -> None:
         """Leave in main memory what the GPU has no room for; before any context is made.
 
+        TensorRT's automatic budget is close to all free memory, because it knows nothing of what its user allocates.
+
+        Args:
+            cuda: the device.
+            buffer_bytes: device memory that one execution slot needs besides its scratch.
+
         Raises:
-            ProviderError: TensorRT does not take its own budget.
+            ProviderError: the slot alone does not fit, or TensorRT does not take the budget.
         """
-        budget = self._engine.get_weight_streaming_automatic_budget()
+        self._set_streaming_budget(0)
+        scratch = max(aligned(self.scratch_bytes(profile)) for profile in range(len(self.manifest.profiles)))
+        free = cuda.memory().free - SPARE_BYTES
+        if free < buffer_bytes + scratch:
+            raise ProviderError(
+                "weight streaming",
+                f"finds {(free + SPARE_BYTES) / MIB:.0f} MiB free on the GPU",
+                f"the largest batch alone needs {(buffer_bytes + scratch + SPARE_BYTES) / MIB:.0f} MiB",
+                f"Free memory of the GPU, or build for smaller batches: {self.build_command}",
+            )
+        automatic, streamable = (
+            self._engine.get_weight_streaming_automatic_budget(),
+            self._engine.streamable_weights_size,
+        )
+        budget = min(automatic, free - buffer_bytes - scratch)
+        self._set_streaming_budget(budget)
+        self.streams_weights = budget < streamable
+        logger.info("weight streaming: %d of %d bytes of weights stay on the GPU", budget, streamable)
+
+    def _set_streaming_budget(self, budget: int) -> None:
         self._engine.weight_streaming_budget_v2 = budget
         if self._engine.weight_streaming_budget_v2 != budget:  # a setter that fails raises nothing
             raise self.failure("weight_streaming_budget_v2", "failed", hint="Free memory of the GPU.")
-        streamable = self._engine.streamable_weights_size
-        logger.info("weight streaming: %d of %d bytes of weights stay on the GPU", budget, streamable)
 
     def scratch_bytes(self, profile: int) -> int:
         """Return how much device memory a context of a profile needs for its activations."""
@@ -155,12 +184,9 @@ def load_engine(
 
     memory = MemoryLayout(facts, manifest.layout, _check_tensors(engine, facts, manifest.layout, module, check))
     _check_profiles(engine, manifest, memory, check)
-    loaded = LoadedEngine(
+    return LoadedEngine(
         engine, module=module, messages=messages, manifest=manifest, memory=memory, build_command=build_command
     )
-    if manifest.request.weight_streaming:
-        loaded.stream_weights()
-    return loaded
 
 
 def _check_tensors(engine: Any, facts: GraphFacts, layout: Layout, module: Any, check: Check) -> int:

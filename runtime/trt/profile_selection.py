@@ -4,6 +4,7 @@ A profile can run a pass whose shapes lie in its ranges. Of several, one made fo
 any stage; among equals the one with the smallest maximum batch, whose kernels were selected for such sizes.
 """
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -70,6 +71,12 @@ class ProfileSelector:
         return batch, min(
             self._max_tokens(prompt), step.shapes[tensor_names.ATTENTION_MASK].max[1] - self.memory.last_pass
         )
+
+    def buffer_bytes(self) -> int:
+        """Return the size of the buffers of the largest batches that any profiles take together."""
+        pairs = itertools.product(range(len(self.manifest.profiles)), repeat=2)
+        limits = (self.limits(ProfileSelection(prompt, step, 1)) for prompt, step in pairs)
+        return max(sum(self.memory.buffer_bytes(*sizes).values()) for sizes in limits)
 
     def _find(self, batch: int, tokens: int) -> ProfileSelection | None:
         last = self.memory.last_pass

@@ -158,9 +158,9 @@ def open_tensorrt_session(
     cuda.make_current()
     command = manifest.build_command(bundle.directory, cuda.compute_capability())
     engine = load_engine(plan_path, manifest, bundle.manifest.graph, module=module, build_command=command)
-    # A captured graph replays fixed copies and kernels; TensorRT promises none for weights that come and go.
-    streamed = manifest.request.weight_streaming
-    return TensorRtSession(engine, cuda=cuda, graph_shapes=0 if streamed else graph_shapes)
+    if manifest.request.weight_streaming:
+        engine.stream_weights(cuda, buffer_bytes=ProfileSelector(manifest, engine.memory, command).buffer_bytes())
+    return TensorRtSession(engine, cuda=cuda, graph_shapes=0 if engine.streams_weights else graph_shapes)
 
 
 def _check_batch(input_ids: Int64, attention_mask: Int64) -> None:

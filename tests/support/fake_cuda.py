@@ -56,6 +56,7 @@ class FakeCuda:
         self.fail_at = fail_at
         self.failed: str | None = None
         self.streams: dict[int, Stream] = {}
+        self.free_bytes = 1 << 30
         self._memory: dict[int, HostBytes] = {}
         self._host: dict[int, HostBytes] = {}
         self._graphs: dict[int, list[Operation]] = {}
@@ -186,7 +187,12 @@ class FakeCuda:
         return "8.9"
 
     def memory(self) -> DeviceMemory:
-        return DeviceMemory(1 << 30, 1 << 34)
+        return DeviceMemory(self.free_bytes, 1 << 34)
+
+    @property
+    def allocated(self) -> int:
+        """Bytes of device memory that are allocated now."""
+        return sum(map(len, self._memory.values()))
 
     def view(self, address: int, size: int) -> HostBytes:
         """Return a part of the device's memory."""

@@ -22,6 +22,7 @@ from support.fake_cuda import POISON, FakeCuda, Misuse, Operation, require
 
 Array = NDArray[Any]
 SCRATCH_BYTES = 1000
+STREAMING_BYTES = 700  # more scratch while weights are streamed
 
 CACHE_TYPES: dict[str, Any] = {"FLOAT": np.float32, "HALF": np.float16, "BF16": ml_dtypes.bfloat16}
 
@@ -115,6 +116,7 @@ class FakeTensorRt:
         refuse: names of the TensorRT calls that fail from now on, by False or None.
         dtypes, shapes: overrides by tensor name of what the engine reports.
         engines, contexts: every one that was created and is still alive.
+        automatic_budget: bytes of weights that TensorRT would leave on the GPU, of 10000 that it can stream.
         refuse_captures: an enqueue that is being captured fails.
         refuse_shapes_from: contexts from this number on refuse every shape.
     """
@@ -139,6 +141,7 @@ class FakeTensorRt:
         self.dtypes: dict[str, DataType] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.extra_profiles = 0
+        self.automatic_budget = 6000
         self.engines: weakref.WeakSet[FakeEngine] = weakref.WeakSet()
         self.contexts: weakref.WeakSet[FakeContext] = weakref.WeakSet()
         self.created = self.enqueued = 0
@@ -200,7 +203,7 @@ class FakeEngine:
 
     def get_weight_streaming_automatic_budget(self) -> int:
         require(self.manifest.request.weight_streaming, "weight streaming of an engine that was not built for it")
-        return 6000
+        return self.module.automatic_budget
 
     def get_tensor_name(self, index: int) -> str:
         return [*self.outputs, *self.inputs][index]
@@ -234,7 +237,8 @@ class FakeEngine:
         return [ranges.min, ranges.opt, ranges.max]
 
     def get_device_memory_size_for_profile_v2(self, index: int) -> int:
-        return SCRATCH_BYTES * (1 + index)
+        streaming = STREAMING_BYTES if self.budget < self.streamable_weights_size else 0
+        return SCRATCH_BYTES * (1 + index) + streaming
 
     def create_runtime_config(self) -> RuntimeConfig | None:
         require(self.module.rtx, "runtime configuration of TensorRT, which has no graph strategy")

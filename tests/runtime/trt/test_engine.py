@@ -6,12 +6,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from support.engine_rig import Rig, make_facts, make_manifest, profile
+from support.engine_rig import MAX_TOKENS, Rig, make_facts, make_manifest, profile
 from support.fake_cuda import FakeCuda
 from support.fake_tensorrt import FakeTensorRt
 
 from gircse.runtime.errors import BundleError, ProviderError
 from gircse.runtime.manifest import Layout
+from gircse.runtime.trt.engine import SPARE_BYTES
 from gircse.runtime.trt.session import open_tensorrt_session
 
 
@@ -92,6 +93,34 @@ def test_weights_are_streamed_within_tensorrts_own_budget(tmp_path: Path, caplog
     rig.session.close()
     with pytest.raises(ProviderError, match=r"weight_streaming_budget_v2 failed: .* Free memory of the GPU"):
         Rig(tmp_path, weight_streaming=True, prepare=lambda module: module.refuse.add("weight_streaming_budget_v2"))
+
+
+def test_streamed_weights_leave_room_for_the_largest_batch(tmp_path: Path) -> None:
+    """TensorRT's own budget takes nearly all that is free, and knows nothing of our buffers."""
+    cuda = FakeCuda()
+
+    def open_and_run() -> int:
+        rig = Rig(tmp_path, weight_streaming=True, cuda=cuda)
+        rig.run(4, MAX_TOKENS)
+        (engine,), allocated = rig.module.engines, cuda.allocated
+        budget: int = engine.weight_streaming_budget_v2
+        rig.session.close()
+        assert allocated + budget + SPARE_BYTES <= cuda.free_bytes
+        cuda.free_bytes = allocated + SPARE_BYTES + 4000
+        return budget
+
+    assert open_and_run() == 6000
+    assert 3000 < open_and_run() <= 4000
+    cuda.free_bytes -= 5000
+    with pytest.raises(ProviderError, match=r"streaming finds 256 MiB free on the GPU; the largest batch alone needs"):
+        Rig(tmp_path, weight_streaming=True, cuda=cuda)
+
+
+def test_weights_that_all_find_room_are_captured(tmp_path: Path) -> None:
+    rig = Rig(tmp_path, weight_streaming=True, prepare=lambda module: setattr(module, "automatic_budget", 10000))
+    for seed in range(4):
+        rig.run(2, 6, seed=seed)
+    assert "begin_capture" in rig.cuda.calls
 
 
 def test_without_weight_streaming_nothing_is_set(tmp_path: Path) -> None:
