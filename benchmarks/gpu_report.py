@@ -1,10 +1,11 @@
-"""The table of gpu.py, from the reports of ``gircse-parity`` and ``gircse-bench``."""
+"""The table of gpu.py, from the reports of ``gircse-parity``, ``gircse-bench`` and torch_steps.py."""
 
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import msgspec
 from timed_commands import Outcome, Status
@@ -35,6 +36,10 @@ class Row:
     milliseconds: dict[str, float] = field(default_factory=dict)
     roofline_ms: float | None = None
 
+    def texts_per_s(self) -> float:
+        """Return the throughput of the setting where it is largest."""
+        return max(1000 * int(setting.partition(" ")[0]) / time for setting, time in self.milliseconds.items())
+
 
 def write_report(outcomes: Sequence[Outcome], results: Path, bundle: Path) -> str:
     """Write results.md and results.json into the folder of results, and return the former."""
@@ -46,14 +51,19 @@ def write_report(outcomes: Sequence[Outcome], results: Path, bundle: Path) -> st
             _add_parity(rows, outcome)
         elif outcome.argv[0] == "gircse-bench":
             _add_latency(rows, outcome, Bundle.open(bundle), bandwidth)
+    torch_steps = _torch_steps(done.get("torch-steps"))
+    for entry in torch_steps:
+        row = rows.setdefault(_loop_name(entry), Row())
+        row.milliseconds[f"{entry['batch']} x {entry['tokens']}"] = entry["milliseconds"]["total"]
     environment = describe_environment()
     facts = {
         "environment": environment,
         "bandwidth": bandwidth,
         "rows": {name: dataclasses.asdict(row) for name, row in rows.items()},
+        "torch_steps": torch_steps,
         "commands": [dataclasses.asdict(outcome) for outcome in outcomes],
     }
-    text = _markdown(rows, outcomes, environment, bandwidth)
+    text = _markdown(rows, torch_steps, outcomes, environment, bandwidth)
     write_files({"results.json": json.dumps(facts, indent=1).encode(), "results.md": text.encode()}, results)
     return text
 
@@ -91,6 +101,33 @@ def _add_latency(rows: dict[str, Row], outcome: Outcome, bundle: Bundle, bandwid
         row.milliseconds[f"{entry.batch} x {entry.tokens}"] = 1000 * entry.seconds.median
 
 
+def _torch_steps(outcome: Outcome | None) -> list[dict[str, Any]]:
+    """Return the measurements of torch_steps.py."""
+    if outcome is None:
+        return []
+    found: list[dict[str, Any]] = json.loads(Path(_flag(outcome, "--output")).read_bytes())
+    return found
+
+
+def _loop_name(entry: Mapping[str, Any]) -> str:
+    without = "" if entry["last_vocabulary"] else " without the last vocabulary pass"
+    return f"torch {entry['dtype']}, official loop{without}, k = {entry['steps']}"
+
+
+def _parts_table(torch_steps: Sequence[Mapping[str, Any]]) -> str:
+    """Return where the time of the official loop goes, for each setting."""
+    parts = list(dict.fromkeys(part for entry in torch_steps for part in entry["milliseconds"]))
+    cells = [
+        (
+            f"{entry['batch']} x {entry['tokens']}",
+            *(f"{entry['milliseconds'][part]:.2f}" if part in entry["milliseconds"] else "" for part in parts),
+        )
+        for entry in torch_steps
+        if entry["last_vocabulary"]
+    ]
+    return markdown_table(("official loop in PyTorch", *(f"{part}, ms" for part in parts)), cells)
+
+
 def _row_name(outcome: Outcome, precision: str, steps: int) -> str:
     return f"{_flag(outcome, '--provider')}, {_flag(outcome, '--layout')}, {precision}, k = {steps}"
 
@@ -100,7 +137,11 @@ def _flag(outcome: Outcome, name: str) -> str:
 
 
 def _markdown(
-    rows: Mapping[str, Row], outcomes: Sequence[Outcome], environment: Mapping[str, str], bandwidth: float | None
+    rows: Mapping[str, Row],
+    torch_steps: Sequence[Mapping[str, Any]],
+    outcomes: Sequence[Outcome],
+    environment: Mapping[str, str],
+    bandwidth: float | None,
 ) -> str:
     settings = list(dict.fromkeys(setting for row in rows.values() for setting in row.milliseconds))
     cells = [
@@ -108,11 +149,18 @@ def _markdown(
             name,
             *(row.parity.get(column, "") for column in PARITY_COLUMNS),
             *(f"{row.milliseconds[setting]:.1f}" if setting in row.milliseconds else "" for setting in settings),
+            f"{row.texts_per_s():.0f}" if row.milliseconds else "",
             "" if row.roofline_ms is None else f"{row.roofline_ms:.2f}",
         )
         for name, row in rows.items()
     ]
-    header = ("what", *PARITY_COLUMNS, *(f"{setting}, ms" for setting in settings), "reading the weights, ms")
+    header = (
+        "what",
+        *PARITY_COLUMNS,
+        *(f"{setting}, ms" for setting in settings),
+        "most texts/s",
+        "reading the weights, ms",
+    )
     parts = [
         "; ".join(f"{name} {value}" for name, value in environment.items()) + ".",
         markdown_table(header, cells),
@@ -120,6 +168,8 @@ def _markdown(
     ]
     if bandwidth:
         parts.append(f"Reading the weights: at {bandwidth / 1e9:.0f} GB/s, which a copy reaches, reading and writing.")
+    if torch_steps:
+        parts += [_parts_table(torch_steps), "One step and its vocabulary pass: means over the steps, by CUDA events."]
     others = [
         (outcome.name, outcome.last_line)
         for outcome in outcomes

@@ -1,10 +1,12 @@
 """What would be measured on a GPU: commands that exist, in an order that works, and their table."""
 
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import gpu
+import gpu_plan
 import pytest
 from gpu_report import write_report
 from support.small_models import SmallModels
@@ -28,7 +30,7 @@ PARSERS = {
 
 
 def planned(*arguments: str) -> list[Command]:
-    return list(gpu.commands(gpu.parse_options(arguments)))
+    return list(gpu_plan.commands(gpu.parse_options(arguments)))
 
 
 @pytest.mark.parametrize(
@@ -56,6 +58,28 @@ def test_the_most_valuable_come_first() -> None:
     ]
 
 
+def test_local_models_and_adapters_are_named_wherever_pytorch_runs(tmp_path: Path) -> None:
+    """A bundle holds the names of their folders only."""
+    model, adapter = tmp_path / "m", tmp_path / "a"
+    model.mkdir()
+    adapter.mkdir()
+    for arguments, flags in (
+        ([], ()),
+        (["org/model", "--adapter", "org/adapter"], ()),
+        (["qwen2.5-7b"], ("--model", "RESULTS/model")),
+        ([str(model), "--adapter", str(adapter)], ("--model", str(model), "--adapter", str(adapter))),
+    ):
+        commands = planned(*arguments, "--results", str(tmp_path / "r"))
+        wanted = tuple(flag.replace("RESULTS", str(tmp_path / "r")) for flag in flags)
+        torch = [command for command in commands if "--dtype" in command.argv or command.argv[0] == "gircse-parity"]
+        assert len(torch) > 5
+        for command in torch:
+            at = command.argv.index("--model") if "--model" in command.argv else 0
+            assert command.argv[at : at + len(wanted)] == wanted or not wanted
+            assert ("--adapter" in command.argv) == ("--adapter" in wanted)
+            assert ("--model" in command.argv) == ("--model" in wanted)
+
+
 def test_nothing_runs_after_a_failed_self_test(tmp_path: Path) -> None:
     """Every command of the plan needs the self-tests of the first provider, directly or not."""
     broken = [
@@ -75,8 +99,8 @@ def test_nothing_runs_after_a_failed_self_test(tmp_path: Path) -> None:
 
 def test_a_missing_provider_is_named_before_anything_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "tensorrt", None)
-    assert "needs the package tensorrt" in (gpu.why_missing(Provider.TENSORRT) or "")
-    assert gpu.why_missing(Provider.CPU) is None
+    assert "needs the package tensorrt" in (gpu_plan.why_missing(Provider.TENSORRT) or "")
+    assert gpu_plan.why_missing(Provider.CPU) is None
 
 
 @pytest.mark.parametrize(
@@ -90,8 +114,8 @@ def test_a_missing_provider_is_named_before_anything_runs(monkeypatch: pytest.Mo
 def test_the_cpp_runtime_is_optional(
     monkeypatch: pytest.MonkeyPatch, command: str | None, libraries: list[str], reason: str | None
 ) -> None:
-    monkeypatch.setattr(gpu.shutil, "which", lambda _: command)
-    monkeypatch.setattr(gpu, "onnxruntime_libraries", lambda: [Path(name) for name in libraries])
+    monkeypatch.setattr(gpu_plan.shutil, "which", lambda _: command)
+    monkeypatch.setattr(gpu_plan, "onnxruntime_libraries", lambda: [Path(name) for name in libraries])
     cpp = [command for command in planned() if command.name.startswith("cpp-cuda-")]
     assert [command.missing for command in cpp] == [reason] * 3
     assert all(command.environment.get("GIRCSE_ONNXRUNTIME") == (None if reason else libraries[0]) for command in cpp)
@@ -137,8 +161,15 @@ def test_the_table_has_times_and_what_has_none(
     report.mkdir()
     (report / "bench.json").write_bytes(bench_report({"bundle:fp16": 0.0125, "torch fp16": 0.05}))
     weights = Bundle.open(bundle).directory / "fp16" / "weights.bin"
+    steps = tmp_path / "torch-steps" / "steps.json"
+    steps.parent.mkdir()
+    times = {"total": 40.0, "prompt": 4.0, "prompt vocabulary": 2.0, "step": 5.5, "step vocabulary": 1.5}
+    entry = {"batch": 8, "tokens": 24, "steps": 5, "dtype": "fp16", "last_vocabulary": True, "milliseconds": times}
+    lean = {**entry, "last_vocabulary": False, "milliseconds": {**times, "total": 38.0}}
+    steps.write_text(json.dumps([entry, lean]))
     text = write_report(
         [
+            outcome("torch-steps"),
             outcome("bandwidth", output=str(float(weights.stat().st_size))),
             outcome("latency-cpu-stepwise-fp16"),
             outcome("latency-cpu-unrolled-fp16", Status.FAILED, "noise\nout of memory\n"),
@@ -148,12 +179,16 @@ def test_the_table_has_times_and_what_has_none(
         bundle,
     )
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:1] == "|"]
-    table = {row[0]: dict(zip(rows[0], row, strict=True)) for row in rows[2:4]}
+    table = {row[0]: dict(zip(rows[0], row, strict=True)) for row in rows[2:6]}
     fp16 = table["cpu, stepwise, fp16, k = 5"]
     assert fp16["8 x 24, ms"] == "12.5"
     # Six passes through the decoder and five through the vocabulary, at one weights file per second.
     assert 4000 < float(fp16["reading the weights, ms"]) < 11000
     assert table["torch fp16, beside cpu, stepwise, fp16, k = 5"]["8 x 24, ms"] == "50.0"
+    assert fp16["most texts/s"] == "640"
+    assert table["torch fp16, official loop, k = 5"]["8 x 24, ms"] == "40.0"
+    assert table["torch fp16, official loop without the last vocabulary pass, k = 5"]["8 x 24, ms"] == "38.0"
+    assert ["8 x 24", "40.00", "4.00", "2.00", "5.50", "1.50"] in rows
     assert ["failed: out of memory", "latency-cpu-unrolled-fp16"] in rows
     assert ["small-cpu-fp32", "self-test passed: fp32"] in rows
     assert (tmp_path / "results.md").read_text() == text
