@@ -46,9 +46,8 @@ def warn_of_fallback(session: Any, where: str) -> None:
     if fallen:
         more = f" and {len(fallen) - _NAMED} more" if len(fallen) > _NAMED else ""
         logger.warning(
-            "%s: %d nodes have no kernel on the GPU and run on the CPU, which is slow: %s%s",
+            "%s: without a kernel on the GPU, these nodes run on the CPU, which is slow: %s%s",
             where,
-            len(fallen),
             ", ".join(fallen[:_NAMED]),
             more,
         )
