@@ -1,5 +1,6 @@
 """One execution context bound to device memory: every TensorRT call that can fail is checked here."""
 
+import contextlib
 from collections.abc import Mapping
 
 from gircse.runtime.errors import ProviderError
@@ -32,7 +33,10 @@ class BoundContext:
         self._context = engine.create_context(for_graph=for_graph)
         self._shapes: dict[str, Shape] = {}
         self._addresses: dict[str, int] = {}
-        if not self._context.set_optimization_profile_async(profile, stream):
+        selected = False
+        with contextlib.suppress(RuntimeError):  # which the bindings raise here, where other calls return False
+            selected = self._context.set_optimization_profile_async(profile, stream)
+        if not selected:
             raise engine.failure(f"optimization profile {profile}", "is refused")
         self._context.set_device_memory(scratch, scratch_bytes)
 

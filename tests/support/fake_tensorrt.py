@@ -275,7 +275,7 @@ class FakeContext:
     def set_optimization_profile_async(self, index: int, stream: int) -> bool:
         require(stream in self.cuda.streams, "set_optimization_profile_async without a stream")
         if "set_optimization_profile_async" in self.module.refuse or index >= len(self.engine.manifest.profiles):
-            return False
+            raise RuntimeError("Error in set optimization profile async.")
         self.profile, self.index, self.stream = self.engine.manifest.profiles[index], index, stream
         self.shapes.clear()
         self.version += 1
