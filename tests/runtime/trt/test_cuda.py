@@ -115,3 +115,34 @@ def test_cuda_errors_have_their_names() -> None:
     with pytest.raises(ProviderError, match="cudaGraphInstantiate"):
         CudaRuntime(broken, 0).end_capture(7)
     assert ("cudaGraphDestroy", 8) in broken.calls
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("make_current", ()),
+        ("malloc", (8,)),
+        ("free", (256,)),
+        ("malloc_host", (8,)),
+        ("free_host", (np.zeros(8, np.uint8),)),
+        ("create_stream", ()),
+        ("destroy_stream", (1,)),
+        ("synchronize", (1,)),
+        ("copy_to_device", (256, np.zeros(8, np.uint8), 1)),
+        ("copy_to_host", (np.zeros(8, np.uint8), 256, 1)),
+        ("begin_capture", (1,)),
+        ("end_capture", (1,)),
+        ("launch_graph", (1, 1)),
+        ("destroy_graph", (1,)),
+        ("compute_capability", ()),
+        ("memory", ()),
+    ],
+)
+def test_the_real_bindings_take_the_arguments(name: str, arguments: tuple[Any, ...]) -> None:
+    """Without a driver every call fails with an error of CUDA, and none because of its arguments."""
+    runtime = pytest.importorskip("cuda.bindings.runtime")
+    error, _ = runtime.cudaGetDeviceCount()
+    if error == runtime.cudaError_t.cudaSuccess:
+        pytest.skip("the addresses are made up, and there is a GPU")
+    with pytest.raises(ProviderError, match=rf"^cuda\w+ failed: {error.name}, "):
+        getattr(CudaRuntime(runtime, 0), name)(*arguments)
