@@ -197,8 +197,8 @@ def export(options: Options, ready: str) -> Iterator[Command]:
         ready = "model"
     precisions = ",".join(options.precisions)
     flags = ("--steps", str(options.steps), "--precision", precisions, "--output", str(options.bundle), "--force")
-    adapter = ("--adapter", options.adapter) if options.adapter else ()
-    argv = ("gircse-export", "--model", model, *adapter, *flags, *shlex.split(options.export_flags))
+    source = ("--model", model, *(("--adapter", options.adapter) if options.adapter else ()))
+    argv = ("gircse-export", *source, "--device", options.device, *flags, *shlex.split(options.export_flags))
     yield Command("export", argv, 1800, (ready,))
 
 
