@@ -44,6 +44,11 @@ def build_parser() -> argparse.ArgumentParser:
         help="variants to compare (default: every one except the reference)",
     )
     parser.add_argument("--report", type=Path, metavar="DIR", help="write parity.json, .md, .xml and charts there")
+    parser.add_argument(
+        "--locate",
+        action="store_true",
+        help="find the layers and steps where each variant departs, on the text furthest from the reference",
+    )
     _add_reference_flags(parser)
     _add_data_flags(parser)
     _add_gate_flags(parser)
@@ -54,8 +59,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _measure(args: dict[str, Any]) -> int:
     # Here, not above: scipy and matplotlib take seconds to import, and --help should not.
+    from gircse.evaluation.parity.options import ParityOptions
     from gircse.evaluation.parity.report_text import terminal_tables
-    from gircse.evaluation.parity.run import ParityOptions, measure_parity
+    from gircse.evaluation.parity.run import measure_parity
     from gircse.evaluation.write_reports import write_parity_report
     from gircse.reporting.files import open_report_directory
 

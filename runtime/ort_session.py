@@ -109,8 +109,8 @@ class StepwiseSession:
         *,
         steps: int,
         prefix: KeysAndValues = (),
-        inner: Sequence[str] = (),
         inputs_of: Callable[[int], Mapping[str, Any]] = lambda _: {},
+        outputs_of: Callable[[int], Sequence[str]] = lambda _: (),
     ) -> Iterator[list[Any]]:
         """Run the graph on the prompts of one batch, then once a step.
 
@@ -119,8 +119,8 @@ class StepwiseSession:
             attention_mask: the same.
             steps: how often to run it after the prompt.
             prefix: keys and values (1, prefix tokens, kv) of what every prompt begins with, before its padding.
-            inner: further outputs of an edited graph, of the steps.
             inputs_of: further inputs of an edited graph, by step, 0 being the prompt.
+            outputs_of: further outputs of an edited graph, by step.
 
         Yields:
             h_k (batch, 1, hidden) float32, and the further outputs as arrays.
@@ -135,7 +135,7 @@ class StepwiseSession:
         tokens = before + input_ids.shape[1]
         for k in range(steps + 1):
             arrays[tensor_names.ATTENTION_MASK] = np.ascontiguousarray(mask[:, : tokens + k])
-            read = [tensor_names.NEXT_HIDDEN, *(inner if k else ())]
+            read = [tensor_names.NEXT_HIDDEN, *outputs_of(k)]
             names = [*read, *(self._present if k < steps else ())]
             with run_errors(input_ids):
                 values = run_once(graph, {**arrays, **inputs_of(k)}, kept, names)

@@ -23,6 +23,9 @@ the unrolled graph, ``step/`` in the stepwise one):
     step/logits         (rows, vocab), lm_head(h_{k-1}) / T, in INT8 variants
     step/soft_token     (batch, 1, hidden), s_k
     stepk/state         (batch, 1, hidden), h_k; ``prompt/state`` (batch, hidden), h_0 (unrolled only)
+    prompt/embeddings   (batch, tokens, hidden), rows of E: what the first layer reads of the prompt
+    stepk/layer.i       (batch, new, hidden), residual stream after decoder layer i; ``prompt/layer.i`` (unrolled) and
+                        ``decoder/layer.i`` (stepwise, in every pass)
 """
 
 import re
@@ -40,6 +43,7 @@ PROBABILITIES = "probabilities"
 LOGITS = "logits"
 SOFT_TOKEN = "soft_token"
 STATE = "state"
+EMBEDDINGS = "embeddings"
 
 HIDDEN = "hidden"
 NEXT_HIDDEN = "next_hidden"
@@ -59,6 +63,11 @@ def cache_names(prefix: str, num_layers: int) -> list[str]:
         num_layers: number of decoder layers.
     """
     return [f"{prefix}.{layer}.{kind}" for layer in range(num_layers) for kind in ("key", "value")]
+
+
+def layer_names(num_layers: int) -> list[str]:
+    """Names of the residual stream after each decoder layer, without the prefix of their copy of the decoder."""
+    return [f"layer.{layer}" for layer in range(num_layers)]
 
 
 def is_cache(name: str) -> bool:

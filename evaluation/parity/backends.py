@@ -17,6 +17,9 @@ from gircse.checkpoint.source import Checkpoint
 from gircse.evaluation.parity.batches import batch_tokens, side_batches
 from gircse.evaluation.parity.emulation import emulated_graph
 from gircse.evaluation.parity.graph_probe import GraphProbe
+from gircse.evaluation.parity.layer_probe import LayerProbe
+from gircse.evaluation.parity.layer_trace import LayerTrace, trace_torch_layers
+from gircse.evaluation.parity.options import ParityOptions
 from gircse.evaluation.parity.step_trace import StepTrace, StepValues, check_finite, collect_trace
 from gircse.reporting.progress import Advance
 from gircse.reporting.sizes import gib
@@ -103,6 +106,11 @@ class TorchBackend:
         trace = collect_trace(self.name, values, facts, texts=texts + len(more), traced=texts, tokens=self._tokens)
         vectors = l2_normalize(pool_states(trace.states, facts.pooling))
         return vectors, dataclasses.replace(trace, states=trace.states[:texts])
+
+    def trace_layers(self, token_ids: list[int]) -> LayerTrace:
+        """Return what the layers pass on, of one text."""
+        (batch,) = self._batches([token_ids])
+        return trace_torch_layers(self._reference, batch, self._manifest.graph)
 
     def _batches(self, token_ids: TokenIds, *, first_row: int = 0) -> Iterator[TokenBatch]:
         for batch in side_batches(token_ids, self._manifest):
@@ -236,6 +244,17 @@ class BundleBackend:
         forced = collect_trace(name, values, self._facts, texts=texts, traced=0, tokens=self._tokens)
         return trace, forced.states
 
+    def open_layer_probe(self) -> LayerProbe:
+        """Load the graph, opened between its layers."""
+        return LayerProbe(
+            self._bundle,
+            self._precision,
+            layout=self._layout,
+            provider=self._probe_provider,
+            threads=self._threads,
+            copy_weights=self.memory_note is None,
+        )
+
     def _open_probe(self) -> GraphProbe:
         return GraphProbe(
             self._bundle,
@@ -249,6 +268,11 @@ class BundleBackend:
     def _trace(self, probe: GraphProbe, token_ids: TokenIds, advance: Advance) -> StepTrace:
         values, texts = probe.refine(token_ids, advance=advance), len(token_ids)
         return collect_trace(self.name, values, self._facts, texts=texts, traced=texts, tokens=self._tokens)
+
+
+def candidate_backend(options: ParityOptions, bundle: Bundle, precision: str) -> BundleBackend:
+    """Return the backend of a variant that is compared."""
+    return BundleBackend(bundle, precision, layout=options.layout, provider=options.provider, threads=options.threads)
 
 
 def token_count(bundle: Bundle) -> int:

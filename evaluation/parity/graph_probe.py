@@ -1,7 +1,7 @@
 """Look inside a bundle's own graphs: states, probabilities, and soft tokens that can be read and replaced.
 
 An ``onnxruntime`` session shows graph outputs only. So the graph is edited in memory, its weights staying where they
-are: inner values become outputs, and behind every soft token stands a switch::
+are: inner values become outputs, and behind some of them, here the soft tokens, stands a switch::
 
     soft_token = Where(force, forced soft token, computed soft token)
 
@@ -65,29 +65,25 @@ class GraphProbe:
             ProviderError: the provider is not there, or does not run the precision.
         """
         self._manifest, self._facts = bundle.manifest, bundle.manifest.graph
-        layout = bundle.layout(precision, provider, layout)
-        self._unrolled = layout is Layout.UNROLLED
+        self._unrolled = bundle.layout(precision, provider, layout) is Layout.UNROLLED
         steps = range(1, self._facts.steps + 1)
         self._prefixes = [tensor_names.step_prefix(step if self._unrolled else None) for step in steps]
         prefixes = set(self._prefixes)
         # The states of the stepwise graph are outputs already.
         states = {tensor_names.PROMPT_PREFIX, *prefixes} if self._unrolled else set()
-        inner = _InnerNames(
-            soft_tokens={prefix + tensor_names.SOFT_TOKEN for prefix in prefixes},
+        inner = InnerNames(
+            switched={prefix + tensor_names.SOFT_TOKEN for prefix in prefixes},
             read={prefix + tensor_names.PROBABILITIES for prefix in prefixes}
             | {prefix + tensor_names.STATE for prefix in states},
         )
-        path = bundle.graph(precision, layout)
-        emulated = precision_spec(precision).emulated and provider is Provider.CPU
-        model = emulated_graph(path, copy_weights=copy_weights) if emulated else ir.load(path)
-        content = _instrumented(path, model, prefixes, inner)
-        self._graph = load_graph(
-            path,
+        self._graph = open_inner_graph(
+            bundle,
+            precision,
+            inner,
+            layout=layout,
             provider=provider,
             threads=threads,
-            content=content,
             copy_weights=copy_weights,
-            integer_products=multiplies_integers(precision),
         )
         if not self._unrolled:
             self._session = StepwiseSession(self._graph, self._facts, device=ort_device(provider))
@@ -125,8 +121,8 @@ class GraphProbe:
             batch.input_ids,
             batch.attention_mask,
             steps=len(self._prefixes),
-            inner=_soft_token_names(prefix),
             inputs_of=lambda step: _force(prefix, forced if step else None, step - 1) if self._prefixes else {},
+            outputs_of=lambda step: _soft_token_names(prefix) if step else (),
         )
         (hidden,) = next(passes)
         yield StepValues(list(batch.rows), 0, hidden[:, 0])
@@ -151,22 +147,65 @@ def _force(prefix: str, forced: Float32 | None, index: int) -> Feed:
 
 
 @dataclass(frozen=True)
-class _InnerNames:
-    """Inner values of a graph: soft tokens to be switched, and others to be read."""
+class InnerNames:
+    """Inner values of a graph: those with a switch, which are read too, and those that are only read."""
 
-    soft_tokens: set[str]
+    switched: set[str]
     read: set[str]
 
 
-def _instrumented(path: Path, model: ir.Model, prefixes: set[str], inner: _InnerNames) -> bytes:
-    """Return the graph with a switch behind every soft token, the inner values being outputs."""
+def open_inner_graph(
+    bundle: Bundle,
+    precision: str,
+    inner: InnerNames,
+    *,
+    layout: Layout | None = None,
+    provider: Provider = Provider.CPU,
+    threads: int | None = None,
+    copy_weights: bool = True,
+) -> Any:
+    """Load a graph with inner values as outputs, and the inputs that replace the switched ones.
+
+    Args:
+        bundle: an opened bundle.
+        precision: name of one of its variants.
+        inner: the values.
+        layout: which of its graphs; None is its default.
+        provider: one of ONNX Runtime's.
+        threads: threads of one run; None lets ONNX Runtime take the physical cores.
+        copy_weights: see ``load_graph``.
+
+    Returns:
+        An ``onnxruntime.InferenceSession``. Of each switched value it takes a replacement, named with ``FORCED``, and
+        it takes ``FORCE``, which says whether the graph goes on with the replacements. Its output is always what was
+        computed.
+
+    Raises:
+        BundleError: the graph lacks a value, or does not load.
+        ProviderError: the provider is not there, or does not run the precision.
+    """
+    path = bundle.graph(precision, bundle.layout(precision, layout))
+    emulated = precision_spec(precision).emulated and provider is Provider.CPU
+    model = emulated_graph(path, copy_weights=copy_weights) if emulated else ir.load(path)
+    return load_graph(
+        path,
+        provider=provider,
+        threads=threads,
+        content=_instrumented(path, model, inner),
+        copy_weights=copy_weights,
+        integer_products=multiplies_integers(precision),
+    )
+
+
+def _instrumented(path: Path, model: ir.Model, inner: InnerNames) -> bytes:
+    """Return the graph with its switches, the inner values being outputs."""
     graph = model.graph
     values = {str(value.name): value for node in graph for value in node.outputs}
-    for prefix in sorted(prefixes):
+    for name in sorted(inner.read - set(values)):
+        prefix = name.removesuffix(tensor_names.PROBABILITIES)
         if prefix + tensor_names.LOGITS in values:
-            name = prefix + tensor_names.PROBABILITIES
             values[name] = _add_probabilities(graph, values[prefix + tensor_names.LOGITS], name)
-    if missing := sorted((inner.soft_tokens | inner.read) - set(values)):
+    if missing := sorted((inner.switched | inner.read) - set(values)):
         raise BundleError(
             str(path),
             f"has no value {missing[0]}",
@@ -174,11 +213,11 @@ def _instrumented(path: Path, model: ir.Model, prefixes: set[str], inner: _Inner
             "Export the bundle again with this version.",
         )
     force = ir.val(FORCE, ir.DataType.BOOL, [])
-    if inner.soft_tokens:
+    if inner.switched:
         graph.inputs.append(force)
-    for name in sorted(inner.soft_tokens):
+    for name in sorted(inner.switched):
         values[name] = _add_switch(graph, values[name], force)
-    graph.outputs.extend(values[name] for name in sorted(inner.read | inner.soft_tokens))
+    graph.outputs.extend(values[name] for name in sorted(inner.read | inner.switched))
     content: bytes = ir.to_proto(model).SerializeToString()
     return content
 
@@ -192,9 +231,9 @@ def _add_probabilities(graph: ir.Graph, logits: ir.Value, name: str) -> ir.Value
 
 
 def _add_switch(graph: ir.Graph, computed: ir.Value, force: ir.Value) -> ir.Value:
-    """Let every reader of a soft token read the forced one instead, if so told; return the computed one in FP32."""
+    """Let every reader of a value read the forced one instead, if so told; return the computed one in FP32."""
     name = str(computed.name)
-    forced = ir.val(f"{name}{FORCED}", ir.DataType.FLOAT, [None, 1, None])
+    forced = ir.val(f"{name}{FORCED}", ir.DataType.FLOAT, [None, None, None])
     graph.inputs.append(forced)
     chosen, producer = ir.Value(), computed.producer()
     if producer is None:

@@ -5,18 +5,22 @@ from typing import Any
 
 import numpy as np
 
+from gircse.evaluation.parity.layer_errors import column_of
+from gircse.evaluation.parity.report_schema import LayerReport
 from gircse.evaluation.parity.run import ParityResult
-from gircse.reporting.figures import new_figure, save_chart
+from gircse.reporting.figures import new_figure, new_panels, save_chart
 from gircse.reporting.similarity import similarities
 from gircse.runtime.numerics import Float32, row_cosine
 
 SCATTER_PAIRS = 5000
 SMALLEST_ERROR = 1e-16
 """Where a logarithmic axis ends: below it, float64 cannot tell a cosine from 1."""
+SMALLEST_LAYER_ERROR = 1e-8
+"""The same for relative errors of FP32 values."""
 
 
 def draw_parity_charts(result: ParityResult, directory: Path) -> list[Path]:
-    """Draw error against step, cosine histogram and similarity scatter as PNG.
+    """Draw error against step, cosine histogram, similarity scatter, and located errors by layer as PNG.
 
     Returns:
         The files, in the order in which a report shows them.
@@ -26,7 +30,13 @@ def draw_parity_charts(result: ParityResult, directory: Path) -> list[Path]:
         ("cosine-histogram", _cosine_histogram),
         ("similarity-scatter", _similarity_scatter),
     )
-    return [path for name, draw in charts for path in save_chart(draw(result), directory / name, formats=("png",))]
+    paths = [path for name, draw in charts for path in save_chart(draw(result), directory / name, formats=("png",))]
+    for candidate in result.report.candidates:
+        if candidate.layers is not None:
+            title = f"{result.report.bundle}:{candidate.precision} against {result.report.reference}"
+            stem = directory / f"layers-{candidate.precision}"
+            paths += save_chart(_layer_errors(title, candidate.layers), stem, formats=("png",))
+    return paths
 
 
 def _error_by_step(result: ParityResult) -> Any:
@@ -73,6 +83,32 @@ def _similarity_scatter(result: ParityResult) -> Any:
     axes.plot(ends, ends, color="black", linewidth=0.8)
     axes.legend()
     return figure
+
+
+def _layer_errors(title: str, layers: LayerReport) -> Any:
+    """One cell for each step and part; what stands out is crossed."""
+    from matplotlib.colors import LogNorm
+
+    figure, panels = new_panels(
+        f"{title}, text {layers.text}", ["error of each part alone", "running error of the residual stream"], columns=1
+    )
+    for axes, rows in zip(panels, (layers.alone, layers.running), strict=True):
+        errors = np.maximum(np.array(rows), SMALLEST_LAYER_ERROR)
+        mesh = axes.pcolormesh(errors, norm=LogNorm(vmin=errors.min(), vmax=max(errors.max(), 2 * errors.min())))
+        figure.colorbar(mesh, ax=axes)
+        parts = errors.shape[1]
+        shown = sorted({0, *range(1, parts - 1, 5), parts - 1})
+        axes.set(xlabel="layer", ylabel="step k")
+        axes.set_xticks([part + 0.5 for part in shown], [_short_part_name(part, parts) for part in shown])
+        axes.set_yticks([step + 0.5 for step in range(len(rows))], [str(step) for step in range(len(rows))])
+        axes.grid(visible=False)
+    at = [(jump.step, column_of(jump.part, layers=parts - 2)) for jump in layers.jumps]
+    panels[0].plot([part + 0.5 for _, part in at], [step + 0.5 for step, _ in at], "rx")
+    return figure
+
+
+def _short_part_name(part: int, parts: int) -> str:
+    return "in" if part == 0 else "norm" if part == parts - 1 else str(part - 1)
 
 
 def _pair_similarities(vectors: Float32) -> Any:

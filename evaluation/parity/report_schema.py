@@ -117,6 +117,41 @@ class BatchVariance(Record, frozen=True):
     cosine_min: float
 
 
+class LayerJump(Record, frozen=True):
+    """A part of the graph whose own error stands out.
+
+    Attributes:
+        step: k; 0 is the prompt.
+        part: ``embeddings``, ``soft token``, ``layer i`` or ``final norm``.
+        error: its error alone.
+        times: how many times the median of the layers in this step that is.
+    """
+
+    step: int
+    part: str
+    error: float
+    times: float
+
+
+class LayerReport(Record, frozen=True):
+    """The residual stream of one text, layer by layer. Each matrix has a row for each of the steps 0..K.
+
+    A row holds the embeddings of the prompt or the soft token of a step, the layers in their order, and the final norm.
+
+    Attributes:
+        text: which one, the text furthest from the reference.
+        alone: own error of each part, which is fed what the reference computes: of a layer relative to what it adds to
+            the residual stream, of the others to what they make.
+        running: error of the residual stream after each part relative to its length, running freely.
+        jumps: where the error alone stands out, in the order of the computation.
+    """
+
+    text: int
+    alone: tuple[tuple[float, ...], ...]
+    running: tuple[tuple[float, ...], ...]
+    jumps: tuple[LayerJump, ...]
+
+
 class CandidateReport(Record, frozen=True):
     """One precision of the bundle.
 
@@ -129,6 +164,7 @@ class CandidateReport(Record, frozen=True):
         batch_variance: influence of the other texts in a batch.
         tasks: scores, if tasks were given.
         cross_steps: the matrix, if it was asked for.
+        layers: where it departs from the reference, if that was asked for.
     """
 
     precision: str
@@ -139,6 +175,7 @@ class CandidateReport(Record, frozen=True):
     batch_variance: BatchVariance
     tasks: tuple[TaskParity, ...]
     cross_steps: CrossSteps | None
+    layers: LayerReport | None = None
 
 
 class ParityReport(Record, frozen=True):

@@ -7,6 +7,7 @@ from rich import box
 from rich.table import Table
 
 from gircse.evaluation.parity.gates import GateResult
+from gircse.evaluation.parity.report_layers import layer_markdown, layer_table
 from gircse.evaluation.parity.report_schema import CandidateReport, CrossSteps, ParityReport, StepParity, TaskParity
 from gircse.evaluation.tasks.prompts import Prompt
 from gircse.reporting.files import markdown_table
@@ -22,8 +23,13 @@ WORST_TEXTS = 5
 
 
 def terminal_tables(report: ParityReport) -> list[Table]:
-    """Return one table for each candidate: its steps, and the verdicts below it."""
-    return [_terminal_table(report, candidate) for candidate in report.candidates]
+    """Return for each candidate its steps with the verdicts below them, and where it departs, if that was located."""
+    tables = []
+    for candidate in report.candidates:
+        tables.append(_terminal_table(report, candidate))
+        if candidate.layers is not None:
+            tables.append(layer_table(f"{report.bundle}:{candidate.precision}", candidate.layers))
+    return tables
 
 
 def _terminal_table(report: ParityReport, candidate: CandidateReport) -> Table:
@@ -102,6 +108,7 @@ def _candidate_markdown(report: ParityReport, candidate: CandidateReport, prompt
         *parts,
         f"Texts furthest from the reference, K = {report.steps}:",
         markdown_table(("text", "1-cos", "begins"), rows),
+        *(layer_markdown(candidate.layers) if candidate.layers else []),
     ]
 
 

@@ -5,13 +5,12 @@ candidates.
 """
 
 import tempfile
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from gircse.checkpoint.reference_choice import ReferenceOptions
 from gircse.evaluation.environment import describe_environment
-from gircse.evaluation.parity.backends import BundleBackend
+from gircse.evaluation.parity.backends import BundleBackend, candidate_backend
 from gircse.evaluation.parity.compare import (
     ReferenceRun,
     compare_batches,
@@ -23,6 +22,8 @@ from gircse.evaluation.parity.compare import (
     summarize_soft_tokens,
 )
 from gircse.evaluation.parity.gates import all_passed, limits_of
+from gircse.evaluation.parity.locate import locate_departures
+from gircse.evaluation.parity.options import TORCH, ParityOptions
 from gircse.evaluation.parity.references import (
     check_same_task,
     parse_bundle_reference,
@@ -38,60 +39,17 @@ from gircse.evaluation.parity.sides import (
     compute_candidate,
     compute_torch_reference,
 )
-from gircse.evaluation.tasks.files import TaskOptions, read_tasks
+from gircse.evaluation.tasks.files import read_tasks
 from gircse.evaluation.tasks.prompts import Prompt, read_prompts, tokenize_prompts
 from gircse.evaluation.tasks.scoring import Task
 from gircse.reporting.progress import StageProgress
 from gircse.runtime.bundle import Bundle, file_sha256
 from gircse.runtime.errors import MeasurementError, OptionError
-from gircse.runtime.manifest import MANIFEST_NAME, Layout
+from gircse.runtime.manifest import MANIFEST_NAME
 from gircse.runtime.numerics import Float32
-from gircse.runtime.precision import CPU_ORDER, Precision, runs_on
+from gircse.runtime.precision import CPU_ORDER, runs_on
 from gircse.runtime.provider import Provider
 from gircse.runtime.tokenization import open_tokenizer
-
-TORCH = "torch"
-
-
-@dataclass(frozen=True)
-class ParityOptions:
-    """What to compare; the fields are the flags of ``gircse-parity``.
-
-    Attributes:
-        bundle: bundle directory.
-        precisions: variants to compare; empty means every one that has the layout, except the reference.
-        reference: ``torch``, or ``BUNDLE[:PRECISION]``.
-        model: where the checkpoint is now, if not where the manifest says.
-        adapter: where the adapter is now.
-        device: of the PyTorch reference.
-        dtype: type that it computes in.
-        memory: bytes that it may take; None takes what is free.
-        texts: file of texts, or None for the built-in ones.
-        instruction: for texts that bring none.
-        tasks: tasks that both backends are scored on.
-        cross_steps: compute the matrix of query steps against document steps.
-        limits: limits that replace the defaults, by the name of the field of ``ParityLimits``.
-        layout: graph to compare; None is the default of each variant.
-        provider: where the compared variants run; a bundle as reference runs on the CPU.
-        threads: threads per backend; None leaves it to each.
-    """
-
-    bundle: Path
-    precisions: Sequence[str] = ()
-    reference: str = TORCH
-    model: str | None = None
-    adapter: str | None = None
-    device: str = "cpu"
-    dtype: Precision = Precision.FP32
-    memory: int | None = None
-    texts: Path | None = None
-    instruction: str = ""
-    tasks: TaskOptions = field(default_factory=TaskOptions)
-    cross_steps: bool = False
-    limits: Mapping[str, float] = field(default_factory=dict)
-    layout: Layout | None = None
-    provider: Provider = Provider.CPU
-    threads: int | None = None
 
 
 @dataclass(frozen=True)
@@ -148,14 +106,15 @@ def measure_parity(options: ParityOptions, *, progress: StageProgress | None = N
         tasks = data.by_task(side.task_vectors)
         reference = ReferenceRun(side.name, side.vectors, side.trace, tasks, side.token_mismatches)
         for precision in precisions:
-            backend = BundleBackend(
-                bundle, precision, layout=options.layout, provider=options.provider, threads=options.threads
-            )
+            backend = candidate_backend(options, bundle, precision)
             place = Path(scratch) / precision
             candidate = run_side(backend.name, place, progress, compute_candidate, backend, data.inputs, folder)
             with progress.stage(f"compare {precision} with {reference.name}"):
                 reports.append(_compare(options, bundle, precision, data, candidate, reference))
             candidates[precision] = candidate.vectors
+        if options.locate:
+            texts = data.inputs.text_ids
+            reports = locate_departures(options, bundle, reference_bundle, reports, texts, Path(scratch), progress)
     report = ParityReport(
         schema_version=SCHEMA_VERSION,
         bundle=bundle.directory.name,
@@ -241,7 +200,7 @@ def _run_reference(
         checkpoint,
         data.inputs,
         prompts=data.prompts,
-        options=ReferenceOptions(options.device, options.dtype, options.memory),
+        options=options.reference_options,
         threads=options.threads,
     )
 

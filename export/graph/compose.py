@@ -97,7 +97,7 @@ def _unrolled(g: GraphBuilder, vocabulary: Vocabulary) -> None:
     hidden_size, steps = g.shape.hidden_size, g.settings.steps
     input_ids, mask = g.prompt()
     prompt = _inputs(g, input_ids, mask, start=None)
-    embeds = vocabulary.embed(g, input_ids)
+    embeds = _embed(g, vocabulary, input_ids)
     states, cache = g.decode(tensor_names.PROMPT_PREFIX, embeds, prompt.bias, prompt.positions, None)
     hidden = g.op("Squeeze", _last_state(g, states, mask, prompt.position), g.indices([1]))
     hidden.name = tensor_names.PROMPT_PREFIX + tensor_names.STATE
@@ -136,7 +136,7 @@ def _stepwise(g: GraphBuilder, vocabulary: Vocabulary) -> None:
     ]
     start = g.op("Shape", past[0], start=1, end=2)
     inputs = _inputs(g, input_ids, mask, start=start)
-    embeds = vocabulary.embed(g, input_ids)
+    embeds = _embed(g, vocabulary, input_ids)
     if hidden is not None:
         prefix = tensor_names.step_prefix(None)
         # Explicit shapes: in the prompt pass there are no rows, which leaves nothing to infer a -1 from.
@@ -150,6 +150,12 @@ def _stepwise(g: GraphBuilder, vocabulary: Vocabulary) -> None:
     g.output(last, tensor_names.NEXT_HIDDEN, ["batch", 1, width])
     for value, name in zip(cache, tensor_names.cache_names("present", shape.num_layers), strict=True):
         g.output(value, name, ["batch", "total", shape.kv_size])
+
+
+def _embed(g: GraphBuilder, vocabulary: Vocabulary, input_ids: ir.Value) -> ir.Value:
+    embeds = vocabulary.embed(g, input_ids)
+    embeds.name = tensor_names.PROMPT_PREFIX + tensor_names.EMBEDDINGS
+    return embeds
 
 
 class _Inputs(NamedTuple):

@@ -7,7 +7,8 @@ The one graph serves both the prompt and the refinement step; it takes S new pos
     -> hidden      (batch, S, hidden), after the final norm
        present.i.key, present.i.value  (batch, P + S, kv_size)
 
-Its weights are initializers named as in the checkpoint, without values. Three replacements make it compact standard
+Its weights are initializers named as in the checkpoint, without values, and the residual stream after layer i is the
+inner value ``layer.i``. Three replacements make it compact standard
 opset-23: attention and rotary become the ONNX operators (heads folded into the last axis, so the KV cache needs no
 transposes), and RMSNorm becomes ``RMSNormalization``.
 """
@@ -174,22 +175,26 @@ def _check_vocabulary(causal_lm: Any, shape: DecoderShape) -> None:
 class _CachedDecoder(nn.Module):
     """The decoder with its KV cache as plain inputs and outputs."""
 
-    def __init__(self, decoder: nn.Module) -> None:
+    def __init__(self, decoder: Any) -> None:
         super().__init__()
         self.model = decoder  # so that parameters are named model.*, as in the checkpoint
 
     def forward(
         self, inputs_embeds: Tensor, attention_bias: Tensor, position_ids: Tensor, past: list[Tensor]
     ) -> tuple[Tensor, ...]:
-        cache = _ConcatCache(past)
-        hidden = self.model(
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_bias,
-            position_ids=position_ids,
-            cache=cache,
-            use_cache=True,
-        ).last_hidden_state
-        return (hidden, *cache.present)
+        cache, streams = _ConcatCache(past), list[Tensor]()
+        with contextlib.ExitStack() as hooks:
+            for layer in self.model.layers:
+                hook = layer.register_forward_hook(lambda _module, _inputs, output: streams.append(output))
+                hooks.callback(hook.remove)
+            hidden = self.model(
+                inputs_embeds=inputs_embeds,
+                attention_mask=attention_bias,
+                position_ids=position_ids,
+                cache=cache,
+                use_cache=True,
+            ).last_hidden_state
+        return (hidden, *cache.present, *streams)
 
 
 class _ConcatCache:
@@ -405,10 +410,12 @@ def _dynamic_shapes(num_layers: int) -> tuple[Any, ...]:
 
 def _rename_io(graph: ir.Graph, num_layers: int) -> None:
     inputs = [INPUTS_EMBEDS, ATTENTION_BIAS, POSITION_IDS, *tensor_names.cache_names("past", num_layers)]
-    outputs = [tensor_names.HIDDEN, *tensor_names.cache_names("present", num_layers)]
+    layers = tensor_names.layer_names(num_layers)
+    outputs = [tensor_names.HIDDEN, *tensor_names.cache_names("present", num_layers), *layers]
     for values, names in ((graph.inputs, inputs), (graph.outputs, outputs)):
         for value, name in zip(values, names, strict=True):
             value.name = name
+    del graph.outputs[-num_layers:]  # an output only to be found and named
 
 
 @contextlib.contextmanager

@@ -16,7 +16,8 @@ from support.small_models import SmallModels
 
 from gircse.evaluation.parity.backends import BundleBackend
 from gircse.evaluation.parity.emulation import emulated_graph
-from gircse.evaluation.parity.run import ParityOptions, measure_parity
+from gircse.evaluation.parity.options import ParityOptions
+from gircse.evaluation.parity.run import measure_parity
 from gircse.runtime.bundle import Bundle
 from gircse.runtime.manifest import Layout
 from gircse.runtime.ort_session import load_graph

@@ -13,7 +13,7 @@ from support.stub_onnxruntime import CPU, CUDA, StubOnnxRuntime
 from support.tolerances import CONTROL_MIN_DIFFERENCE, PROBE_MAX_DIFFERENCE, SMALL_MODEL_MAX_DIFFERENCE
 
 from gircse.evaluation.parity.backends import BundleBackend
-from gircse.evaluation.parity.graph_probe import GraphProbe, _InnerNames, _instrumented
+from gircse.evaluation.parity.graph_probe import GraphProbe, InnerNames, _instrumented
 from gircse.evaluation.parity.step_trace import StepTrace
 from gircse.runtime import BundleError, ProviderError
 from gircse.runtime.bundle import Bundle
@@ -101,8 +101,8 @@ def test_soft_tokens_of_bf16_are_read_and_fed_in_float32(small_models: SmallMode
     bundle = Bundle.open(small_models.bundle("llama", precisions=("fp32", "bf16")))
     path = bundle.graph("bf16", layout)
     prefixes = {"step/"} if layout is Layout.STEPWISE else {f"step{step}/" for step in range(1, 6)}
-    inner = _InnerNames({f"{prefix}soft_token" for prefix in prefixes}, set())
-    model = onnx.load_from_string(_instrumented(path, ir.load(path), prefixes, inner))
+    inner = InnerNames({f"{prefix}soft_token" for prefix in prefixes}, set())
+    model = onnx.load_from_string(_instrumented(path, ir.load(path), inner))
     typed = onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True)
     types = {value.name: value.type.tensor_type.elem_type for value in (*typed.graph.input, *typed.graph.output)}
     for prefix in prefixes:

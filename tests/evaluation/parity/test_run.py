@@ -11,8 +11,9 @@ from support.small_models import SmallModels, add_stepwise_variants, edit_manife
 from support.task_data import STS, beir, write
 from support.tolerances import SMALL_MODEL_MAX_DIFFERENCE
 
+from gircse.evaluation.parity.options import ParityOptions
 from gircse.evaluation.parity.report_schema import ParityReport
-from gircse.evaluation.parity.run import ParityOptions, measure_parity
+from gircse.evaluation.parity.run import measure_parity
 from gircse.evaluation.tasks.files import TaskOptions, read_tasks
 from gircse.reporting.progress import StageProgress
 from gircse.runtime import BundleError, Embedder

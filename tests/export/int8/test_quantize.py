@@ -25,7 +25,8 @@ from gircse.calibration.int8.fake_quantization import quantized
 from gircse.calibration.int8.scheme import LIMBS, InputKind, QuantizedInput, decoder_inputs
 from gircse.calibration.moments_file import moments_path
 from gircse.checkpoint.reference import refine
-from gircse.evaluation.parity.run import ParityOptions, measure_parity
+from gircse.evaluation.parity.options import ParityOptions
+from gircse.evaluation.parity.run import measure_parity
 from gircse.runtime import Embedder
 from gircse.runtime.bundle import Bundle
 from gircse.runtime.errors import CalibrationError, OptionError

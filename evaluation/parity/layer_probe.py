@@ -1,0 +1,122 @@
+"""Read the residual stream between the layers of a bundle's graph, and replace it.
+
+With the stream of another backend fed to every layer, what a layer makes is wrong by its own error alone: that of the
+layers, soft tokens and steps before it does not reach it, neither as its input nor as the keys and values of earlier
+positions. It is teacher forcing, layer by layer.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from gircse.evaluation.parity.graph_probe import FORCE, FORCED, InnerNames, open_inner_graph
+from gircse.evaluation.parity.layer_trace import LayerTrace
+from gircse.runtime import tensor_names
+from gircse.runtime.bundle import Bundle
+from gircse.runtime.manifest import Layout
+from gircse.runtime.numerics import Float32
+from gircse.runtime.ort_session import StepwiseSession, ort_device, run_errors
+from gircse.runtime.provider import Provider
+from gircse.runtime.tokenization import TokenBatch
+
+_NOTHING = np.zeros((1, 1, 1), np.float32)
+"""Stands for a value that is not replaced; it fits every shape, the empty one of what a pass does not have included."""
+
+
+class LayerProbe:
+    """The graph of one precision, opened between its layers."""
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        precision: str,
+        *,
+        layout: Layout | None = None,
+        provider: Provider = Provider.CPU,
+        threads: int | None = None,
+        copy_weights: bool = True,
+    ) -> None:
+        """Load the edited graph; the arguments are those of ``open_inner_graph``.
+
+        Raises:
+            BundleError: the graph lacks the names of the inner values, or does not load.
+            ProviderError: the provider is not there, or does not run the precision.
+        """
+        self._facts = bundle.manifest.graph
+        self._unrolled = bundle.layout(precision, layout) is Layout.UNROLLED
+        self._passes = [self._names_of_pass(step) for step in range(self._facts.steps + 1)]
+        self._switched = {name for names in self._passes for name in names}
+        self._states = [
+            (tensor_names.step_prefix(step) if step else tensor_names.PROMPT_PREFIX) + tensor_names.STATE
+            for step in range(self._facts.steps + 1)
+        ]
+        self._graph = open_inner_graph(
+            bundle,
+            precision,
+            InnerNames(switched=self._switched, read=set(self._states) if self._unrolled else set()),
+            layout=layout,
+            provider=provider,
+            threads=threads,
+            copy_weights=copy_weights,
+        )
+        if not self._unrolled:
+            self._session = StepwiseSession(self._graph, self._facts, device=ort_device(provider))
+
+    def trace(self, batch: TokenBatch, *, forced: LayerTrace | None = None) -> LayerTrace:
+        """Run one text.
+
+        Args:
+            batch: the text, without padding.
+            forced: what every layer reads in place of what the one before it makes; None lets the graph run freely.
+
+        Returns:
+            What the layers make, whatever is made of it then.
+        """
+        return (self._trace_unrolled if self._unrolled else self._trace_stepwise)(batch, forced)
+
+    def _trace_unrolled(self, batch: TokenBatch, forced: LayerTrace | None) -> LayerTrace:
+        feed = {tensor_names.INPUT_IDS: batch.input_ids, tensor_names.ATTENTION_MASK: batch.attention_mask}
+        for step in range(len(self._passes)):
+            feed |= self._replacements(step, forced)
+        with run_errors(batch.input_ids):
+            states = self._graph.run(self._states, feed)
+            values = iter(self._graph.run([name for names in self._passes for name in names], feed))
+        streams = [np.concatenate([next(values) for _ in names]) for names in self._passes]
+        return LayerTrace(streams, np.concatenate([state.reshape(1, -1) for state in states]))
+
+    def _trace_stepwise(self, batch: TokenBatch, forced: LayerTrace | None) -> LayerTrace:
+        passes = self._session.passes(
+            batch.input_ids,
+            batch.attention_mask,
+            steps=self._facts.steps,
+            inputs_of=lambda step: (
+                dict.fromkeys((f"{name}{FORCED}" for name in self._switched), _NOTHING)
+                | self._replacements(step, forced)
+            ),
+            outputs_of=lambda step: self._passes[step],
+        )
+        states, streams = [], []
+        for state, *values in passes:
+            states.append(state[0])
+            streams.append(np.concatenate(values))
+        return LayerTrace(streams, np.concatenate(states))
+
+    def _replacements(self, step: int, forced: LayerTrace | None) -> dict[str, Any]:
+        """Return the further inputs of the graph for one pass."""
+        values: Sequence[Float32] = [_NOTHING] * len(self._passes[step])
+        if forced is not None:
+            values = [value[None] for value in forced.streams[step]]
+        names = [f"{name}{FORCED}" for name in self._passes[step]]
+        return {FORCE: np.array(forced is not None), **dict(zip(names, values, strict=True))}
+
+    def _names_of_pass(self, step: int) -> list[str]:
+        """Return the names of what the first layer reads and of what each layer makes; step 0 is the prompt."""
+        prompt, unrolled = step == 0, self._unrolled
+        prefix = tensor_names.PROMPT_PREFIX if prompt else tensor_names.step_prefix(step if unrolled else None)
+        layers = tensor_names.layer_names(self._facts.num_layers)
+        decoder = prefix if unrolled else tensor_names.DECODER_PREFIX
+        return [
+            prefix + (tensor_names.EMBEDDINGS if prompt else tensor_names.SOFT_TOKEN),
+            *(decoder + layer for layer in layers),
+        ]
