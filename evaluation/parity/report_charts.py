@@ -94,7 +94,8 @@ def _layer_errors(title: str, layers: LayerReport) -> Any:
     )
     for axes, rows in zip(panels, (layers.alone, layers.running), strict=True):
         errors = np.maximum(np.array(rows), SMALLEST_LAYER_ERROR)
-        mesh = axes.pcolormesh(errors, norm=LogNorm(vmin=errors.min(), vmax=max(errors.max(), 2 * errors.min())))
+        lowest = errors[:, 1:-1].min()  # a norm that is exact would take the contrast from the rest
+        mesh = axes.pcolormesh(errors, norm=LogNorm(vmin=lowest, vmax=max(errors.max(), 2 * lowest)))
         figure.colorbar(mesh, ax=axes)
         parts = errors.shape[1]
         shown = sorted({0, *range(1, parts - 1, 5), parts - 1})

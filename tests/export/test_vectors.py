@@ -1,5 +1,6 @@
 """Every architecture, layout and padding against plain torch, at every step; and controls that must fail."""
 
+import contextlib
 import json
 import shutil
 from pathlib import Path
@@ -14,6 +15,7 @@ from support.small_models import CONFIGS, SmallModels
 from support.tolerances import (
     BATCH_MAX_DIFFERENCE,
     CONTROL_MIN_DIFFERENCE,
+    PROBE_MAX_DIFFERENCE,
     REFERENCE_MAX_DIFFERENCE,
     SMALL_MODEL_MAX_DIFFERENCE,
 )
@@ -27,7 +29,7 @@ from gircse.runtime import Embedder
 from gircse.runtime.bundle import Bundle
 from gircse.runtime.manifest import Layout
 from gircse.runtime.numerics import l2_normalize
-from gircse.runtime.ort_session import open_session
+from gircse.runtime.ort_session import load_graph, open_session
 
 
 @pytest.mark.parametrize("layout", Layout)
@@ -38,6 +40,30 @@ def test_every_step_matches_plain_torch(small_models: SmallModels, name: str, la
         ours_prompt, ours_steps = run(small_models.bundle(name), layout=layout, left=left)
         assert np.abs(ours_prompt - prompt).max() < SMALL_MODEL_MAX_DIFFERENCE
         assert np.abs(ours_steps - steps).max() < SMALL_MODEL_MAX_DIFFERENCE
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_layers_are_named_and_those_of_plain_torch(small_models: SmallModels, name: str) -> None:
+    """In both graphs, by the names that ``tensor_names`` promises."""
+    model, wanted = small_models.load(name), []
+    with torch.no_grad(), contextlib.ExitStack() as hooks:
+        for layer in model.model.layers:
+            hooks.callback(layer.register_forward_hook(lambda _layer, _inputs, output: wanted.append(output[0])).remove)
+        embeddings = model.get_input_embeddings()(torch.tensor(PROMPTS[1]))
+        model(inputs_embeds=embeddings[None], use_cache=False)
+    bundle = Bundle.open(small_models.bundle(name))
+    for layout, prefix in ((Layout.UNROLLED, "prompt/"), (Layout.STEPWISE, "decoder/")):
+        path = bundle.graph("fp32", layout)
+        graph = onnx.load(path, load_external_data=False)
+        names = ["prompt/embeddings", *(f"{prefix}layer.{layer}" for layer in range(len(wanted)))]
+        graph.graph.output.extend(onnx.helper.make_empty_tensor_value_info(one) for one in names)
+        session = load_graph(path, content=graph.SerializeToString())
+        ids = np.array([PROMPTS[1]])
+        feed = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
+        for spec in session.get_inputs()[2:]:  # the past, empty in the prompt pass
+            feed[spec.name] = np.empty((1, 0, spec.shape[2]), np.float32)
+        for ours, theirs in zip(session.run(names, feed), [embeddings, *wanted], strict=True):
+            np.testing.assert_allclose(ours[0], theirs.detach(), atol=PROBE_MAX_DIFFERENCE)
 
 
 @pytest.mark.parametrize("layout", Layout)

@@ -71,6 +71,14 @@ CALIBRATION_TEXTS = [
     " ".join(_WORDS[i % 11 : i % 11 + 2 + i % 7] + _WORDS[-(i % 5) - 1 :]) + f" {i}" for i in range(80)
 ]
 
+# Not one of CONFIGS, which stand for architectures: layers enough to tell one from the others.
+DEEP = "llama-deep"
+
+
+def _deep_llama() -> Any:
+    return LlamaConfig(**{**SIZES, "num_hidden_layers": 4}, tie_word_embeddings=True)
+
+
 CONFIGS: dict[str, Callable[[], Any]] = {
     "llama": lambda: LlamaConfig(**SIZES, tie_word_embeddings=True),
     "llama-biased-llama3": lambda: LlamaConfig(
@@ -121,7 +129,7 @@ class SmallModels:
         """Return the folder of a seeded model."""
         directory = self.root / name
         if not directory.exists():
-            config = CONFIGS[name]()
+            config = _deep_llama() if name == DEEP else CONFIGS[name]()
             torch.manual_seed(7)
             model = AutoModelForCausalLM.from_config(config, dtype=config.dtype or torch.float32)
             randomize_vectors(model)

@@ -42,6 +42,9 @@ PROBE_MAX_DIFFERENCE = 2e-4
 """States, soft tokens and entropies of the seeded small models, not normalized: probe or PyTorch against plain
 torch. Measured: 3.4e-5 (states, of length 9), 1.4e-6 (entropy)."""
 
+LAYER_MAX_DIFFERENCE = 1e-5
+"""Outputs of a layer that reads the same twice, FP32 in one session. Measured: 0. Roundings of FP16 are larger."""
+
 LOW_PRECISION_MIN_COSINE = {"fp16": 0.9999, "bf16": 0.995}
 """Seeded small models in emulated FP16 and BF16 against plain torch in FP32. Measured: 0.999991 and 0.9983 (PyTorch in
 FP16 and BF16: 0.99939 and 0.9962)."""

@@ -2,14 +2,18 @@
 
 import xml.etree.ElementTree as ET
 
+import numpy as np
 import pytest
 from rich.console import Console
 
 from gircse.evaluation.parity.gates import at_least, at_most
+from gircse.evaluation.parity.report_layers import layer_markdown
 from gircse.evaluation.parity.report_schema import (
     BatchVariance,
     CandidateReport,
     CrossSteps,
+    LayerJump,
+    LayerReport,
     ParityReport,
     SoftTokens,
     StepParity,
@@ -75,3 +79,27 @@ def test_terminal(report: ParityReport) -> None:
     assert "pass  cosine 0.9996000 >= 0.9995" in text
     assert "FAIL  drop of Spearman, pairs 0.1 <= 0.002" in text
     assert "pairs, Spearman: 0.8000, reference 0.9000 (95 % of the difference -0.2000 to +0.0500)" in text
+
+
+def test_layers_that_stand_out_are_listed_with_their_first_step() -> None:
+    alone, running = np.full((3, 5), 1e-3), np.full((3, 5), 2e-3)
+    alone[1:, 2] = 0.25, 0.5
+    running[1, 2] = 0.04
+    jumps = (LayerJump(1, "layer 1", 0.25, 250.0), LayerJump(2, "layer 1", 0.5, 500.0))
+    text = "\n".join(layer_markdown(LayerReport(4, as_rows(alone), as_rows(running), jumps)))
+    assert "### Layers, text 4" in text
+    assert "| layer 1 | 1 | 2 | 5.0e-01 | 500 |" in text
+    assert "1 of 5 parts stand out" in text
+    assert "the largest is 5.0e-01 (step 2, layer 1)" in text
+    assert "grows most at step 1, layer 1: from 2.0e-03 to 4.0e-02; at the end it is 2.0e-03." in text
+
+
+def test_layers_without_a_jump_are_summed_up() -> None:
+    errors = np.array([[1e-3, 2e-3, 3e-3, 1e-3], [1e-3, 2e-3, 3e-3, 4e-3]])
+    text = "\n".join(layer_markdown(LayerReport(4, as_rows(errors), as_rows(errors), ())))
+    assert "no part stands out: errors of the layers alone have a median of 2.5e-03" in text
+    assert "|" not in text
+
+
+def as_rows(errors: np.ndarray) -> tuple[tuple[float, ...], ...]:
+    return tuple(map(tuple, errors.tolist()))
