@@ -9,6 +9,7 @@ from typing import Any
 from gircse.checkpoint.reference_choice import add_reference_flags
 from gircse.evaluation.task_flags import EXTRAS, add_task_flags, pop_task_options, show_tables
 from gircse.runtime.command import add_runtime_flags, comma_separated, parse_arguments, run_command
+from gircse.runtime.errors import OptionError
 from gircse.runtime.precision import ParityLimits
 from gircse.runtime.provider import Provider
 
@@ -24,6 +25,8 @@ _LIMIT_HELP = {
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns the exit code: 0 passed, 1 a gate failed, 2 could not measure."""
     args = vars(parse_arguments(build_parser(), argv))
+    if args["polygraphy"] is not None:
+        return run_command("gircse-parity", lambda: _write_polygraphy(args), extras="cpu,evaluation,polygraphy")
     return run_command("gircse-parity", lambda: _measure(args), extras=EXTRAS)
 
 
@@ -49,12 +52,39 @@ def build_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="find the layers and steps where each variant departs, on the text furthest from the reference",
     )
+    parser.add_argument(
+        "--polygraphy",
+        type=Path,
+        metavar="DIR",
+        help="write the golden inputs and outputs there for `polygraphy run`, and print its commands, instead of "
+        "comparing",
+    )
     _add_reference_flags(parser)
     _add_data_flags(parser)
     _add_gate_flags(parser)
     add_runtime_flags(parser, default=Provider.CPU)
     parser.add_argument("--threads", type=int, metavar="T", help="threads per backend (default: left to each)")
     return parser
+
+
+def _write_polygraphy(args: dict[str, Any]) -> int:
+    from gircse.evaluation.parity.polygraphy_files import write_polygraphy_files
+    from gircse.reporting.files import open_report_directory
+    from gircse.runtime.bundle import Bundle
+
+    directory: Path = args["polygraphy"]
+    if args["report"] is not None or args["locate"]:
+        raise OptionError(
+            "--polygraphy", "compares nothing", "--report and --locate need a comparison", "Run the command twice."
+        )
+    bundle = Bundle.open(args["bundle"])
+    open_report_directory(directory, flag="--polygraphy")
+    written = write_polygraphy_files(bundle, directory, precisions=args["precisions"])
+    for line in written.left_out:
+        print(f"left out: {line}", file=sys.stderr)
+    for command in written.commands:
+        print(command)
+    return 0
 
 
 def _measure(args: dict[str, Any]) -> int:
@@ -65,6 +95,7 @@ def _measure(args: dict[str, Any]) -> int:
     from gircse.evaluation.write_reports import write_parity_report
     from gircse.reporting.files import open_report_directory
 
+    del args["polygraphy"]
     report_directory: Path | None = args.pop("report")
     chosen = {field.name: args.pop(field.name) for field in fields(ParityLimits)}
     limits = {name: limit for name, limit in chosen.items() if limit is not None}

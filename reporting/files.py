@@ -8,11 +8,12 @@ from gircse.runtime.atomic_file import atomic_write
 from gircse.runtime.errors import OutputError
 
 
-def open_report_directory(directory: Path | None) -> None:
+def open_report_directory(directory: Path | None, *, flag: str = "--report") -> None:
     """Create the directory and check that it can be written, before the measurement rather than after it.
 
     Args:
-        directory: value of ``--report``; None, where no report is wanted, is left alone.
+        directory: value of the flag; None, where no report is wanted, is left alone.
+        flag: for errors.
 
     Raises:
         OutputError: it cannot be created or written.
@@ -25,7 +26,7 @@ def open_report_directory(directory: Path | None) -> None:
             pass
     except OSError as err:
         raise OutputError(
-            f"--report {directory}",
+            f"{flag} {directory}",
             f"cannot be written: {err.strerror or err}",
             None,
             "Choose a directory that can be written.",
