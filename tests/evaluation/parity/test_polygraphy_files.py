@@ -1,5 +1,6 @@
 """Polygraphy's own command takes the golden inputs and outputs, passes a sound graph and fails a damaged one."""
 
+import os
 import re
 import shlex
 import subprocess
@@ -140,3 +141,16 @@ sys.exit(main([{str(bundle)!r}, "--polygraphy", {str(tmp_path)!r}]))
 """
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
     assert (tmp_path / "unrolled-inputs.json").exists()
+
+
+def test_tensorrt_takes_every_layer_as_an_output_by_its_name(bundle: Path) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX has packages for Linux on x86-64 only")
+    names = ["decoder/layer.0", "decoder/layer.1"]
+    code = f"""
+from polygraphy.backend.trt import ModifyNetworkOutputs, NetworkFromOnnxPath
+network = NetworkFromOnnxPath({str(bundle / "fp32" / "stepwise.onnx")!r}, strongly_typed=True)
+_, marked, _ = ModifyNetworkOutputs(network, outputs={names})()
+assert [marked.get_output(at).name for at in range(marked.num_outputs)] == {names}
+"""
+    environment = {**os.environ, "POLYGRAPHY_USE_TENSORRT_RTX": "1"}
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, env=environment)
