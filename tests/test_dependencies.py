@@ -20,7 +20,7 @@ COMMANDS = {
     "gircse-export": ("cpu", "export", "demo"),
     "gircse-calibrate": ("calibration", "demo"),
     "gircse-build": ("tensorrt",),
-    "gircse-parity": ("cpu", "evaluation", "export", "demo"),
+    "gircse-parity": ("cpu", "evaluation", "export", "demo", "polygraphy"),
     "gircse-bench": ("cpu", "evaluation", "export", "demo", "llama-cpp"),
 }
 
@@ -31,6 +31,7 @@ MODULES = {
     "gircse.runtime.trt.session": ("tensorrt-rtx",),
     "gircse.export.engine.builder": ("tensorrt-rtx",),
     "gircse.evaluation.parity.run": ("cpu", "evaluation"),
+    "gircse.evaluation.parity.polygraphy_files": ("cpu", "evaluation"),
     "gircse.evaluation.bench.run": ("cpu", "evaluation"),
     "gircse.evaluation.mteb_encoder": ("cpu", "mteb"),
 }
