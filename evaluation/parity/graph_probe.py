@@ -170,7 +170,7 @@ def open_inner_graph(
         bundle: an opened bundle.
         precision: name of one of its variants.
         inner: the values.
-        layout: which of its graphs; None is its default.
+        layout: which of its graphs; None is the one that suits the provider.
         provider: one of ONNX Runtime's.
         threads: threads of one run; None lets ONNX Runtime take the physical cores.
         copy_weights: see ``load_graph``.
@@ -184,7 +184,7 @@ def open_inner_graph(
         BundleError: the graph lacks a value, or does not load.
         ProviderError: the provider is not there, or does not run the precision.
     """
-    path = bundle.graph(precision, bundle.layout(precision, layout))
+    path = bundle.graph(precision, bundle.layout(precision, provider, layout))
     emulated = precision_spec(precision).emulated and provider is Provider.CPU
     model = emulated_graph(path, copy_weights=copy_weights) if emulated else ir.load(path)
     return load_graph(

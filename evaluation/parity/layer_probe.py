@@ -44,7 +44,7 @@ class LayerProbe:
             ProviderError: the provider is not there, or does not run the precision.
         """
         self._facts = bundle.manifest.graph
-        self._unrolled = bundle.layout(precision, layout) is Layout.UNROLLED
+        self._unrolled = bundle.layout(precision, provider, layout) is Layout.UNROLLED
         self._passes = [self._names_of_pass(step) for step in range(self._facts.steps + 1)]
         self._switched = {name for names in self._passes for name in names}
         self._states = [

@@ -39,7 +39,7 @@ def whole_sums(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def engine_graph(bundle: Path) -> Path:
     opened = Bundle.open(bundle)
-    return opened.engine_graph("int8", opened.layout("int8"))
+    return opened.engine_graph("int8", Layout.STEPWISE)
 
 
 def run_node_by_node(graph: Path, bundle: Path, folder: Path) -> np.ndarray:
