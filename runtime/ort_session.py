@@ -294,13 +294,13 @@ def load_graph(
         BundleError: the graph does not load.
     """
     ort = import_onnxruntime(provider)
+    wanted = EXECUTION_PROVIDERS[provider]
+    options = ort.SessionOptions()
     if provider is not Provider.CPU:
         # CUDA and cuDNN from pip lie where the loader does not look. What it misses it prints, which is not for stdout.
         with contextlib.redirect_stdout(sys.stderr):
             ort.preload_dlls()
-    wanted = EXECUTION_PROVIDERS[provider]
-    options = ort.SessionOptions()
-    options.add_session_config_entry(*RECORD_PLACEMENT)
+        options.add_session_config_entry(*RECORD_PLACEMENT)
     # The planner that reuses activation buffers is quadratic in nodes (minutes for an unrolled graph); the arena
     # recycles the buffers anyway, so without it load is linear at the same speed and the same memory.
     options.enable_mem_reuse = False

@@ -80,10 +80,9 @@ class LayerProbe:
         for step in range(len(self._passes)):
             feed |= self._replacements(step, forced)
         with run_errors(batch.input_ids):
-            states = self._graph.run(self._states, feed)
-            values = iter(self._graph.run([name for names in self._passes for name in names], feed))
-        streams = [np.concatenate([next(values) for _ in names]) for names in self._passes]
-        return LayerTrace(streams, np.concatenate([state.reshape(1, -1) for state in states]))
+            values = iter(self._graph.run([*self._states, *(name for names in self._passes for name in names)], feed))
+        states = np.concatenate([next(values).reshape(1, -1) for _ in self._states])
+        return LayerTrace([np.concatenate([next(values) for _ in names]) for names in self._passes], states)
 
     def _trace_stepwise(self, batch: TokenBatch, forced: LayerTrace | None) -> LayerTrace:
         passes = self._session.passes(
