@@ -33,8 +33,8 @@ def test_names_tell_precision_and_device(small_models: SmallModels, checkpoint: 
 def test_steps_that_each_can_stop_after(small_models: SmallModels, checkpoint: Checkpoint) -> None:
     bundle = Bundle.open(small_models.bundle("llama"))  # K = 5
     specs = (
+        BundleSpec(bundle, "fp32", 1, layout=Layout.UNROLLED),
         BundleSpec(bundle, "fp32", 1),
-        BundleSpec(bundle, "fp32", 1, layout=Layout.STEPWISE),
         TorchSpec(bundle, checkpoint, "fp32", 1),
         LlamaCppSpec(bundle, checkpoint, Path("x.gguf"), "Q8_0", 1, batch=1, tokens=1, steps=5),
     )
@@ -51,7 +51,7 @@ def test_model_files(small_models: SmallModels, checkpoint: Checkpoint, tmp_path
     folder = bundle.directory / "fp32"
     graph = bundle.graph("fp32", Layout.UNROLLED)
     wanted = (folder / "weights.bin").stat().st_size + graph.stat().st_size
-    assert BundleSpec(bundle, "fp32", 1).model_bytes() == wanted
+    assert BundleSpec(bundle, "fp32", 1, layout=Layout.UNROLLED).model_bytes() == wanted
     weights = small_models.checkpoint("llama") / "model.safetensors"
     assert TorchSpec(bundle, checkpoint, "fp32", 1).model_bytes() == weights.stat().st_size
     (tmp_path / "x.gguf").write_bytes(b"123")
