@@ -156,10 +156,10 @@ def _growth_chart(steps: Sequence[Mapping[str, Any]], results: Path) -> Iterator
     for panel, (what, (label, axis)) in zip(
         panels, ((what, axis) for what in ("minutes", "GiB") for axis in axes_of), strict=True
     ):
-        for name in GROWTH_STEPS:
+        for color, name in enumerate(GROWTH_STEPS):  # one legend serves all panels
             points = sorted(_points(steps, name, axis, what))
             if points:
-                panel.plot(*zip(*points, strict=True), marker="o", label=name)
+                panel.plot(*zip(*points, strict=True), marker="o", color=f"C{color}", label=name)
         panel.set(xscale="log", yscale="log", xlabel=label, ylabel=what)
         values = sorted({x for line in panel.lines for x in line.get_xdata()})
         panel.set_xticks(values, [f"{x:.2g}" if axis == "parameters" else f"{x:g}" for x in values])
