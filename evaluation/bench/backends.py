@@ -57,7 +57,7 @@ class BundleSpec(_Spec):
         bundle: an opened bundle.
         precision: name of one of its variants.
         threads: threads of one run.
-        layout: which of its graphs; None is its default.
+        layout: which of its graphs; None is the one that suits the provider.
         provider: where it runs.
         cached_instruction: how many tokens of every prompt are an instruction that is computed once; None runs whole
             prompts.
@@ -105,21 +105,21 @@ class BundleSpec(_Spec):
     def can_run(self, steps: int) -> bool:
         """Whether it can stop after so many steps; an unrolled graph always runs K."""
         most = self.bundle.manifest.graph.steps
-        return steps == most or (self._is_stepwise and steps < most)
+        return steps == most or (self._layout_to_run is Layout.STEPWISE and steps < most)
 
     @property
     def takes_prefixes(self) -> bool:
         """Whether it can compute an instruction once."""
-        return self._is_stepwise and self.provider is Provider.CPU
+        return self._layout_to_run is Layout.STEPWISE and self.provider is Provider.CPU
 
     @property
-    def _is_stepwise(self) -> bool:
-        return self.bundle.layout(self.precision, self.provider, self.layout) is Layout.STEPWISE
+    def _layout_to_run(self) -> Layout:
+        return self.bundle.layout(self.precision, self.provider, self.layout)
 
     def model_bytes(self) -> int:
         """Return the size of the files that it loads."""
         manifest, variant = self.bundle.manifest, self.bundle.variant(self.precision)
-        graph = variant.graphs[self.bundle.layout(self.precision, self.provider, self.layout)].path
+        graph = variant.graphs[self._layout_to_run].path
         return manifest.weight_bytes(self.precision) + manifest.files[graph].bytes
 
     def weight_bytes_read(self, steps: int) -> int | None:

@@ -71,7 +71,7 @@ class BenchOptions:
         gguf: model file of llama.cpp; None writes one in Q8_0.
         repeats: maximum runs of each backend at each setting.
         setting_s: seconds after which a setting gets no further repeats beyond three.
-        layout: graph to run; None is the default of each variant.
+        layout: graph to run; None is the one that suits the provider.
         provider: where the bundles run.
         device: where PyTorch runs.
         dtype: precision of PyTorch.
@@ -232,9 +232,8 @@ def _bundle_specs(options: BenchOptions, bundles: Sequence[Bundle], threads: int
             if runs_on(name, options.provider) and options.layout in (None, *variant.graphs)
         ]
         for precision in options.precisions or able or bundle.manifest.variants:
-            bundle.graph(
-                precision, bundle.layout(precision, options.provider, options.layout)
-            )  # before anything runs for minutes
+            # Refuses a graph that is not there before anything runs for minutes.
+            bundle.graph(precision, bundle.layout(precision, options.provider, options.layout))
             specs.append(BundleSpec(bundle, precision, threads, options.layout, options.provider))
     return specs
 

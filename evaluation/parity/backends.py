@@ -6,7 +6,7 @@ Both take token ids and sort them into the same batches of like length, so that 
 import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import onnx_ir as ir
@@ -34,6 +34,7 @@ from gircse.runtime.provider import Provider
 from gircse.runtime.tokenization import TokenBatch, open_tokenizer
 
 TokenIds = Sequence[list[int]]
+Probe = TypeVar("Probe", GraphProbe, LayerProbe)
 
 
 class Backend(Protocol):
@@ -140,7 +141,7 @@ class BundleBackend:
         Args:
             bundle: an opened bundle.
             precision: name of one of its variants. On the CPU, FP16 and BF16 are emulated.
-            layout: which of its graphs; None is its default.
+            layout: which of its graphs; None is the one that suits the provider.
             provider: where the runtime runs. The probe runs there too if it is ``cuda``, else, as an engine shows no
                 inner values, on the CPU.
             threads: threads of one run; None lets ONNX Runtime take the physical cores.
@@ -176,11 +177,8 @@ class BundleBackend:
                 layout=self._layout,
                 threads=self._threads,
             )
-        layout, copy_weights = (
-            self._bundle.layout(self._precision, self._provider, self._layout),
-            self.memory_note is None,
-        )
-        content = None
+        layout = self._bundle.layout(self._precision, self._provider, self._layout)
+        copy_weights, content = self.memory_note is None, None
         if self._emulated:
             graph = emulated_graph(self._bundle.graph(self._precision, layout), copy_weights=copy_weights)
             content = ir.to_proto(graph).SerializeToString()
@@ -224,7 +222,7 @@ class BundleBackend:
         if more:
             vectors = np.concatenate([vectors, self.embed_with(embedder, more, advance)])
         del embedder  # its weights, before the probe loads them again
-        return vectors, self._trace(self._open_probe(), token_ids, advance=lambda _: None)
+        return vectors, self._trace(self._open_inside(GraphProbe), token_ids, advance=lambda _: None)
 
     def trace_and_force(self, token_ids: TokenIds, soft_tokens: Float32, advance: Advance) -> tuple[StepTrace, Float32]:
         """Return what is computed on the way, and the states when every step is fed another backend's soft tokens.
@@ -237,7 +235,7 @@ class BundleBackend:
         Returns:
             The free-running trace, and the teacher-forced states (n, K + 1, hidden) float32.
         """
-        probe = self._open_probe()
+        probe = self._open_inside(GraphProbe)
         trace = self._trace(probe, token_ids, advance)
         values = probe.refine(token_ids, forced=soft_tokens, advance=advance)
         name, texts = f"{self.name}, teacher-forced", len(token_ids)
@@ -246,17 +244,10 @@ class BundleBackend:
 
     def open_layer_probe(self) -> LayerProbe:
         """Load the graph, opened between its layers."""
-        return LayerProbe(
-            self._bundle,
-            self._precision,
-            layout=self._layout,
-            provider=self._probe_provider,
-            threads=self._threads,
-            copy_weights=self.memory_note is None,
-        )
+        return self._open_inside(LayerProbe)
 
-    def _open_probe(self) -> GraphProbe:
-        return GraphProbe(
+    def _open_inside(self, probe: type[Probe]) -> Probe:
+        return probe(
             self._bundle,
             self._precision,
             layout=self._layout,

@@ -31,7 +31,7 @@ class ParityOptions:
         tasks: tasks that both backends are scored on.
         cross_steps: compute the matrix of query steps against document steps.
         limits: limits that replace the defaults, by the name of the field of ``ParityLimits``.
-        layout: graph to compare; None is the default of each variant.
+        layout: graph to compare; None is the one that suits the provider.
         provider: where the compared variants run; a bundle as reference runs on the CPU.
         threads: threads per backend; None leaves it to each.
         locate: find the layers that depart from the reference, on the worst text of each variant.

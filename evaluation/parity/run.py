@@ -158,10 +158,8 @@ def _choose_precisions(options: ParityOptions, bundle: Bundle, reference: tuple[
     runnable = [name for name in others if options.provider is Provider.CPU or runs_on(name, options.provider)]
     able = [name for name in runnable if options.layout in (None, *variants[name].graphs)]
     chosen = list(dict.fromkeys(options.precisions or able or others))
-    for precision in chosen:
-        bundle.graph(
-            precision, bundle.layout(precision, options.provider, options.layout)
-        )  # before the reference runs for minutes
+    for precision in chosen:  # refuse a graph that is not there before the reference runs for minutes
+        bundle.graph(precision, bundle.layout(precision, options.provider, options.layout))
     return chosen
 
 

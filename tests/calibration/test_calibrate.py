@@ -25,6 +25,7 @@ from gircse.checkpoint.model_config import read_model_config
 from gircse.checkpoint.model_weights import ModelWeights
 from gircse.checkpoint.streamed_model import StreamedModel
 from gircse.checkpoint.streamed_reference import StreamedReference
+from gircse.reporting.progress import StageProgress
 from gircse.runtime.atomic_file import atomic_write
 from gircse.runtime.errors import OptionError, OutputError
 
@@ -214,3 +215,27 @@ def test_a_directory_that_is_not_there(small_models: SmallModels, tmp_path: Path
         OutputError, match=r"^--output .*calibration\.json cannot be written: No such file or directory\."
     ):
         run_calibration(small_models, tmp_path, output=tmp_path / "nowhere" / "calibration.json")
+
+
+@pytest.mark.parametrize("sensitivity", [SensitivityMode.KINDS, SensitivityMode.FULL, None])
+def test_memory_for_the_sensitivity_is_counted(
+    small_models: SmallModels, tmp_path: Path, sensitivity: SensitivityMode | None
+) -> None:
+    """It replaces weights by rounded ones, so the model is in memory twice; None chooses one of the two."""
+    texts = write_texts(tmp_path)
+    measured, off = (
+        calibrate_module._prepare(
+            CalibrationOptions(
+                steps=2,
+                texts=texts,
+                samples=40,
+                output=tmp_path / "calibration.json",
+                model=str(small_models.checkpoint("llama")),
+                max_tokens=48,
+                sensitivity=mode,
+            ),
+            StageProgress(),
+        ).budget
+        for mode in (sensitivity, SensitivityMode.OFF)
+    )
+    assert measured.whole - off.whole > sum(one.nbytes for one in small_models.load("llama").parameters())
