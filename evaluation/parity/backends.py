@@ -197,12 +197,29 @@ class BundleBackend:
         return self.embed_with(self.open_embedder(), token_ids, advance)
 
     def embed_with(
-        self, embedder: Embedder, token_ids: TokenIds, advance: Advance, *, batch_size: int = DEFAULT_BATCH_SIZE
+        self,
+        embedder: Embedder,
+        token_ids: TokenIds,
+        advance: Advance,
+        *,
+        batch_size: int = DEFAULT_BATCH_SIZE,
+        instruction_tokens: int | None = None,
     ) -> Float32:
-        """Return z_0..z_K (n, K + 1, hidden) float32 of an embedder that is open already."""
+        """Return z_0..z_K (n, K + 1, hidden) float32 of an embedder that is open already.
+
+        Args:
+            embedder: of this backend.
+            token_ids: token ids of each text.
+            advance: told how many texts were just done.
+            batch_size: maximum texts per batch.
+            instruction_tokens: see ``Embedder.run_batches``.
+        """
         result = np.empty((len(token_ids), self._facts.steps + 1, self._facts.hidden_size), np.float32)
         for rows, outputs in embedder.run_batches(
-            token_ids, batch_size=batch_size, batch_tokens=batch_tokens(self._facts)
+            token_ids,
+            batch_size=batch_size,
+            batch_tokens=batch_tokens(self._facts),
+            instruction_tokens=instruction_tokens,
         ):
             result[list(rows), 0] = outputs.prompt_embedding
             result[list(rows), 1:] = outputs.step_embeddings

@@ -2,6 +2,8 @@
 
 from collections.abc import Iterator, Sequence
 
+import numpy as np
+
 from gircse.runtime.embedder import DEFAULT_BATCH_SIZE, DEFAULT_BATCH_TOKENS
 from gircse.runtime.manifest import GraphFacts, Manifest
 from gircse.runtime.tokenization import TokenBatch, padded_batches
@@ -18,6 +20,13 @@ def batch_tokens(facts: GraphFacts) -> int:
     cache = 2 * 2 * facts.kv_size * facts.num_layers  # keys and values, as they are read and as they are written
     bytes_per_token = 4 * (cache + MLP_FLOATS * facts.hidden_size)
     return max(1, min(DEFAULT_BATCH_TOKENS, ACTIVATION_BYTES // bytes_per_token))
+
+
+def spread_by_length(token_ids: Sequence[list[int]], count: int) -> list[int]:
+    """Return which texts are evenly spread from the shortest to the longest: ``count`` of them, or all."""
+    by_length = sorted(range(len(token_ids)), key=lambda row: len(token_ids[row]))
+    spread = np.linspace(0, len(by_length) - 1, min(count, len(by_length))).round().astype(int)
+    return [by_length[at] for at in spread]
 
 
 def side_batches(token_ids: Sequence[list[int]], manifest: Manifest) -> Iterator[TokenBatch]:

@@ -111,12 +111,12 @@ def compare_steps(
     return steps
 
 
-def compare_batches(alone: Float32, batched: Float32) -> BatchVariance:
-    """Compare texts that were run alone with the same in batches; (n, K + 1, hidden) float32 each."""
+def compare_batches(one: Float32, other: Float32) -> BatchVariance:
+    """Compare the same texts, run in two ways that should not matter; (n, K + 1, hidden) float32 each."""
     return BatchVariance(
-        texts=len(alone),
-        max_difference=float(np.abs(alone - batched).max()),
-        cosine_min=float(row_cosine(alone, batched).min()),
+        texts=len(one),
+        max_difference=float(np.abs(one - other).max()),
+        cosine_min=float(row_cosine(one, other).min()),
     )
 
 
@@ -181,6 +181,7 @@ def evaluate_gates(
     variance: BatchVariance,
     tasks: Sequence[TaskParity],
     token_mismatches: int | None,
+    prefix_variance: BatchVariance | None = None,
 ) -> list[GateResult]:
     """Compare the numbers with the limits."""
     refined = steps[1:] or steps  # a bundle with K = 0 has only its prompt vectors
@@ -190,6 +191,8 @@ def evaluate_gates(
         at_least("neighbor overlap", min(step.neighbor_overlap for step in refined), limits.min_overlap),
         at_most("batch difference", variance.max_difference, limits.max_batch_difference),
     ]
+    if prefix_variance is not None:
+        gates.append(at_most("prefix difference", prefix_variance.max_difference, limits.max_batch_difference))
     gates += [
         at_most(f"drop of {task.metric}, {task.task}", task.reference[-1] - task.candidate[-1], limits.max_task_drop)
         for task in tasks

@@ -104,10 +104,10 @@ class CrossSteps(Record, frozen=True):
 
 
 class BatchVariance(Record, frozen=True):
-    """Texts alone against the same texts in batches.
+    """Texts alone against the same texts in batches, or after a beginning that was run once against whole prompts.
 
     Attributes:
-        texts: how many were run alone.
+        texts: how many were run both ways.
         max_difference: largest difference of an element, over every step.
         cosine_min: smallest cosine, over every step.
     """
@@ -165,6 +165,7 @@ class CandidateReport(Record, frozen=True):
         tasks: scores, if tasks were given.
         cross_steps: the matrix, if it was asked for.
         layers: where it departs from the reference, if that was asked for.
+        prefix_variance: influence of the cache for what prompts begin with, where the runtime has one.
     """
 
     precision: str
@@ -176,6 +177,7 @@ class CandidateReport(Record, frozen=True):
     tasks: tuple[TaskParity, ...]
     cross_steps: CrossSteps | None
     layers: LayerReport | None = None
+    prefix_variance: BatchVariance | None = None
 
 
 class ParityReport(Record, frozen=True):

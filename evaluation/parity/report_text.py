@@ -99,6 +99,11 @@ def _candidate_markdown(report: ParityReport, candidate: CandidateReport, prompt
         f"Batch variance: {variance.texts} texts alone against in batches: largest difference "
         f"{variance.max_difference:.1e}, largest 1 - cosine {_error(variance.cosine_min)}.",
     ]
+    if (shared := candidate.prefix_variance) is not None:
+        parts.append(
+            f"Prefix variance: {shared.texts} texts after an instruction that was run once against whole prompts: "
+            f"largest difference {shared.max_difference:.1e}, largest 1 - cosine {_error(shared.cosine_min)}."
+        )
     parts += [_task_table(task) for task in candidate.tasks]
     if candidate.cross_steps:
         parts.append(_cross_table(candidate.cross_steps))

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from gircse.evaluation.environment import describe_environment
 from gircse.evaluation.parity.backends import BundleBackend, candidate_backend
+from gircse.evaluation.parity.batches import spread_by_length
 from gircse.evaluation.parity.compare import (
     ReferenceRun,
     compare_batches,
@@ -50,6 +51,12 @@ from gircse.runtime.numerics import Float32
 from gircse.runtime.precision import CPU_ORDER, runs_on
 from gircse.runtime.provider import Provider
 from gircse.runtime.tokenization import open_tokenizer
+
+PREFIX_TEXTS = 16
+"""Texts, evenly spread over all lengths, that are also run after an instruction with and without the prefix cache."""
+
+PREFIX_INSTRUCTION = "Given a question, retrieve passages that answer it"
+"""That instruction, where the user names none."""
 
 
 @dataclass(frozen=True)
@@ -168,10 +175,13 @@ def _read_data(options: ParityOptions, bundle: Bundle) -> _Data:
     tasks = read_tasks(options.tasks)
     row_of = {prompt: row for row, prompt in enumerate(dict.fromkeys(p for task in tasks for p in task.prompts))}
     tokenizer = open_tokenizer(bundle)
+    text_ids = tokenize_prompts(tokenizer, prompts)
+    after = [prompts[row].text for row in spread_by_length(text_ids, PREFIX_TEXTS)]
+    prefix_ids = tokenizer(after, instruction=options.instruction or PREFIX_INSTRUCTION)
     return _Data(
         prompts=prompts,
         tasks=tasks,
-        inputs=SideInputs(tokenize_prompts(tokenizer, prompts), tokenize_prompts(tokenizer, list(row_of))),
+        inputs=SideInputs(text_ids, tokenize_prompts(tokenizer, list(row_of)), prefix_ids),
         task_rows=[[row_of[prompt] for prompt in task.prompts] for task in tasks],
     )
 
@@ -216,9 +226,11 @@ def _compare(
     texts = compare_texts(vectors, trace, reference, bundle.manifest.graph.pooling)
     steps = compare_steps(vectors, trace, candidate.forced, reference, texts)
     variance = compare_batches(candidate.alone, vectors[candidate.alone_rows])
+    prefix_variance = compare_batches(candidate.shared, candidate.whole) if len(candidate.shared) else None
     tasks = compare_tasks(data.tasks, by_task, reference.task_vectors)
     cross = compare_cross_steps(data.tasks, by_task, vectors, reference) if options.cross_steps else None
-    gates = evaluate_gates(limits_of(precision, options.limits), steps, variance, tasks, reference.token_mismatches)
+    limits = limits_of(precision, options.limits)
+    gates = evaluate_gates(limits, steps, variance, tasks, reference.token_mismatches, prefix_variance)
     return CandidateReport(
         precision=precision,
         passed=all_passed(gates),
@@ -228,4 +240,5 @@ def _compare(
         batch_variance=variance,
         tasks=tuple(tasks),
         cross_steps=cross,
+        prefix_variance=prefix_variance,
     )

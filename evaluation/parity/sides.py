@@ -4,19 +4,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from gircse.checkpoint.reference_choice import ReferenceOptions
 from gircse.checkpoint.source import Checkpoint
 from gircse.evaluation.parity.backends import Backend, BundleBackend, TokenIds, TorchBackend
+from gircse.evaluation.parity.batches import spread_by_length
 from gircse.evaluation.parity.references import checkpoint_token_ids
 from gircse.evaluation.parity.side_process import load_result
 from gircse.evaluation.parity.step_trace import StepTrace
 from gircse.evaluation.tasks.prompts import Prompt
 from gircse.reporting.progress import StageProgress
 from gircse.reporting.sizes import duration
+from gircse.runtime import Embedder
 from gircse.runtime.bundle import Bundle
 from gircse.runtime.numerics import Float32
+from gircse.runtime.prefix_cache import common_length
 
 ALONE_TEXTS = 32
 """Texts that are also run alone, evenly spread from the shortest to the longest."""
@@ -24,14 +25,21 @@ ALONE_TEXTS = 32
 
 @dataclass(frozen=True)
 class SideInputs:
-    """What both sides embed: texts that are traced step by step, and task prompts, which need only vectors."""
+    """What is embedded.
+
+    Attributes:
+        text_ids: texts, traced step by step on both sides.
+        task_ids: task prompts, of which both sides give only vectors.
+        prefix_ids: texts that begin with one instruction; a candidate that can embeds them with and without its cache.
+    """
 
     text_ids: TokenIds
     task_ids: TokenIds
+    prefix_ids: TokenIds
 
     @property
     def total(self) -> int:
-        """Number of texts and prompts."""
+        """Number of texts and prompts that both sides embed."""
         return len(self.text_ids) + len(self.task_ids)
 
 
@@ -66,6 +74,8 @@ class CandidateSide:
         forced: (n, K + 1, hidden) float32, states when every step is fed the reference's soft tokens.
         alone: (a, K + 1, hidden) float32, vectors of texts that were run alone.
         alone_rows: which those are.
+        whole: (p, K + 1, hidden) float32, vectors of the prompts with an instruction, run whole.
+        shared: the same with the instruction run once; none, like ``whole``, where the runtime does not do that.
     """
 
     vectors: Float32
@@ -74,6 +84,8 @@ class CandidateSide:
     forced: Float32
     alone: Float32
     alone_rows: Sequence[int]
+    whole: Float32
+    shared: Float32
 
 
 def compute_torch_reference(
@@ -108,9 +120,7 @@ def compute_candidate(
     progress: StageProgress, backend: BundleBackend, inputs: SideInputs, reference: Path
 ) -> CandidateSide:
     """Run a precision of a bundle; ``reference`` is the folder with the result of the reference."""
-    by_length = sorted(range(len(inputs.text_ids)), key=lambda row: len(inputs.text_ids[row]))
-    spread = np.linspace(0, len(by_length) - 1, min(ALONE_TEXTS, len(by_length))).round().astype(int)
-    alone_rows = [by_length[at] for at in spread]
+    alone_rows = spread_by_length(inputs.text_ids, ALONE_TEXTS)
     _note_memory(progress, backend)
     title = f"embed {inputs.total} texts, {len(alone_rows)} of them also alone: {backend.name}"
     with progress.stage(title, total=inputs.total + len(alone_rows)) as advance:
@@ -118,11 +128,30 @@ def compute_candidate(
         vectors = backend.embed_with(embedder, inputs.text_ids, advance)
         alone = backend.embed_with(embedder, [inputs.text_ids[row] for row in alone_rows], advance, batch_size=1)
         task_vectors = backend.embed_with(embedder, inputs.task_ids, advance) if inputs.task_ids else vectors[:0]
-        del embedder  # its weights, before the probe loads them again
+    whole, shared = run_with_and_without_cache(progress, backend, embedder, inputs.prefix_ids) or (
+        vectors[:0],
+        vectors[:0],
+    )
+    del embedder  # its weights, before the probe loads them again
     soft_tokens = load_result(reference).trace.soft_tokens
     with progress.stage(f"look inside: {backend.name}", total=2 * len(inputs.text_ids)) as advance:
         trace, forced = backend.trace_and_force(inputs.text_ids, soft_tokens, advance)
-    return CandidateSide(vectors, task_vectors, trace, forced, alone, alone_rows)
+    return CandidateSide(vectors, task_vectors, trace, forced, alone, alone_rows, whole, shared)
+
+
+def run_with_and_without_cache(
+    progress: StageProgress, backend: BundleBackend, embedder: Embedder, token_ids: TokenIds
+) -> tuple[Float32, Float32] | None:
+    """Return the vectors of prompts that were run whole, and after what they begin with; None if that is never done."""
+    if not embedder.prefix_cache_info().max_size:
+        return None
+    title = f"embed {len(token_ids)} texts with an instruction, run once and in each: {backend.name}"
+    with progress.stage(title, total=2 * len(token_ids)) as advance:
+        tokens = common_length(token_ids)
+        shared = backend.embed_with(embedder, token_ids, advance, instruction_tokens=tokens)
+        if not embedder.prefix_cache_info().misses:  # too few tokens to be worth it
+            return None
+        return backend.embed_with(embedder, token_ids, advance), shared
 
 
 def _note_memory(progress: StageProgress, backend: BundleBackend) -> None:

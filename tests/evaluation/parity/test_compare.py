@@ -13,7 +13,7 @@ from gircse.evaluation.parity.compare import (
     compare_texts,
     evaluate_gates,
 )
-from gircse.evaluation.parity.report_schema import StepParity
+from gircse.evaluation.parity.report_schema import BatchVariance, StepParity
 from gircse.evaluation.parity.soft_token_stats import SoftTokenStats
 from gircse.evaluation.parity.step_trace import StepTrace
 from gircse.runtime import MeasurementError
@@ -101,6 +101,9 @@ def test_every_number_has_a_gate(reference: ReferenceRun) -> None:
     gates = {gate.name: gate for gate in evaluate_gates(limits, steps, variance, [], 1)}
     failed = {name for name, gate in gates.items() if not gate.passed}
     assert (len(gates), failed) == (5, {"texts with other token ids"})
+    off = BatchVariance(texts=1, max_difference=2 * limits.max_batch_difference, cosine_min=1.0)
+    gates = {gate.name: gate for gate in evaluate_gates(limits, steps, variance, [], None, off)}
+    assert {name for name, gate in gates.items() if not gate.passed} == {"prefix difference"}
     gates = evaluate_gates(replace(limits, min_overlap=1.5), steps, variance, [], None)
     assert {gate.name for gate in gates if not gate.passed} == {"neighbor overlap"}
 

@@ -40,6 +40,7 @@ def report() -> ParityReport:
         batch_variance=BatchVariance(texts=2, max_difference=0.001, cosine_min=1.0000001),
         tasks=(TaskParity("pairs", "Spearman", (0.8, 0.9), (0.8, 0.8), -0.2, 0.05),),
         cross_steps=CrossSteps("rank correlation", None, ((0.5,),)),
+        prefix_variance=BatchVariance(texts=3, max_difference=0.002, cosine_min=0.9999),
     )
     return ParityReport(1, "demo", "0" * 64, "PyTorch", 1, 2, "built-in", (tokens,), (candidate,), {"cores": "2"})
 
@@ -55,6 +56,8 @@ def test_markdown(report: ParityReport) -> None:
         "| 1 | reference | 1.500 | 0.250 | 0.0e+00 | 2.000 |",
         "| 1 | fp16 | 1.500 | 0.250 | 0.0e+00 | 2.000 |",
         "| cores | 2 |",
+        "Prefix variance: 3 texts after an instruction that was run once against whole prompts: "
+        "largest difference 2.0e-03, largest 1 - cosine 1.0e-04.",
     ):
         assert line in text.splitlines(), line
     worst = [line for line in text.splitlines() if "bad" in line]

@@ -9,15 +9,22 @@ import pytest
 from support.schema_documents import documented, schema_of
 from support.small_models import SmallModels, add_stepwise_variants, edit_manifest, rehash, scale_weights
 from support.task_data import STS, beir, write
-from support.tolerances import SMALL_MODEL_MAX_DIFFERENCE
+from support.tolerances import BATCH_MAX_DIFFERENCE, SMALL_MODEL_MAX_DIFFERENCE
 
+from gircse.evaluation.parity.backends import BundleBackend
+from gircse.evaluation.parity.compare import compare_batches
+from gircse.evaluation.parity.gates import at_most, limits_of
 from gircse.evaluation.parity.options import ParityOptions
 from gircse.evaluation.parity.report_schema import ParityReport
 from gircse.evaluation.parity.run import measure_parity
+from gircse.evaluation.parity.sides import run_with_and_without_cache
 from gircse.evaluation.tasks.files import TaskOptions, read_tasks
 from gircse.reporting.progress import StageProgress
 from gircse.runtime import BundleError, Embedder
+from gircse.runtime.bundle import Bundle
 from gircse.runtime.manifest import Layout
+from gircse.runtime.ort_session import StepwiseSession
+from gircse.runtime.tokenization import open_tokenizer
 
 
 @pytest.mark.parametrize("layout", Layout)
@@ -46,6 +53,27 @@ def test_equal_backends_pass(small_models: SmallModels, layout: Layout, against:
     assert matrix[0, 0] < 0.999  # fewer steps are something else
     names = [gate.name for gate in candidate.gates]
     assert ("texts with other token ids" in names) == (against == "torch")
+    assert ("prefix difference" in names) == (layout is Layout.STEPWISE)
+    if candidate.prefix_variance:
+        assert candidate.prefix_variance.texts == 16
+        assert candidate.prefix_variance.max_difference < BATCH_MAX_DIFFERENCE
+
+
+def test_a_prefix_cache_that_gives_other_vectors_fails(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def exchange_keys_and_values(session: StepwiseSession, token_ids: list[int]) -> tuple[np.ndarray, ...]:
+        return tuple(reversed(compute_prefix(session, token_ids)))
+
+    compute_prefix = StepwiseSession.compute_prefix
+    backend = BundleBackend(Bundle.open(bundle), "fp32", layout=Layout.STEPWISE)
+    prompts = open_tokenizer(Bundle.open(bundle))(["one text", "another"], instruction="Find bundles")
+    gates = []
+    for computes in (compute_prefix, exchange_keys_and_values):
+        monkeypatch.setattr(StepwiseSession, "compute_prefix", computes)
+        found = run_with_and_without_cache(StageProgress(), backend, backend.open_embedder(), prompts)
+        assert found is not None
+        difference = compare_batches(*found).max_difference
+        gates.append(at_most("prefix difference", difference, limits_of("fp32", {}).max_batch_difference).passed)
+    assert gates == [True, False]
 
 
 def test_damage_is_measured_and_told_apart(small_models: SmallModels, bundle_copy: Path) -> None:
