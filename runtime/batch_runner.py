@@ -8,7 +8,7 @@ import numpy as np
 from gircse.runtime.errors import OptionError
 from gircse.runtime.manifest import MAX_STEPS, Manifest
 from gircse.runtime.numerics import Float32
-from gircse.runtime.prefix_cache import PrefixCache, PrefixCacheInfo, PrefixSession, common_length
+from gircse.runtime.prefix_cache import Prefix, PrefixCache, PrefixCacheInfo, PrefixSession, common_length
 from gircse.runtime.session import Session, StepOutputs
 from gircse.runtime.tokenization import Overflow, PromptTokenizer, TokenBatch, length_buckets, pad_batch
 
@@ -30,13 +30,14 @@ class BatchRunner:
     """Runs texts and token ids of any number through a session."""
 
     def __init__(
-        self, manifest: Manifest, tokenizer: PromptTokenizer, session: Session, *, prefix_cache: bool = True
+        self, manifest: Manifest, tokenizer: PromptTokenizer, session: Session, *, prefix_cache: bool | None = None
     ) -> None:
-        """Take a session; ``close`` closes it. With ``prefix_cache`` what prompts have in common is run once."""
+        """Take a session; ``close`` closes it. ``prefix_cache`` is that of ``Embedder``."""
         self._manifest, self._tokenizer, self._session = manifest, tokenizer, session
         self._prefixes: PrefixCache | None = None
-        if prefix_cache and isinstance(session, PrefixSession) and session.takes_prefixes:
-            self._prefixes = PrefixCache(session)
+        if isinstance(session, PrefixSession) and session.takes_prefixes:
+            wanted = not session.on_gpu if prefix_cache is None else prefix_cache
+            self._prefixes = PrefixCache(session) if wanted else None
         self._closed = False
 
     def prefix_cache_info(self) -> PrefixCacheInfo:
@@ -109,13 +110,12 @@ class BatchRunner:
         for name, value in (("batch_size", batch_size), ("batch_tokens", batch_tokens)):
             if value < 1:
                 raise OptionError(name, f"is {value}", "it has to be at least 1")
-        lengths, run = [len(ids) for ids in token_ids], self._session.run
+        lengths, prefix = [len(ids) for ids in token_ids], Prefix(0, self._session.run)
         if self._prefixes is not None and token_ids and instruction_tokens is not None:
-            prefix = self._prefixes.choose(token_ids, fixed=instruction_tokens)
-            if prefix is not None:
-                token_ids, run = [ids[prefix.tokens :] for ids in token_ids], prefix.run
+            prefix = self._prefixes.choose(token_ids, fixed=instruction_tokens, batch_size=batch_size) or prefix
+            token_ids = [ids[prefix.tokens :] for ids in token_ids]
         for rows in length_buckets(lengths, batch_size=batch_size, batch_tokens=batch_tokens):
-            yield rows, self._run(pad_batch(rows, token_ids, pad_token_id=self._manifest.pad_token_id), steps, run)
+            yield rows, self._run(pad_batch(rows, token_ids, pad_token_id=self._manifest.pad_token_id), steps, prefix)
 
     def check_steps(self, steps: int | None) -> int:
         """Return the number of steps to run; None is K.
@@ -131,12 +131,12 @@ class BatchRunner:
             raise OptionError("steps", f"is {steps}", f"this bundle has 0 to {most}", f"Choose one of these{export}")
         return steps
 
-    def _run(self, batch: TokenBatch, steps: int, run: Callable[..., StepOutputs]) -> StepOutputs:
+    def _run(self, batch: TokenBatch, steps: int, prefix: Prefix) -> StepOutputs:
         """Run a batch, in several parts where the session takes fewer texts at once."""
         texts, tokens = batch.input_ids.shape
-        most = self._session.max_batch(tokens) or texts
+        most = self._session.max_batch(prefix.tokens + tokens) or texts
         parts = [
-            run(batch.input_ids[at : at + most], batch.attention_mask[at : at + most], steps=steps)
+            prefix.run(batch.input_ids[at : at + most], batch.attention_mask[at : at + most], steps=steps)
             for at in range(0, texts, most)
         ]
         return parts[0] if len(parts) == 1 else StepOutputs(*map(np.concatenate, zip(*parts, strict=True)))

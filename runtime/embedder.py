@@ -56,7 +56,7 @@ class Embedder:
         layout: Layout | str | None = None,
         threads: int | None = None,
         verify: bool = True,
-        prefix_cache: bool = True,
+        prefix_cache: bool | None = None,
     ) -> None:
         """Open a bundle and load its graphs or its engine.
 
@@ -70,9 +70,10 @@ class Embedder:
             threads: threads of one run on the CPU; None lets ONNX Runtime take the physical cores.
             verify: compare the SHA-256 of every file that is used with the manifest while the graphs load, and the
                 token ids of the golden texts with those of the export.
-            prefix_cache: run what the prompts of a call begin with once, and keep its keys and values for the next
-                call, in the stepwise layout on the CPU: a third less work for queries with an instruction. The last
-                bits of a vector then depend on it.
+            prefix_cache: run what the prompts of a call begin with once, where that saves work, and keep its keys and
+                values for the next call: a third less work for queries with an instruction on a CPU. The last bits of a
+                vector then depend on it. None does so in the stepwise layout on the CPU, where it was measured; True
+                also in stepwise engines of TensorRT, where it was not; other sessions run whole prompts.
 
         Raises:
             BundleError: the bundle cannot be used.
@@ -111,10 +112,12 @@ class Embedder:
         """
         embedder = cls.__new__(cls)
         handle = SessionHandle(session, Provider.CPU, precision)
-        embedder._take(bundle, open_tokenizer(bundle), handle, prefix_cache=True)
+        embedder._take(bundle, open_tokenizer(bundle), handle, prefix_cache=None)
         return embedder
 
-    def _take(self, bundle: Bundle, tokenizer: PromptTokenizer, opened: SessionHandle, *, prefix_cache: bool) -> None:
+    def _take(
+        self, bundle: Bundle, tokenizer: PromptTokenizer, opened: SessionHandle, *, prefix_cache: bool | None
+    ) -> None:
         self._bundle, self.tokenizer, self._opened = bundle, tokenizer, opened
         self._runner = BatchRunner(bundle.manifest, tokenizer, opened.session, prefix_cache=prefix_cache)
 

@@ -73,12 +73,13 @@ class StepwiseSession:
     """One graph, run once for the prompt and once per step; a run costs only the steps that it is asked for.
 
     Attributes:
-        takes_prefixes: on the CPU alone.
+        takes_prefixes: on the CPU alone; on a GPU the copies to every row would cost what they save.
+        on_gpu: whether it runs on one.
     """
 
     def __init__(self, graph: Any, facts: GraphFacts, *, device: str = "cpu") -> None:
         """Take an ``onnxruntime.InferenceSession`` of the stepwise graph, and ONNX Runtime's name of its device."""
-        self.takes_prefixes = device == "cpu"
+        self.takes_prefixes, self.on_gpu = device == "cpu", device != "cpu"
         self._graph, self._facts, self._device = graph, facts, device
         self._past = tensor_names.cache_names("past", facts.num_layers)
         self._present = tensor_names.cache_names("present", facts.num_layers)

@@ -88,6 +88,7 @@ class BundleSpec(_Spec):
             provider=self.provider,
             layout=self.layout,
             threads=self.threads,
+            prefix_cache=True,
         )
 
         def run(input_ids: Int64, steps: int) -> Float32:
@@ -110,7 +111,8 @@ class BundleSpec(_Spec):
     @property
     def takes_prefixes(self) -> bool:
         """Whether it can compute an instruction once."""
-        return self._layout_to_run is Layout.STEPWISE and self.provider is Provider.CPU
+        on_onnxruntime = self.provider in (Provider.CUDA, Provider.ORT_TENSORRT)
+        return self._layout_to_run is Layout.STEPWISE and not on_onnxruntime
 
     @property
     def _layout_to_run(self) -> Layout:

@@ -176,6 +176,7 @@ class BundleBackend:
                 provider=self._provider,
                 layout=self._layout,
                 threads=self._threads,
+                prefix_cache=True,
             )
         layout = self._bundle.layout(self._precision, self._provider, self._layout)
         copy_weights, content = self.memory_note is None, None

@@ -62,6 +62,9 @@ class Cuda(Protocol):
     def copy_to_host(self, array: HostBytes, address: int, stream: int) -> None:
         """Queue a copy from the device that fills a contiguous array in pinned memory."""
 
+    def copy_on_device(self, target: int, source: int, size: int, stream: int) -> None:
+        """Queue a copy of ``size`` bytes between two places on the device that do not overlap."""
+
     def begin_capture(self, stream: int) -> None:
         """Record what this thread puts into the stream from now on, instead of running it."""
 
@@ -130,6 +133,10 @@ class CudaRuntime:
     def copy_to_host(self, array: HostBytes, address: int, stream: int) -> None:
         kind = self._api.cudaMemcpyKind.cudaMemcpyDeviceToHost
         self._call("cudaMemcpyAsync", array.ctypes.data, address, array.nbytes, kind, stream)
+
+    def copy_on_device(self, target: int, source: int, size: int, stream: int) -> None:
+        kind = self._api.cudaMemcpyKind.cudaMemcpyDeviceToDevice
+        self._call("cudaMemcpyAsync", target, source, size, kind, stream)
 
     def begin_capture(self, stream: int) -> None:
         # Thread-local: another thread's allocation must not spoil this capture, nor be refused because of it.

@@ -3,10 +3,13 @@
 An unrolled engine runs one pass. A stepwise engine runs pass 0, the prompt, and then passes 1..steps; four buffers
 serve them all, so that nothing but ids, masks and states ever crosses the bus:
 
-    inputs   input_ids (batch, tokens), then the attention mask of every pass, pass k's (batch, tokens + k)
+    inputs   input_ids (batch, tokens) or less, then the attention mask of every pass, pass k's (batch, tokens + k)
     outputs  h_0..h_K, (batch, hidden) float32 each: pass k reads h_(k-1) and writes h_k
     cache 0  the keys and values that even passes write and odd passes read
     cache 1  the other way round
+
+Where prompts begin with a prefix, its keys and values are put into cache 1 beforehand, once for every row, and
+``tokens`` counts it: pass 0 takes the ids of what comes after it and the mask of all.
 
 An empty tensor still gets an address of its own inside a buffer, because TensorRT requires every tensor's address to be
 non-null and different from all others. Every tensor starts at a multiple of 256 bytes, which TensorRT requires too.
@@ -85,18 +88,18 @@ class MemoryLayout:
         """Passes of a run of ``steps`` refinement steps."""
         return min(steps, self.last_pass) + 1
 
-    def input_shapes(self, batch: int, tokens: int, number: int) -> dict[str, Shape]:
-        """Return the shape of every input in pass ``number``."""
+    def input_shapes(self, batch: int, tokens: int, number: int, *, prefix: int = 0) -> dict[str, Shape]:
+        """Return the shape of every input in pass ``number``; ``prefix`` of the tokens lie in the cache beforehand."""
         prompt = number == 0
         shapes: dict[str, Shape] = {
-            tensor_names.INPUT_IDS: (batch, tokens if prompt else 0),
+            tensor_names.INPUT_IDS: (batch, tokens - prefix if prompt else 0),
             tensor_names.ATTENTION_MASK: (batch, tokens + number),
         }
         if self.layout is Layout.UNROLLED:
             return shapes
         if self.facts.steps:
             shapes[tensor_names.HIDDEN] = (batch, 0 if prompt else 1, self.facts.hidden_size)
-        past = (batch, 0 if prompt else tokens + number - 1, self.facts.kv_size)
+        past = (batch, prefix if prompt else tokens + number - 1, self.facts.kv_size)
         return shapes | dict.fromkeys(tensor_names.cache_names("past", self.facts.num_layers), past)
 
     def output_shapes(self, batch: int, tokens: int, number: int) -> dict[str, Shape]:
@@ -112,8 +115,8 @@ class MemoryLayout:
             steps if facts.steps else {}
         )
 
-    def bindings(self, batch: int, tokens: int, number: int) -> StepBindings:
-        """Return what pass ``number`` of a batch binds."""
+    def bindings(self, batch: int, tokens: int, number: int, *, prefix: int = 0) -> StepBindings:
+        """Return what pass ``number`` of a batch binds; ``prefix`` as in :meth:`input_shapes`."""
         places = {
             tensor_names.INPUT_IDS: TensorPlacement(Buffer.INPUTS, 0),
             tensor_names.ATTENTION_MASK: TensorPlacement(Buffer.INPUTS, self.mask_offset(batch, tokens, number)),
@@ -122,7 +125,12 @@ class MemoryLayout:
             places |= self._unrolled_outputs(batch)
         else:
             places |= self._states(batch, number) | self._cache(batch, tokens, number)
-        return StepBindings(self.input_shapes(batch, tokens, number), self.output_shapes(batch, tokens, number), places)
+        inputs = self.input_shapes(batch, tokens, number, prefix=prefix)
+        return StepBindings(inputs, self.output_shapes(batch, tokens, number), places)
+
+    def prefix_shape(self, tokens: int) -> Shape:
+        """Return the shape of the bytes of one tensor of a prefix: (1, tokens, bytes of a token)."""
+        return (1, tokens, self.facts.kv_size * self.cache_item_bytes)
 
     def mask_offset(self, batch: int, tokens: int, number: int) -> int:
         """Return where the mask of pass ``number`` starts in the input buffer; that of pass K + 1 is the end."""
@@ -146,11 +154,11 @@ class MemoryLayout:
 
         Args:
             host: a copy of the input buffer in host memory.
-            input_ids: (batch, tokens) int64.
-            attention_mask: (batch, tokens) int64.
+            input_ids: (batch, tokens) int64, without those of a prefix.
+            attention_mask: (batch, tokens) int64, with them.
             steps: refinement steps of the run; every soft token's place in the mask is a 1.
         """
-        batch, tokens = input_ids.shape
+        batch, tokens = attention_mask.shape
         _write(host, 0, input_ids)
         count = self.pass_count(steps)
         mask = np.pad(attention_mask, ((0, 0), (0, count - 1)), constant_values=1)

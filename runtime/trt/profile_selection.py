@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from gircse.runtime import tensor_names
 from gircse.runtime.errors import OptionError
+from gircse.runtime.manifest import Layout
 from gircse.runtime.trt.engine_manifest import EngineManifest, EngineProfile, Stage
 from gircse.runtime.trt.memory_layout import MemoryLayout
 
@@ -21,7 +22,7 @@ class ProfileSelection:
     Attributes:
         prompt: index of the profile of pass 0.
         step: index of the profile of the passes after it; the same as ``prompt`` when there are none.
-        tokens: width that the batch is padded to, the least that the prompt's profile takes.
+        tokens: width that the batch is padded to, the least that the prompt's profile takes; a prefix not counted.
     """
 
     prompt: int
@@ -43,17 +44,27 @@ class ProfileSelector:
     memory: MemoryLayout
     build_command: str
 
-    def select(self, batch: int, tokens: int) -> ProfileSelection:
-        """Return how to run a batch, with any number of steps.
+    @property
+    def takes_prefixes(self) -> bool:
+        """Whether it computes prefixes, and runs after them all that it runs whole."""
+        return self.manifest.layout is Layout.STEPWISE and all(
+            self._holds(index, 1, 1, 0) and self._holds(index, 1, widest, 0, prefix=widest - 1)
+            for index, profile in enumerate(self.manifest.profiles)
+            if profile.stage is not Stage.STEP
+            for widest in (self._max_tokens(profile),)
+        )
+
+    def select(self, batch: int, tokens: int, prefix: int = 0) -> ProfileSelection:
+        """Return how to run a batch, with any number of steps, ``tokens`` wide without its prefix.
 
         Raises:
             OptionError: no profile takes it.
         """
-        selection = self._find(batch, tokens)
+        selection = self._find(batch, tokens, prefix)
         if selection is None:
             raise OptionError(
                 tensor_names.INPUT_IDS,
-                f"has shape {(batch, tokens)}",
+                f"has shape {(batch, prefix + tokens)}",
                 "; ".join(self._limits(profile) for profile in self.manifest.profiles),
                 f"Split the batch, or rebuild with larger sizes; it was built by: {self.build_command}",
             )
@@ -78,18 +89,20 @@ class ProfileSelector:
         limits = (self.limits(ProfileSelection(prompt, step, 1)) for prompt, step in pairs)
         return max(sum(self.memory.buffer_bytes(*sizes).values()) for sizes in limits)
 
-    def _find(self, batch: int, tokens: int) -> ProfileSelection | None:
+    def _find(self, batch: int, tokens: int, prefix: int = 0) -> ProfileSelection | None:
         last = self.memory.last_pass
         for prompt in self._by_preference(Stage.PROMPT):
-            width = max(tokens, _min_tokens(self.manifest.profiles[prompt]))
-            if tokens < 1 or not self._holds(prompt, batch, width, 0):
+            own = max(tokens, _min_tokens(self.manifest.profiles[prompt]))
+            width = prefix + own
+            # The buffers are as large as whole prompts need, so those have to fit too.
+            if tokens < 1 or not all(self._holds(prompt, batch, width, 0, prefix=size) for size in {0, prefix}):
                 continue
             if not last:
-                return ProfileSelection(prompt, prompt, width)
+                return ProfileSelection(prompt, prompt, own)
             for step in self._by_preference(Stage.STEP):
                 # Every size grows with the step, so the first and the last step are enough.
                 if self._holds(step, batch, width, 1) and self._holds(step, batch, width, last):
-                    return ProfileSelection(prompt, step, width)
+                    return ProfileSelection(prompt, step, own)
         return None
 
     def _by_preference(self, stage: Stage) -> Iterator[int]:
@@ -100,9 +113,9 @@ class ProfileSelector:
 
         return iter(sorted(range(len(self.manifest.profiles)), key=rank))
 
-    def _holds(self, index: int, batch: int, tokens: int, number: int) -> bool:
+    def _holds(self, index: int, batch: int, tokens: int, number: int, *, prefix: int = 0) -> bool:
         ranges = self.manifest.profiles[index].shapes
-        shapes = self.memory.input_shapes(batch, tokens, number)
+        shapes = self.memory.input_shapes(batch, tokens, number, prefix=prefix)
         return all(ranges[name].holds(shape) for name, shape in shapes.items())
 
     def _max_tokens(self, profile: EngineProfile) -> int:

@@ -4,11 +4,12 @@ A run takes an idle execution slot (stream, contexts, buffers) or opens a new on
 many slots as there ever were concurrent callers. The arrays that a run returns are copies, not views of pinned memory.
 """
 
+import contextlib
 import functools
 import logging
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -18,13 +19,14 @@ import numpy as np
 from gircse.runtime.bundle import Bundle
 from gircse.runtime.errors import OptionError, ProviderError, sentence
 from gircse.runtime.numerics import Int64
+from gircse.runtime.prefix_cache import KeysAndValues
 from gircse.runtime.session import StepOutputs
 from gircse.runtime.tensor_names import ATTENTION_MASK, INPUT_IDS
 from gircse.runtime.trt.cuda import Cuda
 from gircse.runtime.trt.engine import LoadedEngine, load_engine
 from gircse.runtime.trt.engine_manifest import EngineManifest
-from gircse.runtime.trt.execution_slot import CapturePolicy, ExecutionSlot
-from gircse.runtime.trt.profile_selection import ProfileSelector
+from gircse.runtime.trt.execution_slot import BatchRunner, CapturePolicy, ExecutionSlot
+from gircse.runtime.trt.profile_selection import ProfileSelection, ProfileSelector
 
 logger = logging.getLogger(__name__)
 
@@ -33,13 +35,21 @@ GRAPH_SHAPES = 8
 
 
 class TensorRtSession:
-    """Runs batches through one engine; a context manager that frees the GPU's memory at its end."""
+    """Runs batches through one engine; a context manager that frees the GPU's memory at its end.
+
+    Attributes:
+        on_gpu: it is.
+        takes_prefixes: of the stepwise layout, unless a profile has a minimum of texts or tokens.
+    """
+
+    on_gpu = True
 
     def __init__(self, engine: LoadedEngine, *, cuda: Cuda, graph_shapes: int) -> None:
         """Take a loaded engine; :func:`open_tensorrt_session` makes it."""
         self._steps = engine.memory.facts.steps
         self._cuda = cuda
         self._selector = ProfileSelector(engine.manifest, engine.memory, engine.build_command)
+        self.takes_prefixes = self._selector.takes_prefixes
         self._select = functools.lru_cache(maxsize=1024)(self._selector.select)  # hundreds of inputs to compare
         self._slots = _SlotPool(functools.partial(ExecutionSlot, cuda, engine, CapturePolicy(graph_shapes)))
         # The pool knows nothing of the session, so a session that is dropped without close() frees the device too.
@@ -65,26 +75,45 @@ class TensorRtSession:
             ValueError: the session is closed.
             ProviderError: CUDA or TensorRT fails.
         """
+        return self.run_after((), input_ids, attention_mask, steps=steps)
+
+    def run_after(self, prefix: KeysAndValues, input_ids: Int64, attention_mask: Int64, *, steps: int) -> StepOutputs:
+        """Embed one batch of prompts that begin with what ``compute_prefix`` was given; the arrays hold the rest.
+
+        The errors are those of ``run``.
+        """
         _check_batch(input_ids, attention_mask)
         if not 0 <= steps <= self._steps:
             raise OptionError("steps", f"is {steps}", f"the engine was built for 0..{self._steps}")
-        selection = self._select(*input_ids.shape)
+        before = prefix[0].shape[1] if prefix else 0
+        selection = self._select(*input_ids.shape, before)
+        padding = selection.tokens - input_ids.shape[1]
+        ids = np.pad(input_ids, ((0, 0), (0, padding)))
+        mask = np.pad(np.pad(attention_mask, ((0, 0), (0, padding))), ((0, 0), (before, 0)), constant_values=1)
+        with self._runner(selection) as runner:
+            return runner.run(ids, mask, steps=steps, prefix=prefix)
+
+    def compute_prefix(self, token_ids: Sequence[int]) -> KeysAndValues:
+        """Return the bytes of keys and values, (1, tokens, bytes of a token) uint8, of the beginning of a prompt.
+
+        Raises:
+            OptionError: no profile takes it; ``takes_prefixes`` is for prefixes of prompts that one takes.
+            ProviderError: CUDA or TensorRT fails.
+        """
+        with self._runner(self._select(1, len(token_ids))) as runner:
+            return runner.compute_prefix(np.array([token_ids], np.int64))
+
+    @contextlib.contextmanager
+    def _runner(self, selection: ProfileSelection) -> Iterator[BatchRunner]:
+        """Take a slot, and give it back afterwards."""
         self._cuda.make_current()
         slot = self._slots.take()
         try:
-            padding = ((0, 0), (0, selection.tokens - input_ids.shape[1]))
-            outputs = slot.run(
-                np.pad(input_ids, padding),
-                np.pad(attention_mask, padding),
-                steps=steps,
-                selection=selection,
-                limits=self._selector.limits(selection),
-            )
+            yield slot.runner(selection, self._selector.limits(selection))
         except BaseException:
             _close(slot)  # its stream may still be busy, or be lost
             raise
         self._slots.give_back(slot)
-        return outputs
 
     def close(self) -> None:
         """Free what is idle and the engine; a running call frees its slot at its end. Closing twice does nothing."""

@@ -13,6 +13,8 @@ from support.small_models import SmallModels
 from support.tolerances import BATCH_MAX_DIFFERENCE
 
 from gircse.runtime import Embedder
+from gircse.runtime.batch_runner import BatchRunner
+from gircse.runtime.bundle import Bundle
 from gircse.runtime.prefix_cache import PrefixCache, PrefixCacheInfo, common_length
 
 INSTRUCTION = "Given a question, retrieve passages that answer it and are about bundles"
@@ -22,7 +24,7 @@ TEXTS = ["how is a bundle written?", "ok", "", "ünïcödé 😀", "a text may b
 class CountingSession:
     """Makes keys and values of 4 bytes a token."""
 
-    takes_prefixes = True
+    takes_prefixes, on_gpu = True, False
 
     def __init__(self) -> None:
         self.computed: list[tuple[int, ...]] = []
@@ -38,7 +40,7 @@ class CountingSession:
 def test_many_prompts_share_what_they_begin_with() -> None:
     cache = PrefixCache(session := CountingSession())
     beginning = list(range(20))
-    prefix = cache.choose([[*beginning, 30], [*beginning, 31, 32], [*beginning, 30, 5]], fixed=0)
+    prefix = cache.choose([[*beginning, 30], [*beginning, 31, 32], [*beginning, 30, 5]], fixed=0, batch_size=32)
     assert prefix is not None
     assert (prefix.tokens, prefix.run(None, None, steps=3)) == (20, (beginning, 3))
     assert session.computed == [tuple(beginning)]
@@ -57,12 +59,46 @@ def test_many_prompts_share_what_they_begin_with() -> None:
     ],
 )
 def test_what_saves_too_little_is_run_whole(prompts: list[list[int]], fixed: int) -> None:
-    assert PrefixCache(CountingSession()).choose(prompts, fixed=fixed) is None
+    assert PrefixCache(CountingSession()).choose(prompts, fixed=fixed, batch_size=32) is None
+
+
+@pytest.mark.parametrize(
+    ("texts", "tokens", "fixed", "batch_size", "shared"),
+    [
+        (32, 8, 8, 32, True),
+        (31, 8, 8, 32, False),  # a batch saves 248 tokens, which are multiplied while the weights are read
+        (1000, 8, 8, 16, False),
+        (1000, 16, 0, 16, True),
+        (1, 64, 64, 32, False),  # on a CPU, an instruction of 64 tokens is worth it for one text
+    ],
+)
+def test_a_gpu_has_to_save_more(texts: int, tokens: int, fixed: int, batch_size: int, shared: bool) -> None:
+    session = CountingSession()
+    session.on_gpu = True
+    prompts = [[*range(tokens), 900 + text] for text in range(texts)]
+    assert (PrefixCache(session).choose(prompts, fixed=fixed, batch_size=batch_size) is not None) == shared
+
+
+@pytest.mark.parametrize(
+    ("takes", "on_gpu", "wanted", "has_one"),
+    [
+        (True, False, None, True),
+        (True, True, None, False),
+        (True, True, True, True),
+        (False, True, True, False),
+        (True, False, False, False),
+    ],
+)
+def test_where_there_is_a_cache(bundle: Path, takes: bool, on_gpu: bool, wanted: bool | None, has_one: bool) -> None:
+    session: Any = CountingSession()
+    session.takes_prefixes, session.on_gpu = takes, on_gpu
+    runner = BatchRunner(Bundle.open(bundle).manifest, None, session, prefix_cache=wanted)
+    assert bool(runner.prefix_cache_info().max_size) == has_one
 
 
 def test_an_instruction_is_computed_with_the_first_prompt_and_kept_for_the_next() -> None:
     cache = PrefixCache(session := CountingSession())
-    found = [cache.choose([[*range(8), text]], fixed=8) for text in (97, 98, 99)]
+    found = [cache.choose([[*range(8), text]], fixed=8, batch_size=32) for text in (97, 98, 99)]
     assert [prefix and prefix.tokens for prefix in found] == [8, 8, 8]
     assert session.computed == [tuple(range(8))]
     assert cache.info()[:2] == (2, 1)
@@ -70,7 +106,9 @@ def test_an_instruction_is_computed_with_the_first_prompt_and_kept_for_the_next(
 
 def test_a_prompt_keeps_a_token_of_its_own() -> None:
     cache = PrefixCache(session := CountingSession())
-    prefix = cache.choose([list(range(40)), [*range(40), 50]], fixed=40)  # the first one is the instruction alone
+    prefix = cache.choose(
+        [list(range(40)), [*range(40), 50]], fixed=40, batch_size=32
+    )  # the first one is the instruction alone
     assert prefix is not None
     assert prefix.tokens == 39
     assert session.computed == [tuple(range(39))]
@@ -80,7 +118,7 @@ def test_what_was_not_used_for_longest_is_given_up() -> None:
     cache = PrefixCache(session := CountingSession(), max_bytes=2 * 40 * 4)
 
     def use(start: int) -> None:
-        assert cache.choose([[*range(start, start + 40), text] for text in (1, 2)], fixed=0)
+        assert cache.choose([[*range(start, start + 40), text] for text in (1, 2)], fixed=0, batch_size=32)
 
     for start in (100, 200, 100, 300):
         use(start)
@@ -89,7 +127,7 @@ def test_what_was_not_used_for_longest_is_given_up() -> None:
     assert len(session.computed) == 3
     use(200)
     assert len(session.computed) == 4
-    too_large = cache.choose([[*range(500, 700), text] for text in (1, 2)], fixed=0)
+    too_large = cache.choose([[*range(500, 700), text] for text in (1, 2)], fixed=0, batch_size=32)
     assert too_large is not None
     assert too_large.tokens == 200
     assert cache.info()[2:] == (0, 0, 320)

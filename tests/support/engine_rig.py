@@ -130,6 +130,16 @@ class Rig:
         self.check(outputs, ids, mask, steps=steps)
         return outputs
 
+    def run_after(self, prefix: int, batch: int, tokens: int, *, steps: int = STEPS, seed: int = 0) -> StepOutputs:
+        """The same with prompts that begin with ``prefix`` common tokens."""
+        rng = np.random.default_rng([prefix, seed])
+        common, (ids, mask) = rng.integers(0, 50, prefix), random_batch(batch, tokens, seed)
+        outputs = self.session.run_after(self.session.compute_prefix(common.tolist()), ids, mask, steps=steps)
+        ones = np.ones((batch, prefix), np.int64)
+        whole = np.concatenate([ones * common, ids], axis=1), np.concatenate([ones, mask], axis=1)
+        self.check(outputs, *whole, steps=steps)
+        return outputs
+
     def check(self, outputs: StepOutputs, ids: Any, mask: Any, *, steps: int) -> None:
         expected = tiny_run(self.facts, ids, mask, steps=steps, cache_type=self.cache_type)
         assert outputs.step_embeddings.shape == (len(ids), steps, self.facts.hidden_size)

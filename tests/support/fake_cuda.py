@@ -154,6 +154,17 @@ class FakeCuda:
 
             self.push(stream, Operation(copy, host=array.ctypes.data))
 
+    def copy_on_device(self, target: int, source: int, size: int, stream: int) -> None:
+        with self.call("copy_on_device"):
+            require(size > 0 and abs(target - source) >= size, f"copy of {size} bytes from {source:#x} to {target:#x}")
+            for address in (target, source):
+                self.view(address, size)
+
+            def copy() -> None:
+                self.view(target, size)[:] = self.view(source, size)
+
+            self.push(stream, Operation(copy))
+
     def begin_capture(self, stream: int) -> None:
         with self.call("begin_capture"):
             require(self._stream(stream).captured is None, "begin_capture while capturing")

@@ -1,6 +1,8 @@
 """Profiles of an engine, from the command line's text to shapes."""
 
 import itertools
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -19,6 +21,7 @@ from gircse.runtime.provider import Provider
 from gircse.runtime.trt.engine_manifest import EngineProfile, ShapeRange, Stage
 from gircse.runtime.trt.library import MODULES
 from gircse.runtime.trt.memory_layout import MemoryLayout
+from gircse.runtime.trt.profile_selection import ProfileSelector
 
 STEPS = (0, 1, 2, 5, 20)
 SIZES = [
@@ -131,6 +134,23 @@ def test_ranges_are_in_order(
         for name, shape in profile.shapes.items():
             for low, expected, high in zip(shape.min, shape.opt, shape.max, strict=True):
                 assert 0 <= low <= expected <= high, (profile.name, profile.stage, name)
+
+
+@pytest.mark.parametrize("sizes", SIZES)
+@pytest.mark.parametrize("provider", MODULES)
+@pytest.mark.parametrize("steps", STEPS)
+def test_prompts_may_begin_with_a_prefix(steps: int, provider: Provider, sizes: tuple[SizeRange, SizeRange]) -> None:
+    """Without a minimum of texts or tokens; with one, a remainder could not be padded to it."""
+    batch, tokens = sizes
+    profiles = make_profiles(steps, Layout.STEPWISE, provider, sizes)
+    manifest: Any = SimpleNamespace(layout=Layout.STEPWISE, profiles=profiles)
+    selector = ProfileSelector(manifest, MemoryLayout(make_facts(steps), Layout.STEPWISE, 2), "")
+    assert selector.takes_prefixes == (batch.min == tokens.min == 1)
+    if selector.takes_prefixes:
+        for prefix in range(1, tokens.max):
+            selector.select(1, prefix)
+            for own in {1, tokens.max - prefix}:
+                assert selector.select(batch.max, own, prefix).tokens == own
 
 
 @pytest.mark.parametrize("sizes", SIZES)

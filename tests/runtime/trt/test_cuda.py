@@ -21,7 +21,9 @@ class Bindings:
         cudaErrorNoDevice=SimpleNamespace(name="cudaErrorNoDevice"),
         cudaErrorLaunchFailure=SimpleNamespace(name="cudaErrorLaunchFailure"),
     )
-    cudaMemcpyKind = SimpleNamespace(cudaMemcpyHostToDevice="up", cudaMemcpyDeviceToHost="down")
+    cudaMemcpyKind = SimpleNamespace(
+        cudaMemcpyHostToDevice="up", cudaMemcpyDeviceToHost="down", cudaMemcpyDeviceToDevice="across"
+    )
     cudaStreamCaptureMode = SimpleNamespace(cudaStreamCaptureModeThreadLocal="thread")
     cudaDeviceAttr = SimpleNamespace(cudaDevAttrComputeCapabilityMajor=8, cudaDevAttrComputeCapabilityMinor=9)
     cudaStreamNonBlocking = 1
@@ -61,6 +63,7 @@ def test_cuda_calls_have_the_arguments_that_the_bindings_take() -> None:
     assert cuda.create_stream() == 7
     cuda.copy_to_device(4096, array[:16], 7)
     cuda.copy_to_host(array[16:32], 4096, 7)
+    cuda.copy_on_device(8192, 4096, 256, 7)
     cuda.begin_capture(7)
     assert cuda.end_capture(7) == 9
     cuda.launch_graph(9, 7)
@@ -75,6 +78,7 @@ def test_cuda_calls_have_the_arguments_that_the_bindings_take() -> None:
         ("cudaStreamCreateWithFlags", 1),
         ("cudaMemcpyAsync", 4096, address, 16, "up", 7),
         ("cudaMemcpyAsync", address + 16, 4096, 16, "down", 7),
+        ("cudaMemcpyAsync", 8192, 4096, 256, "across", 7),
         ("cudaStreamBeginCapture", 7, "thread"),
         ("cudaStreamEndCapture", 7),
         ("cudaGraphInstantiate", 8, 0),

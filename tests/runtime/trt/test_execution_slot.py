@@ -12,6 +12,19 @@ def test_one_upload_one_download_and_one_synchronization_a_run(rig: MakeRig) -> 
     assert made.cuda.calls == ["make_current", "copy_to_device", "copy_to_host", "synchronize"]
 
 
+def test_a_prefix_is_copied_once_for_each_tensor_and_doubled_on_the_device(rig: MakeRig) -> None:
+    made = rig()
+    made.run_after(5, 4, 3)
+    calls = made.cuda.calls
+    made.run(4, 8)
+    del calls[:]
+    made.run_after(5, 4, 3)  # four tensors
+    computed, run = 1 + calls.index("synchronize", 1 + calls.index("synchronize")), "copy_to_host synchronize".split()
+    assert calls[:computed] == ["make_current", "copy_to_device", *run, *4 * ["copy_to_host"], "synchronize"]
+    spread = 4 * ["copy_to_device", "copy_on_device", "copy_on_device"]
+    assert calls[computed:] == ["make_current", *spread, "copy_to_device", *run]
+
+
 def test_buffers_are_allocated_once(rig: MakeRig) -> None:
     made = rig()
     for seed in range(4):

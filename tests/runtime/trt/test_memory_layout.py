@@ -16,9 +16,12 @@ def test_passes_fit_their_buffers_and_never_overlap(layout: Layout) -> None:
     memory = MemoryLayout(make_facts(layout), layout, 2)
     sizes = memory.buffer_bytes(4, 12)
     widths = {tensor_names.INPUT_IDS: 8, tensor_names.ATTENTION_MASK: 8}
-    for batch, tokens in ((1, 1), (3, 7), (4, 12)):
+    prefixes = {Layout.UNROLLED: (0,), Layout.STEPWISE: (0, 1, 6)}[layout]
+    for (batch, tokens), prefix in itertools.product(((1, 1), (3, 7), (4, 12)), prefixes):
+        if prefix >= tokens:
+            continue
         for number in range(memory.last_pass + 1):
-            bindings = memory.bindings(batch, tokens, number)
+            bindings = memory.bindings(batch, tokens, number, prefix=prefix)
             shapes = {**bindings.inputs, **bindings.outputs}
             assert set(shapes) == set(bindings.places)
             spans: dict[Buffer, list[tuple[int, int]]] = {}

@@ -1,9 +1,12 @@
 """Which profiles run a batch."""
 
 import pytest
-from support.engine_rig import MakeRig, make_facts, random_batch, stage_profiles
+from msgspec.structs import replace
+from support.engine_rig import MakeRig, make_facts, profile, random_batch, stage_profiles
 
 from gircse.runtime.errors import OptionError
+from gircse.runtime.manifest import Layout
+from gircse.runtime.trt.engine_manifest import Stage
 
 
 @pytest.mark.parametrize(
@@ -21,6 +24,28 @@ def test_switches_between_profiles(rig: MakeRig) -> None:
     for seed in range(4):
         for batch, tokens in ((1, 5), (3, 9), (8, 2), (4, 1)):
             made.run(batch, tokens, seed=seed)
+
+
+def test_prefixes_need_profiles_that_take_all_of_them(rig: MakeRig) -> None:
+    """Padding to a minimum could make a prompt too long after its prefix that fits as a whole."""
+    facts = make_facts()
+    free = [profile(facts, Layout.STEPWISE, name=stage, stage=stage) for stage in Stage]
+    assert rig(profiles=free).session.takes_prefixes
+    for tied in (
+        profile(facts, Layout.STEPWISE, tokens=(2, 12)),
+        replace(free[0], shapes={name: replace(one, min=(2, *one.min[1:])) for name, one in free[0].shapes.items()}),
+    ):
+        assert not rig(profiles=[*free, tied]).session.takes_prefixes
+    assert not rig(facts=make_facts(steps=0)).session.takes_prefixes  # its ranges hold no past
+    assert not rig(Layout.UNROLLED).session.takes_prefixes
+
+
+def test_prompts_are_as_long_as_without_a_prefix(rig: MakeRig) -> None:
+    made = rig()
+    made.run_after(4, 2, 8)
+    prefix = made.session.compute_prefix([1, 2, 3, 4])
+    with pytest.raises(OptionError, match=r"^input_ids has shape \(2, 13\); .*tokens 1..12\."):
+        made.session.run_after(prefix, *random_batch(2, 9, 0), steps=1)
 
 
 def test_largest_batch_of_a_width(rig: MakeRig) -> None:

@@ -14,8 +14,17 @@ from support.fake_cuda import FakeCuda
 
 from gircse.runtime.errors import OptionError, ProviderError
 from gircse.runtime.manifest import Layout, Pooling
+from gircse.runtime.prefix_cache import PrefixCache
 
-ALWAYS_RAISED = {"malloc", "malloc_host", "create_stream", "copy_to_device", "copy_to_host", "launch_graph"}
+ALWAYS_RAISED = {
+    "malloc",
+    "malloc_host",
+    "create_stream",
+    "copy_to_device",
+    "copy_to_host",
+    "copy_on_device",
+    "launch_graph",
+}
 """What no session survives; a failed capture is only slower, and a failed release is only logged."""
 
 
@@ -32,6 +41,36 @@ def test_agrees_with_the_plain_loop(rig: MakeRig, layout: Layout, pooling: Pooli
 @pytest.mark.parametrize("cache_type", ["FLOAT", "HALF", "BF16"])
 def test_cache_of_every_type(rig: MakeRig, cache_type: str) -> None:
     rig(cache_type=cache_type).run(3, 9)
+
+
+@pytest.mark.parametrize("rtx", [False, True])
+@pytest.mark.parametrize("cache_type", ["FLOAT", "HALF", "BF16"])
+def test_after_a_prefix_vectors_are_those_of_whole_prompts(rig: MakeRig, cache_type: str, rtx: bool) -> None:
+    """Between whole prompts of the same width, and often enough to be captured."""
+    made = rig(cache_type=cache_type, rtx=rtx, graph_shapes=3)
+    assert made.session.takes_prefixes
+    for seed in range(3):
+        made.run_after(5, 3, 7, seed=seed)
+        made.run(3, 12, seed=seed)
+        made.run_after(5, 1, 7, steps=1, seed=seed)
+        made.run_after(11, 4, 1, steps=0, seed=seed)
+        made.run_after(1, 2, 4, seed=seed)
+    prefix = made.session.compute_prefix([7, 8, 9])
+    assert [value.shape for value in prefix] == [(1, 3, 24 if cache_type == "FLOAT" else 12)] * 4
+
+
+def test_prefixes_of_a_cache(rig: MakeRig) -> None:
+    """What is kept stays as it is while other prompts run."""
+    made = rig()
+    cache, prompts = PrefixCache(made.session), [[*range(9), text] for text in range(30)]
+    for _ in range(2):
+        prefix = cache.choose(prompts, fixed=0, batch_size=30)
+        assert prefix is not None
+        own = np.array(prompts[:4])[:, prefix.tokens :]
+        outputs = prefix.run(own, np.ones_like(own), steps=2)
+        made.check(outputs, np.array(prompts[:4]), np.ones((4, 10), np.int64), steps=2)
+        made.run(4, 12)
+    assert cache.info()[:2] == (1, 1)
 
 
 @pytest.mark.parametrize("layout", Layout)
@@ -160,7 +199,7 @@ def test_leaving_the_context_frees_the_gpu(tmp_path: Path) -> None:
 def test_every_cuda_call_that_fails_is_reported_and_leaks_nothing(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """One fault at each call in turn of a session that runs plainly, captures, evicts, launches and closes."""
+    """One fault at each call in turn of a session that does all that it can: it captures, evicts, takes a prefix."""
     failed: set[str | None] = set()
     for index in itertools.count():
         caplog.clear()
@@ -176,6 +215,10 @@ def test_every_cuda_call_that_fails_is_reported_and_leaks_nothing(
                     made.run(2, tokens, steps=1)
                 except ProviderError as err:
                     reported.append(str(err))
+            try:
+                made.run_after(2, 2, 3, steps=1)
+            except ProviderError as err:
+                reported.append(str(err))
             made.session.close()
         assert cuda.left() == {}, cuda.failed
         if cuda.failed is None:
