@@ -18,7 +18,7 @@ _LIMIT_HELP = {
     "min_rank_correlation": "Spearman correlation of pairwise similarities, every step",
     "min_overlap": "mean share of common ten nearest neighbors, every step",
     "max_task_drop": "loss of score on a task, with K steps",
-    "max_batch_difference": "difference of an element, a text alone and in a batch",
+    "max_batch_difference": "difference of an element, alone and in a batch, and with and without the prefix cache",
 }
 
 

@@ -34,7 +34,8 @@ class ParityLimits:
         min_rank_correlation: smallest Spearman correlation of pairwise similarities, over every step.
         min_overlap: smallest mean share of common ten nearest neighbors, over every step.
         max_task_drop: largest loss of score on a task, with all K steps.
-        max_batch_difference: largest difference of an element between a text alone and in a batch.
+        max_batch_difference: largest difference of an element between a text alone and in a batch, and between one
+            after a prefix that was run once and one that was run whole.
     """
 
     min_cosine: float

@@ -176,6 +176,14 @@ def test_vectors_are_those_of_whole_prompts(bundle: Path) -> None:
         np.testing.assert_allclose(shared.encode(TEXTS), whole.encode(TEXTS), atol=BATCH_MAX_DIFFERENCE)
 
 
+def test_windows_share_an_instruction(bundle: Path) -> None:
+    texts = [f"{word} is one text" for word in ("this", "that", "a", "my", "the", "our", "no")]
+    with Embedder(bundle, prefix_cache=False) as whole, Embedder(bundle) as shared:
+        windows = list(shared.encode_iter(texts, window=2, instruction=INSTRUCTION))
+        np.testing.assert_allclose(np.concatenate(windows), whole.encode(texts, instruction=INSTRUCTION), atol=1e-5)
+        assert shared.prefix_cache_info()[:3] == (3, 1, 1)
+
+
 @pytest.mark.parametrize("side", ["right", "left"])
 def test_prompts_that_are_cut(bundle: Path, side: str) -> None:
     """What is left after a cut on the left does not begin with the instruction."""

@@ -71,6 +71,7 @@ class StepwiseSession : public Session, private PrefixSession {
     std::vector<OrtTensor> state = first_state(batch.size(), before, repeated);
     for (std::size_t k = 0; k <= steps; ++k) {
       state = run_step(batch, before, k, k == steps, state);
+      repeated.clear();  // of the prompt pass alone
       const float *next = graph_.floats(state.front(), {batch.size(), 1, hidden});
       for (std::size_t row = 0; row < batch.size(); ++row) std::copy_n(next + row * hidden, hidden, vectors.at(row, k));
     }
