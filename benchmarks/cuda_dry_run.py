@@ -11,6 +11,7 @@ garbage. Prints for every graph the nodes that fell back, and how often what was
 
 import argparse
 import collections
+import functools
 import os
 import re
 import subprocess
@@ -23,7 +24,7 @@ import numpy as np
 
 from gircse.runtime.bundle import Bundle
 from gircse.runtime.command import comma_separated
-from gircse.runtime.ort_session import open_session
+from gircse.runtime.ort_session import StepwiseSession, open_session
 from gircse.runtime.precision import runs_on
 from gircse.runtime.provider import Provider
 
@@ -42,9 +43,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--precision", type=comma_separated(str), metavar="P,...")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--tokens", type=int, default=24)
+    parser.add_argument("--prefix", type=int, default=0, help="tokens before those, run once (stepwise; default: none)")
     args = parser.parse_args(argv)
     if CALLS in os.environ:
-        run_graph(args.bundle, *os.environ["CUDA_STUB_GRAPH"].split(), batch=args.batch, tokens=args.tokens)
+        run_graph(
+            args.bundle,
+            *os.environ["CUDA_STUB_GRAPH"].split(),
+            batch=args.batch,
+            tokens=args.tokens,
+            prefix=args.prefix,
+        )
         return 0
     variants = Bundle.open(args.bundle).manifest.variants
     failed = False
@@ -66,14 +74,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 1 if failed else 0
 
 
-def run_graph(path: Path, precision: str, layout: str, *, batch: int, tokens: int) -> None:
+def run_graph(path: Path, precision: str, layout: str, *, batch: int, tokens: int, prefix: int) -> None:
     """Run all K steps; loading warns of nodes that fell back."""
     bundle = Bundle.open(path)
     graph = next(name for name in bundle.manifest.variants[precision].graphs if name == layout)
     session = open_session(bundle, precision, layout=graph, provider=Provider.CUDA)
     ids = np.ones((batch, tokens), np.int64)
     with np.errstate(all="ignore"):
-        session.run(ids, np.ones_like(ids), steps=bundle.manifest.graph.steps)
+        run = session.run
+        if prefix and isinstance(session, StepwiseSession):
+            run = functools.partial(session.run_after, session.compute_prefix([1] * prefix))
+        run(ids, np.ones_like(ids), steps=bundle.manifest.graph.steps)
 
 
 def build_stubs(provider: Path, folder: Path, *, sm: int) -> None:

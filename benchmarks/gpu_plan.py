@@ -15,7 +15,7 @@ from timed_commands import Command
 
 from gircse.runtime.errors import ProviderError
 from gircse.runtime.manifest import Layout
-from gircse.runtime.ort_session import import_onnxruntime
+from gircse.runtime.ort_package import import_onnxruntime
 from gircse.runtime.precision import runs_on
 from gircse.runtime.provider import Provider
 from gircse.runtime.trt.library import MODULES, import_tensorrt

@@ -71,9 +71,9 @@ class Embedder:
             verify: compare the SHA-256 of every file that is used with the manifest while the graphs load, and the
                 token ids of the golden texts with those of the export.
             prefix_cache: run what the prompts of a call begin with once, where that saves work, and keep its keys and
-                values for the next call: a third less work for queries with an instruction on a CPU. The last bits of a
-                vector then depend on it. None does so in the stepwise layout on the CPU, where it was measured; True
-                also in stepwise engines of TensorRT, where it was not; other sessions run whole prompts.
+                values for the next call, in the stepwise layout: a third less work for queries with an instruction on a
+                CPU. The last bits of a vector then depend on it. None is on the CPU, where it was measured; True also
+                on a GPU (``cuda``, ``tensorrt``, ``tensorrt-rtx``), where it was not.
 
         Raises:
             BundleError: the bundle cannot be used.

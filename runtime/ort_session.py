@@ -1,7 +1,7 @@
 """ONNX Runtime sessions for both layouts. Safe to call from several threads: a run keeps all its state local."""
 
 import contextlib
-import re
+import functools
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -11,22 +11,17 @@ import numpy as np
 
 from gircse.runtime import tensor_names
 from gircse.runtime.bundle import Bundle
+from gircse.runtime.device_rows import DeviceTensor, RowExpander
 from gircse.runtime.errors import BundleError, OptionError, ProviderError
 from gircse.runtime.integer_products import EXACT_PRODUCTS, products_saturate
 from gircse.runtime.manifest import GraphFacts, Layout
 from gircse.runtime.node_placement import RECORD_PLACEMENT, warn_of_fallback
 from gircse.runtime.numerics import Int64
-from gircse.runtime.precision import CPU_ORDER, SPECS, Precision, multiplies_integers
+from gircse.runtime.ort_package import EXECUTION_PROVIDERS, check_release, import_onnxruntime
+from gircse.runtime.precision import CPU_ORDER, multiplies_integers
 from gircse.runtime.prefix_cache import KeysAndValues
 from gircse.runtime.provider import Provider
 from gircse.runtime.session import Session, StepOutputs, step_outputs
-
-EXECUTION_PROVIDERS = {
-    Provider.CPU: ("CPUExecutionProvider",),
-    Provider.CUDA: ("CUDAExecutionProvider", "CPUExecutionProvider"),
-    Provider.ORT_TENSORRT: ("TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"),
-}
-"""What each provider requests from ONNX Runtime; the later ones take the few nodes that compute shapes."""
 
 _OPTIONS = {"CUDAExecutionProvider": {"use_tf32": "0"}}
 """By default the CUDA provider computes FP32 products in TF32, whose vectors are not those of FP32."""
@@ -73,13 +68,23 @@ class StepwiseSession:
     """One graph, run once for the prompt and once per step; a run costs only the steps that it is asked for.
 
     Attributes:
-        takes_prefixes: on the CPU alone; on a GPU the copies to every row would cost what they save.
+        takes_prefixes: on the CPU, and with an expander.
         on_gpu: whether it runs on one.
     """
 
-    def __init__(self, graph: Any, facts: GraphFacts, *, device: str = "cpu") -> None:
-        """Take an ``onnxruntime.InferenceSession`` of the stepwise graph, and ONNX Runtime's name of its device."""
-        self.takes_prefixes, self.on_gpu = device == "cpu", device != "cpu"
+    def __init__(
+        self, graph: Any, facts: GraphFacts, *, device: str = "cpu", expander: RowExpander | None = None
+    ) -> None:
+        """Take an ``onnxruntime.InferenceSession`` of the stepwise graph.
+
+        Args:
+            graph: the session.
+            facts: what it computes.
+            device: ONNX Runtime's name of its device.
+            expander: spreads prefixes on a GPU.
+        """
+        self.on_gpu = device != "cpu"
+        self.takes_prefixes, self._expander = expander is not None or not self.on_gpu, expander
         self._graph, self._facts, self._device = graph, facts, device
         self._past = tensor_names.cache_names("past", facts.num_layers)
         self._present = tensor_names.cache_names("present", facts.num_layers)
@@ -97,11 +102,13 @@ class StepwiseSession:
         return step_outputs(states, self._facts.pooling)
 
     def compute_prefix(self, token_ids: Sequence[int]) -> KeysAndValues:
-        """Return keys and values (1, tokens, kv) of the beginning of a prompt."""
+        """Return keys and values (1, tokens, kv) of the beginning of a prompt, where the graph computes them."""
         graph, ids = _still_open(self._graph), np.array([token_ids], np.int64)
         arrays, kept = self._no_past(ids)
+        arrays[tensor_names.ATTENTION_MASK] = np.ones_like(ids)
         with run_errors(ids):
-            return tuple(graph.run(self._present, {**arrays, **kept, tensor_names.ATTENTION_MASK: np.ones_like(ids)}))
+            values = self._run_once(graph, arrays, kept, self._present)
+        return tuple(map(DeviceTensor.of, values) if self.on_gpu else values)
 
     def passes(
         self,
@@ -127,10 +134,11 @@ class StepwiseSession:
             h_k (batch, 1, hidden) float32, and the further outputs as arrays.
         """
         graph = _still_open(self._graph)  # kept for all passes, should another thread close the session meanwhile
-        run_once = self._run_on_cpu if self._device == "cpu" else self._run_on_device
         arrays, kept = self._no_past(input_ids)
         if prefix:
-            kept = {name: np.repeat(value, len(input_ids), 0) for name, value in zip(self._past, prefix, strict=True)}
+            repeat = self._expander or functools.partial(np.repeat, axis=0)
+            with run_errors(input_ids):
+                kept = {name: repeat(value, len(input_ids)) for name, value in zip(self._past, prefix, strict=True)}
         before = prefix[0].shape[1] if prefix else 0
         mask = np.pad(attention_mask, ((0, 0), (before, steps)), constant_values=1)
         tokens = before + input_ids.shape[1]
@@ -139,7 +147,7 @@ class StepwiseSession:
             read = [tensor_names.NEXT_HIDDEN, *outputs_of(k)]
             names = [*read, *(self._present if k < steps else ())]
             with run_errors(input_ids):
-                values = run_once(graph, {**arrays, **inputs_of(k)}, kept, names)
+                values = self._run_once(graph, {**arrays, **inputs_of(k)}, kept, names)
             yield [value if isinstance(value, np.ndarray) else value.numpy() for value in values[: len(read)]]
             arrays = {tensor_names.INPUT_IDS: input_ids[:, :0]}
             cache = zip(self._past, values[len(read) :], strict=False)  # none at the end
@@ -162,6 +170,10 @@ class StepwiseSession:
     def close(self) -> None:
         """Release the graph and its weights."""
         self._graph = None
+
+    def _run_once(self, graph: Any, arrays: dict[str, Any], kept: dict[str, Any], names: Sequence[str]) -> Any:
+        run = self._run_on_device if self.on_gpu else self._run_on_cpu
+        return run(graph, arrays, kept, names)
 
     def _run_on_cpu(self, graph: Any, arrays: dict[str, Any], kept: dict[str, Any], names: Sequence[str]) -> Any:
         """Run the graph on arrays and values of an earlier run; the outputs are arrays, and nothing is copied.
@@ -260,7 +272,10 @@ def open_session(
         )
     if layout is Layout.UNROLLED:
         return UnrolledSession(graph)
-    return StepwiseSession(graph, facts, device=ort_device(provider))
+    device, expander = ort_device(provider), None
+    if provider is Provider.CUDA:
+        expander = RowExpander(functools.partial(load_graph, path, provider=provider), device)
+    return StepwiseSession(graph, facts, device=device, expander=expander)
 
 
 def ort_device(provider: Provider) -> str:
@@ -344,55 +359,6 @@ def load_graph(
     if provider is not Provider.CPU:
         warn_of_fallback(session, str(path))
     return session
-
-
-def import_onnxruntime(provider: Provider) -> Any:
-    """Import onnxruntime and check that it was built with a provider.
-
-    Raises:
-        ProviderError: it is not installed, or was built without the provider.
-    """
-    extra = "cpu" if provider is Provider.CPU else "gpu"
-    try:
-        import onnxruntime
-    except ImportError as err:
-        raise ProviderError(
-            f"provider {provider}",
-            "needs onnxruntime, which is not installed",
-            None,
-            f"Install it: pip install 'gircse-deploy[{extra}]'",
-        ) from err
-    wanted = EXECUTION_PROVIDERS[provider][0]
-    if wanted not in onnxruntime.get_available_providers():
-        raise ProviderError(
-            f"provider {provider}",
-            f"needs {wanted}",
-            f"this onnxruntime has {', '.join(onnxruntime.get_available_providers())}",
-            f"Replace it: pip uninstall onnxruntime && pip install 'gircse-deploy[{extra}]'",
-        )
-    return onnxruntime
-
-
-def check_release(onnxruntime: Any, precision: str) -> None:
-    """Refuse a release of ONNX Runtime that is known to run a precision wrong on the CPU.
-
-    Raises:
-        ProviderError: it is older than the first that runs it right.
-    """
-    if precision not in SPECS:
-        return
-    oldest = SPECS[Precision(precision)].onnxruntime
-    if _release(onnxruntime.__version__) < _release(oldest):
-        raise ProviderError(
-            f"onnxruntime {onnxruntime.__version__}",
-            f"cannot run {precision}",
-            f"it takes {oldest} or later",
-            "Upgrade: pip install -U onnxruntime, or choose another precision.",
-        )
-
-
-def _release(version: str) -> list[int]:
-    return [int(number) for number in re.findall(r"\d+", version)[:3]]
 
 
 def _first_line(text: str) -> str:

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from gircse.runtime.bundle import Bundle
 from gircse.runtime.errors import BundleError, EngineMismatchError, ProviderError
 from gircse.runtime.manifest import Layout
-from gircse.runtime.ort_session import import_onnxruntime, open_session
+from gircse.runtime.ort_package import import_onnxruntime
+from gircse.runtime.ort_session import open_session
 from gircse.runtime.precision import CPU_ORDER, GPU_ORDER, runs_on
 from gircse.runtime.provider import Provider
 from gircse.runtime.session import Session

@@ -111,8 +111,7 @@ class BundleSpec(_Spec):
     @property
     def takes_prefixes(self) -> bool:
         """Whether it can compute an instruction once."""
-        on_onnxruntime = self.provider in (Provider.CUDA, Provider.ORT_TENSORRT)
-        return self._layout_to_run is Layout.STEPWISE and not on_onnxruntime
+        return self._layout_to_run is Layout.STEPWISE and self.provider is not Provider.ORT_TENSORRT
 
     @property
     def _layout_to_run(self) -> Layout:

@@ -5,13 +5,17 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import onnx
+import onnxruntime
 import pytest
 from support.machine import TEXTS, Machine
 from support.stub_onnxruntime import CPU, CUDA, TENSORRT, StubOnnxRuntime
 
 from gircse.runtime import Embedder, ProviderError
 from gircse.runtime.bundle import Bundle
-from gircse.runtime.ort_session import check_release, open_session
+from gircse.runtime.device_rows import expand_model
+from gircse.runtime.ort_package import check_release
+from gircse.runtime.ort_session import open_session
 from gircse.runtime.tensor_names import cache_names
 
 
@@ -63,6 +67,59 @@ def test_state_and_cache_stay_on_the_gpu(machine: Machine, bundle: Path, provide
     cpu = Embedder(bundle, provider="cpu", precision="fp16", layout="stepwise")
     np.testing.assert_array_equal(found, cpu.encode(TEXTS, all_steps=True))
     assert stub.sessions[-1].bindings == []  # the CPU needs none
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+def test_prefixes_stay_on_the_gpu(
+    machine: Machine, bundle: Path, monkeypatch: pytest.MonkeyPatch, precision: str
+) -> None:
+    stub = machine.install("onnxruntime", StubOnnxRuntime(TENSORRT, CUDA, CPU))
+    monkeypatch.setattr("gircse.runtime.prefix_cache.WORTH_TOKENS_GPU", 8)
+    on_gpu = {"provider": "cuda", "precision": precision, "layout": "stepwise", "prefix_cache": True}
+    embedder = Embedder(bundle, **on_gpu)
+    for _ in range(2):
+        found = embedder.encode(TEXTS, all_steps=True, instruction="Find what answers it")
+    info = embedder.prefix_cache_info()
+    assert (info.misses, info.hits, info.prefixes) == (1, 1, 1)
+    decoder, expander = stub.sessions[-2:]
+    past = cache_names("past", embedder.manifest.graph.num_layers)
+    assert [list(binding.outputs.values()) for binding in expander.bindings] == 2 * len(past) * [["cuda"]]
+    passes = embedder.steps + 1
+    computed, *runs = decoder.bindings
+    assert len(runs) == 2 * passes
+    expanded = [binding.results[0] for binding in expander.bindings]
+    for first, values in zip(runs[::passes], (expanded[: len(past)], expanded[len(past) :]), strict=True):
+        assert [first.values[name] for name in past] == values
+    kept = [binding.values["x"] for binding in expander.bindings]
+    assert kept == 2 * computed.results
+    item_bytes = 2 if precision == "fp16" else 4  # the CPU that stands for a GPU runs FP32 in place of BF16
+    assert info.size == item_bytes * sum(np.prod(value.shape()) for value in computed.results)
+    stand_in = {"provider": "cpu", "precision": "fp32" if precision == "bf16" else precision, "layout": "stepwise"}
+    with Embedder(bundle, **stand_in) as cpu:
+        np.testing.assert_array_equal(found, cpu.encode(TEXTS, all_steps=True, instruction="Find what answers it"))
+
+
+def test_prefixes_on_a_gpu_are_asked_for(machine: Machine, bundle: Path) -> None:
+    machine.install("onnxruntime", StubOnnxRuntime(TENSORRT, CUDA, CPU))
+    for options, has_one in (
+        ({"provider": "cuda", "layout": "stepwise"}, False),
+        ({"provider": "cuda", "prefix_cache": True}, False),  # unrolled
+        ({"provider": "cuda", "layout": "stepwise", "prefix_cache": True}, True),
+        ({"provider": "onnxruntime-tensorrt", "layout": "stepwise", "prefix_cache": True}, False),
+    ):
+        with Embedder(bundle, **options) as embedder:
+            assert bool(embedder.prefix_cache_info().max_size) == has_one
+
+
+def test_the_graph_that_repeats_rows() -> None:
+    for onnx_type, dtype in ((onnx.TensorProto.FLOAT, np.float32), (onnx.TensorProto.FLOAT16, np.float16)):
+        session = onnxruntime.InferenceSession(expand_model(onnx_type), providers=[CPU])
+        row = np.arange(6, dtype=dtype).reshape(1, 2, 3)
+        (found,) = session.run(None, {"x": row, "s": np.array([4, 2, 3])})
+        np.testing.assert_array_equal(found, np.repeat(row, 4, 0))
+    model = onnx.load_from_string(expand_model(onnx.TensorProto.BFLOAT16))
+    onnx.checker.check_model(model)
+    assert {value.type.tensor_type.elem_type for value in (model.graph.input[0], *model.graph.output)} == {16}
 
 
 @pytest.mark.parametrize(
