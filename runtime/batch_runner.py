@@ -46,7 +46,7 @@ class BatchRunner:
 
     def close(self) -> None:
         """Close the session; closing twice does nothing."""
-        self._closed = True
+        self._closed, self._prefixes = True, None
         self._session.close()
 
     def embed(
@@ -111,8 +111,9 @@ class BatchRunner:
             if value < 1:
                 raise OptionError(name, f"is {value}", "it has to be at least 1")
         lengths, prefix = [len(ids) for ids in token_ids], Prefix(0, self._session.run)
-        if self._prefixes is not None and token_ids and instruction_tokens is not None:
-            prefix = self._prefixes.choose(token_ids, fixed=instruction_tokens, batch_size=batch_size) or prefix
+        prefixes = self._prefixes  # another thread may close meanwhile
+        if prefixes is not None and token_ids and instruction_tokens is not None:
+            prefix = prefixes.choose(token_ids, fixed=instruction_tokens, batch_size=batch_size) or prefix
             token_ids = [ids[prefix.tokens :] for ids in token_ids]
         for rows in length_buckets(lengths, batch_size=batch_size, batch_tokens=batch_tokens):
             yield rows, self._run(pad_batch(rows, token_ids, pad_token_id=self._manifest.pad_token_id), steps, prefix)

@@ -28,7 +28,7 @@ WORTH_TOKENS_GPU = 256
 on an A100, 200 on an H200, 300 on an H100, 400 on an L4, by their data sheets), so fewer would save nothing."""
 
 KeysAndValues = tuple[Any, ...]
-"""Arrays (1, tokens, kv), in the order of the graph's inputs."""
+"""In the order of the graph's inputs, whatever the session makes that has a ``shape`` (1, tokens, ...) and ``nbytes``."""
 
 
 class PrefixCacheInfo(NamedTuple):

@@ -37,7 +37,9 @@ def small_bundle(small_models: SmallModels) -> Path:
     return small_models.bundle("llama", precisions=tuple(GPU_MIN_COSINE))
 
 
-def open_embedder(small_models: SmallModels, provider: Provider, precision: str, layout: Layout) -> Embedder:
+def open_embedder(
+    small_models: SmallModels, provider: Provider, precision: str, layout: Layout, *, prefix_cache: bool | None = None
+) -> Embedder:
     bundle = small_bundle(small_models)
     try:
         if provider in MODULES:
@@ -50,7 +52,7 @@ def open_embedder(small_models: SmallModels, provider: Provider, precision: str,
                     batch=SizeRange(1, 2, 3),  # smaller than the batches of the tests
                 )
             )
-        return Embedder(bundle, provider=provider, precision=precision, layout=layout)
+        return Embedder(bundle, provider=provider, precision=precision, layout=layout, prefix_cache=prefix_cache)
     except ProviderError as err:
         pytest.skip(str(err))
 
@@ -89,6 +91,23 @@ def test_repeated_shapes_threads_and_batches(small_models: SmallModels, provider
         thread.join()
     assert len(found) == 4
     assert max(np.abs(vectors - first).max() for vectors in found.values()) < GPU_BATCH_MAX_DIFFERENCE
+
+
+@pytest.mark.parametrize("provider", [provider for provider in PROVIDERS if provider is not Provider.ORT_TENSORRT])
+def test_a_prefix_gives_the_vectors_of_whole_prompts(
+    small_models: SmallModels, provider: Provider, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gircse.runtime.prefix_cache.WORTH_TOKENS_GPU", 1)
+    embedder = open_embedder(small_models, provider, "fp16", Layout.STEPWISE, prefix_cache=True)
+    token_ids, _ = embedder.tokenizer.tokenize(TEXTS, instruction="Find what freezes")
+    whole, shared = (
+        np.concatenate(
+            [all_vectors(outputs) for _, outputs in embedder.run_batches(token_ids, instruction_tokens=common)]
+        )
+        for common in (None, 8)
+    )
+    assert embedder.prefix_cache_info().misses == 1
+    assert np.abs(shared - whole).max() < GPU_BATCH_MAX_DIFFERENCE
 
 
 def test_auto_takes_the_gpu(small_models: SmallModels) -> None:
