@@ -17,7 +17,7 @@ from gircse.runtime.session import StepOutputs
 MAX_BYTES = 256 << 20
 """Of keys and values that are kept; an instruction of 18 tokens has 1 MB in the demo and 2 MB in a 7B."""
 
-WORTH_TOKENS = 32
+WORTH_TOKENS = 24
 """Tokens that a call has to save for a beginning to be computed on its own, which is a pass over all weights."""
 
 WORTH_INSTRUCTION = 8
@@ -28,7 +28,7 @@ WORTH_TOKENS_GPU = 256
 on an A100, 200 on an H200, 300 on an H100, 400 on an L4, by their data sheets), so fewer would save nothing."""
 
 KeysAndValues = tuple[Any, ...]
-"""In the order of the graph's inputs, whatever the session makes that has a ``shape`` (1, tokens, ...) and ``nbytes``."""
+"""In the order of the graph's inputs; what the session makes, with a ``shape`` (1, tokens, ...) and ``nbytes``."""
 
 
 class PrefixCacheInfo(NamedTuple):

@@ -54,12 +54,20 @@ def test_many_prompts_share_what_they_begin_with() -> None:
         ([[1, 2], [2, 3]], 0),
         ([[1, 2], [2, 3]], 2),
         ([[7], [7]], 1),  # each prompt needs a token of its own
-        ([[*range(10), 98], [*range(10), 99]], 0),  # saves ten tokens and costs a pass
+        ([[*range(23), 98], [*range(23), 99]], 0),  # saves 23 tokens and costs a pass
         ([[*range(7), 99]], 7),
     ],
 )
 def test_what_saves_too_little_is_run_whole(prompts: list[list[int]], fixed: int) -> None:
     assert PrefixCache(CountingSession()).choose(prompts, fixed=fixed, batch_size=32) is None
+
+
+@pytest.mark.parametrize(("tokens", "texts", "fixed"), [(24, 2, 0), (8, 4, 0), (8, 1, 8)])
+def test_the_least_that_is_worth_it(tokens: int, texts: int, fixed: int) -> None:
+    prompts = [[*range(tokens), 90 + text] for text in range(texts)]
+    prefix = PrefixCache(CountingSession()).choose(prompts, fixed=fixed, batch_size=1)
+    assert prefix is not None
+    assert prefix.tokens == tokens
 
 
 @pytest.mark.parametrize(

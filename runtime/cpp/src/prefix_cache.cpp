@@ -6,7 +6,7 @@ namespace gircse::core {
 namespace {
 
 // Tokens that a call has to save for a beginning to be computed on its own, which is a pass over all weights.
-constexpr std::size_t kWorthTokens = 32;
+constexpr std::size_t kWorthTokens = 24;
 
 // Tokens of an instruction that is always computed on its own: the next call, too, will begin with it.
 constexpr std::size_t kWorthInstruction = 8;

@@ -49,9 +49,16 @@ TEST_CASE("what saves too little is run whole") {
   CHECK(!cache.choose(session, {{1, 2}, {2, 3}}, 0));
   CHECK(!cache.choose(session, {{1, 2}, {2, 3}}, 2));
   CHECK(!cache.choose(session, {{7}, {7}}, 1));
-  CHECK(!cache.choose(session, {prompt(0, 10, 98), prompt(0, 10, 99)}, 0));
+  CHECK(!cache.choose(session, {prompt(0, 23, 98), prompt(0, 23, 99)}, 0));
   CHECK(!cache.choose(session, {prompt(0, 7, 99)}, 7));
   CHECK(session.computed == 0);
+}
+
+TEST_CASE("the least that is worth it") {
+  CountingSession session;
+  PrefixCache cache;
+  CHECK(cache.choose(session, {prompt(0, 24, 98), prompt(0, 24, 99)}, 0)->tokens == 24);
+  CHECK(cache.choose(session, {prompt(0, 8, 99)}, 8)->tokens == 8);
 }
 
 TEST_CASE("an instruction is computed with the first prompt, and kept for the next") {
