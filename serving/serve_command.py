@@ -1,0 +1,143 @@
+"""``gircse-serve``: a bundle behind OpenAI's embeddings API."""
+
+import argparse
+import logging
+import signal
+import socket
+import sys
+from pathlib import Path
+
+from gircse.runtime import Embedder, OptionError
+from gircse.runtime.command import add_runtime_flags, parse_arguments, run_command, write_stdout
+from gircse.runtime.provider import Provider
+
+logger = logging.getLogger(__name__)
+
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command's flags."""
+    parser = argparse.ArgumentParser(
+        prog="gircse-serve", description="Serve a bundle over HTTP, with OpenAI's embeddings API."
+    )
+    parser.add_argument("bundle", type=Path, help="bundle directory")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine)")
+    parser.add_argument("--port", type=int, default=8080, help="port (default: 8080; 0 takes a free one)")
+    parser.add_argument("--model-name", metavar="NAME", help="name in requests (default: that of the directory)")
+    parser.add_argument("--precision", help="variant of the bundle (default: FP32 on the CPU, FP16 on a GPU)")
+    add_runtime_flags(parser, default=Provider.AUTO)
+    parser.add_argument("--threads", type=int, metavar="T", help="threads (default: every physical core)")
+    parser.add_argument(
+        "--max-batch-tokens",
+        type=int,
+        default=4096,
+        metavar="N",
+        help="maximum tokens per batch, padding included (default: 4096)",
+    )
+    parser.add_argument(
+        "--max-queue",
+        type=int,
+        default=131072,
+        metavar="N",
+        help="tokens that may wait; a request that finds no room gets status 429 (default: 131072)",
+    )
+    parser.add_argument(
+        "--max-body-mib", type=int, default=16, metavar="N", help="largest request, in MiB (default: 16)"
+    )
+    parser.add_argument(
+        "--api-key-file", type=Path, metavar="FILE", help="keys that /v1 asks for, one per line (default: none)"
+    )
+    parser.add_argument(
+        "--accept-token-ids", action="store_true", help="take token ids of the model's own tokenizer as input"
+    )
+    parser.add_argument(
+        "--allow-dimensions", action="store_true", help="cut vectors where a request asks for fewer dimensions"
+    )
+    parser.add_argument("--no-verify", action="store_true", help="skip the hashes of the bundle's files")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; returns the exit code: 1 for a failed self-test, 2 for an error."""
+    args = parse_arguments(build_parser(), argv)
+    return run_command("gircse-serve", lambda: _run(args), extras="cpu,serve")
+
+
+def _run(args: argparse.Namespace) -> int:
+    import uvicorn
+
+    from gircse.serving.http_app import ServerOptions, create_app
+
+    for flag in ("max_batch_tokens", "max_queue", "max_body_mib"):
+        if (given := getattr(args, flag)) < 1:
+            raise OptionError(f"--{flag.replace('_', '-')}", f"is {given}", "it has to be at least 1")
+    keys = _read_keys(args.api_key_file) if args.api_key_file else ()
+    if not keys and args.host not in LOOPBACK:
+        logger.warning("every machine that reaches %s can use this server: there is no --api-key-file", args.host)
+    with _bind(args.host, args.port) as listener, _open(args) as embedder:
+        if embedder.manifest.golden:
+            report = embedder.self_test()
+            if not report.passed:
+                logger.error("the self-test failed: smallest cosine to PyTorch %.7f", report.min_cosine)
+                return 1
+        else:
+            logger.warning("no self-test: the bundle holds no golden vectors")
+        options = ServerOptions(
+            model=args.model_name or args.bundle.resolve().name,
+            batch_tokens=args.max_batch_tokens,
+            queue_tokens=args.max_queue,
+            body_bytes=args.max_body_mib << 20,
+            api_keys=keys,
+            accept_token_ids=args.accept_token_ids,
+            allow_dimensions=args.allow_dimensions,
+        )
+        config = uvicorn.Config(create_app(embedder, options), log_config=None, access_log=False, lifespan="on")
+        # uvicorn ends what it has begun when it gets one, and raises it again then: a drained server has done its work.
+        signal.signal(signal.SIGTERM, lambda *_: None)
+        address = f"http://{args.host}:{listener.getsockname()[1]}"
+        write_stdout([f"{options.model} ({embedder.precision} on {embedder.provider}): {address}\n"])
+        uvicorn.Server(config).run([listener])
+    return 0
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    """Take the address before the bundle is loaded; connections are refused until the server listens."""
+    if not 0 <= port < 1 << 16:  # getaddrinfo takes the remainder
+        raise OptionError("--port", f"is {port}", "it has to be 0 to 65535")
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, kind, protocol)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except OSError as err:
+        reason = err.strerror or err
+        raise OptionError(f"--host {host} --port {port}", f"cannot be used: {reason}", None, "Take another.") from err
+    return listener
+
+
+def _open(args: argparse.Namespace) -> Embedder:
+    return Embedder(
+        args.bundle,
+        precision=args.precision,
+        provider=args.provider,
+        layout=args.layout,
+        threads=args.threads,
+        verify=not args.no_verify,
+    )
+
+
+def _read_keys(path: Path) -> tuple[str, ...]:
+    """Read API keys, one per line; blank lines do not count.
+
+    Raises:
+        OptionError: there is none, or it is no ASCII.
+    """
+    keys = tuple(line for line in map(str.strip, path.read_text(encoding="utf-8").splitlines()) if line)
+    if not keys or not all(key.isascii() for key in keys):
+        raise OptionError(f"--api-key-file {path}", "holds no keys", "one key of ASCII characters stands on a line")
+    return keys
+
+
+if __name__ == "__main__":
+    sys.exit(main())
