@@ -2,7 +2,6 @@
 
 import argparse
 import logging
-import signal
 import socket
 import sys
 from pathlib import Path
@@ -65,9 +64,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    import uvicorn
-
     from gircse.serving.http_app import ServerOptions, create_app
+    from gircse.serving.http_server import serve
 
     for flag in ("max_batch_tokens", "max_queue", "max_body_mib"):
         if (given := getattr(args, flag)) < 1:
@@ -92,12 +90,10 @@ def _run(args: argparse.Namespace) -> int:
             accept_token_ids=args.accept_token_ids,
             allow_dimensions=args.allow_dimensions,
         )
-        config = uvicorn.Config(create_app(embedder, options), log_config=None, access_log=False, lifespan="on")
-        # uvicorn ends what it has begun when it gets one, and raises it again then: a drained server has done its work.
-        signal.signal(signal.SIGTERM, lambda *_: None)
+        title = f"{options.model} ({embedder.precision} on {embedder.provider})"
         address = f"http://{args.host}:{listener.getsockname()[1]}"
-        write_stdout([f"{options.model} ({embedder.precision} on {embedder.provider}): {address}\n"])
-        uvicorn.Server(config).run([listener])
+        app = create_app(embedder, options)
+        serve(app, listener, on_start=lambda: write_stdout([f"{title}: {address}\n"]))
     return 0
 
 
