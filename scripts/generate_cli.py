@@ -1,4 +1,4 @@
-"""Write ``docs/cli.md`` from the parsers of the six commands; a test checks that the file is current.
+"""Write ``docs/cli.md`` from the parsers of the commands; a test checks that the file is current.
 
 python scripts/generate_cli.py
 """
@@ -11,9 +11,18 @@ from gircse.calibration import calibrate_command
 from gircse.evaluation import bench_command, parity_command
 from gircse.export import build_command, export_command
 from gircse.runtime import embed_command
+from gircse.serving import serve_command
 
 PAGE = Path(__file__).parents[1] / "docs" / "cli.md"
-COMMANDS = (export_command, embed_command, calibrate_command, build_command, parity_command, bench_command)
+COMMANDS = (
+    export_command,
+    embed_command,
+    serve_command,
+    calibrate_command,
+    build_command,
+    parity_command,
+    bench_command,
+)
 PIPE = "&#124;"
 """A pipe inside a table: Markdown renderers disagree about a backslash before one in backticks."""
 

@@ -22,12 +22,14 @@ COMMANDS = {
     "gircse-build": ("tensorrt",),
     "gircse-parity": ("cpu", "evaluation", "export", "demo", "polygraphy"),
     "gircse-bench": ("cpu", "evaluation", "export", "demo", "llama-cpp"),
+    "gircse-serve": ("cpu", "serve"),
 }
 
 # What is enough to import a module, and to run what needs no more.
 MODULES = {
     "gircse.runtime": (),
     "gircse.runtime.ort_session": ("cpu",),
+    "gircse.serving.http_server": ("serve",),
     "gircse.runtime.trt.session": ("tensorrt-rtx",),
     "gircse.export.engine.builder": ("tensorrt-rtx",),
     "gircse.evaluation.parity.run": ("cpu", "evaluation"),

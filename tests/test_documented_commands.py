@@ -18,6 +18,7 @@ from gircse.calibration import calibrate_command
 from gircse.evaluation import bench_command, parity_command
 from gircse.export import build_command, export_command
 from gircse.runtime import embed_command
+from gircse.serving import serve_command
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -39,6 +40,7 @@ PARSERS: dict[str, Callable[[], argparse.ArgumentParser]] = {
     "gircse-embed-cpp": embed_cpp_parser,
     "gircse-parity": parity_command.build_parser,
     "gircse-bench": bench_command.build_parser,
+    "gircse-serve": serve_command.build_parser,
 }
 README_MAX_LINES = 150
 

@@ -17,6 +17,7 @@ MAY_IMPORT = {
     "calibration": {"runtime", "reporting", "checkpoint", "calibration"},
     "export": {"runtime", "reporting", "checkpoint", "calibration", "export"},
     "evaluation": {"runtime", "reporting", "checkpoint", "calibration", "evaluation"},
+    "serving": {"runtime", "serving"},
 }
 HEAVY = {
     "torch",
