@@ -63,10 +63,10 @@ def vectors(future: "Future[Embedded]") -> list[Any]:
     return future.result(SECONDS).vectors.tolist()
 
 
-def occupied(batcher: Batcher, embedder: RecordingEmbedder) -> "Future[Embedded]":
-    """Make the worker busy with a long batch until the gate opens."""
+def occupied(batcher: Batcher, embedder: RecordingEmbedder, *, length: int = 60) -> "Future[Embedded]":
+    """Make the worker busy with a text until the gate opens."""
     embedder.gate.clear()
-    future = batcher.submit(texts(60))
+    future = batcher.submit(texts(length))
     assert embedder.started.acquire(timeout=SECONDS)
     return future
 
@@ -99,12 +99,18 @@ def test_a_text_over_the_budget_is_a_batch_of_its_own(batcher: Batcher, embedder
     assert [list(map(len, batch)) for batch in embedder.batches] == [[100], [10]]
 
 
-def test_a_batch_is_at_most_half_padding(batcher: Batcher, embedder: RecordingEmbedder) -> None:
+@pytest.mark.parametrize(("short", "batches"), [(2, [3]), (40, [40, 1])], ids=["a few", "many"])
+def test_padding_that_costs_more_than_a_batch_is_avoided(
+    short: int, batches: list[int], embedder: RecordingEmbedder
+) -> None:
+    batcher = Batcher(embedder)
     occupied(batcher, embedder)
-    short, long = batcher.submit(texts(9, 9, 9)), batcher.submit(texts(21))
+    futures = [batcher.submit(texts(*[10] * short)), batcher.submit(texts(60))]
     embedder.gate.set()
-    short.result(SECONDS), long.result(SECONDS)
-    assert [sorted(map(len, batch)) for batch in embedder.batches[1:]] == [[9, 9, 9], [21]]
+    for future in futures:
+        future.result(SECONDS)
+    batcher.close()
+    assert [len(batch) for batch in embedder.batches[1:]] == batches
 
 
 def test_a_large_request_delays_nobody(batcher: Batcher, embedder: RecordingEmbedder) -> None:
@@ -117,14 +123,23 @@ def test_a_large_request_delays_nobody(batcher: Batcher, embedder: RecordingEmbe
 
 
 def test_a_short_batch_runs_beside_a_long_one(batcher: Batcher, embedder: RecordingEmbedder) -> None:
-    long = occupied(batcher, embedder)
+    long = occupied(batcher, embedder, length=160)
     assert vectors(batcher.submit(texts(4))) == [[12, 12]]
-    assert not long.done()
-    not_short = batcher.submit(texts(9))
+    not_short = batcher.submit(texts(41))
     time.sleep(0.1)
     assert not not_short.done()
+    assert not long.done()
     embedder.gate.set()
     not_short.result(SECONDS)
+
+
+def test_nothing_runs_beside_a_common_batch(batcher: Batcher, embedder: RecordingEmbedder) -> None:
+    occupied(batcher, embedder, length=120)
+    short = batcher.submit(texts(4))
+    time.sleep(0.1)
+    assert not short.done()
+    embedder.gate.set()
+    short.result(SECONDS)
 
 
 @pytest.mark.parametrize("other", [{"steps": 1}, {"instruction": "find"}])
