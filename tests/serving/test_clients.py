@@ -1,7 +1,11 @@
-"""Clients that others wrote, against a server on this machine."""
+"""Clients that others wrote, against a server on this machine, and the examples of the documentation."""
 
 import base64
+import json
+import re
+import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -53,3 +57,18 @@ def test_llama_index(address: str, embedder: Embedder) -> None:
     like = pytest.importorskip("llama_index.embeddings.openai_like")
     embeddings = like.OpenAILikeEmbedding(model_name="small", api_base=f"{address}/v1", api_key="secret")
     np.testing.assert_allclose(embeddings.get_text_embedding_batch(TEXTS[:2]), embedder.encode(TEXTS[:2]), atol=1e-6)
+
+
+@pytest.mark.parametrize("language", ["py", "sh"])
+def test_the_examples_of_the_documentation(language: str, embedder: Embedder) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "serve.md").read_text(encoding="utf-8")
+    blocks = re.findall(rf"^```{language}\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    (example,) = (block for block in blocks if ":8080/v1" in block)
+    with running_server(create_app(embedder, ServerOptions(model="small"))) as address:
+        example = example.replace("http://127.0.0.1:8080", address).replace("gircse-demo-8", "small")
+        if language == "py":
+            pytest.importorskip("openai")
+            exec(example, {})
+        else:
+            done = subprocess.run(["bash", "-c", example], capture_output=True, text=True, check=True)
+            assert len(json.loads(done.stdout)["data"]) == 2
