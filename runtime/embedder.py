@@ -2,7 +2,7 @@
 
 import itertools
 import sys
-from collections.abc import Iterable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from pathlib import Path
 from types import TracebackType
 from typing import Self, Unpack
@@ -15,6 +15,7 @@ from gircse.runtime.bundle import Bundle
 from gircse.runtime.errors import BundleError, OptionError, member_of
 from gircse.runtime.manifest import Layout, Manifest
 from gircse.runtime.numerics import Float32
+from gircse.runtime.open_arguments import OpenArguments, reopen, reopen_arguments
 from gircse.runtime.prefix_cache import PrefixCacheInfo
 from gircse.runtime.provider import Provider
 from gircse.runtime.provider_selection import SessionHandle, SessionOptions, open_provider
@@ -40,12 +41,16 @@ class Embedder:
 
     Attributes:
         tokenizer: gives the token ids of texts, as the graphs see them.
+        path: bundle directory, as it was given.
+        arguments: what it was opened with besides, and what a pickle opens it with; None ``from_session``.
 
     Example:
         >>> with Embedder("gircse-demo-8") as embedder:
         ...     embedder.encode(["How do I reset my PIN?"]).shape
         (1, 576)
     """
+
+    arguments: OpenArguments | None
 
     def __init__(
         self,
@@ -80,9 +85,6 @@ class Embedder:
             ProviderError: the provider is not installed or cannot run the bundle.
             OptionError: there is no such provider or layout, or ``threads`` is below 1.
         """
-        if threads is not None and threads < 1:
-            hint = "Leave it out to use every physical core."
-            raise OptionError("threads", f"is {threads}", "it has to be at least 1", hint)
         where = member_of(Provider, "provider", provider)
         options = SessionOptions(
             precision=precision,
@@ -100,6 +102,15 @@ class Embedder:
             opened.session.close()
             raise
         self._take(bundle, tokenizer, opened, prefix_cache=prefix_cache)
+        self.path = str(path)
+        self.arguments = {
+            "precision": precision,
+            "provider": where.value,
+            "layout": options.layout and options.layout.value,
+            "threads": threads,
+            "verify": verify,
+            "prefix_cache": prefix_cache,
+        }
 
     @classmethod
     def from_session(cls, bundle: Bundle, session: Session, *, precision: str) -> Self:
@@ -113,6 +124,7 @@ class Embedder:
         embedder = cls.__new__(cls)
         handle = SessionHandle(session, Provider.CPU, precision)
         embedder._take(bundle, open_tokenizer(bundle), handle, prefix_cache=None)
+        embedder.path, embedder.arguments = str(bundle.directory), None
         return embedder
 
     def _take(
@@ -132,6 +144,9 @@ class Embedder:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
+
+    def __reduce__(self) -> tuple[Callable[..., object], tuple[object, ...]]:
+        return reopen, reopen_arguments(type(self), self.path, self.arguments)
 
     @property
     def provider(self) -> Provider:
@@ -167,9 +182,11 @@ class Embedder:
         """Return what the cache of ``prefix_cache`` did and holds; all zeros where there is none."""
         return self._runner.prefix_cache_info()
 
-    def get_sentence_embedding_dimension(self) -> int:
+    def get_embedding_dimension(self) -> int:
         """Return ``embedding_dimension``, under the name that sentence-transformers has for it."""
         return self.embedding_dimension
+
+    get_sentence_embedding_dimension = get_embedding_dimension  # until sentence-transformers 5
 
     def encode(
         self,
@@ -218,7 +235,7 @@ class Embedder:
             convert_to_numpy: only True.
             convert_to_tensor: only False.
             device: only None.
-            normalize_embeddings: only True: the graphs give unit vectors.
+            normalize_embeddings: True or False: the graphs give unit vectors.
             truncate_dim: only None: the models are not trained for shorter vectors.
 
         Returns:
@@ -235,7 +252,6 @@ class Embedder:
             convert_to_numpy=convert_to_numpy,
             convert_to_tensor=convert_to_tensor,
             device=device,
-            normalize_embeddings=normalize_embeddings,
             truncate_dim=truncate_dim,
         )
         options = EncodeOptions(

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from gircse.runtime.bundle import Bundle
-from gircse.runtime.errors import BundleError, EngineMismatchError, ProviderError
+from gircse.runtime.errors import BundleError, EngineMismatchError, OptionError, ProviderError
 from gircse.runtime.manifest import Layout
 from gircse.runtime.ort_package import import_onnxruntime
 from gircse.runtime.ort_session import open_session
@@ -58,6 +58,12 @@ class SessionOptions:
     layout: Layout | None = None
     threads: int | None = None
     verify: bool = True
+
+    def __post_init__(self) -> None:
+        """Refuse a number of threads that there cannot be."""
+        if self.threads is not None and self.threads < 1:
+            hint = "Leave it out to use every physical core."
+            raise OptionError("threads", f"is {self.threads}", "it has to be at least 1", hint)
 
 
 def open_provider(bundle: Bundle, provider: Provider, options: SessionOptions) -> SessionHandle:

@@ -1,7 +1,8 @@
 """Arguments that code written for sentence-transformers passes to ``SentenceTransformer.encode``.
 
-``prompt``, ``prompt_name``, ``batch_size`` and ``show_progress_bar`` work. The rest are accepted with the value that a
-bundle honors anyway; any other value is refused by name, never ignored.
+``prompt``, ``prompt_name``, ``batch_size`` and ``show_progress_bar`` work. ``normalize_embeddings`` may have both
+values: False, the default there, promises no other length. The rest are accepted with the value that a bundle honors
+anyway; any other value is refused by name, never ignored.
 """
 
 from collections.abc import Mapping
@@ -59,7 +60,6 @@ _ACCEPTED: Mapping[str, _Accepted] = {
     "device": _Accepted(
         None, "the device is chosen when a bundle is opened", "Leave it out; use Embedder(path, provider='cuda')."
     ),
-    "normalize_embeddings": _Accepted(True, "the graphs give unit vectors only", "Leave it out."),
     "truncate_dim": _Accepted(
         None,
         "GIRCSE models are not trained for shorter vectors",

@@ -1,6 +1,9 @@
+import inspect
 import logging
+import pickle
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import get_type_hints
 
 import numpy as np
 import pytest
@@ -9,8 +12,11 @@ from support.tolerances import BATCH_MAX_DIFFERENCE
 
 from gircse.runtime import BundleError, Embedder, OptionError, ProviderError
 from gircse.runtime.bundle import Bundle
+from gircse.runtime.manifest import Layout
+from gircse.runtime.open_arguments import OpenArguments
 from gircse.runtime.ort_session import open_session
 from gircse.runtime.precision import SPECS, Precision
+from gircse.runtime.provider import Provider
 
 TEXTS = [
     "input_ids has shape (33, 512); the engine takes batch 1..32.",
@@ -215,6 +221,31 @@ def test_a_closed_embedder_says_so(small_models: SmallModels) -> None:
         with pytest.raises(OptionError, match=r"^embedder is closed\. Open the bundle again"):
             use()
     assert embedder.embedding_dimension == 48  # what the manifest says is still there
+
+
+def test_a_pickle_opens_the_bundle_again(embedder: Embedder, small_models: SmallModels) -> None:
+    pickled = pickle.dumps(embedder)
+    assert len(pickled) < 1000  # a path, not a session
+    with pickle.loads(pickled) as again:
+        assert (again.path, again.arguments) == (embedder.path, embedder.arguments)
+        assert again.arguments["layout"] == embedder.arguments["layout"]
+        np.testing.assert_array_equal(again.encode(TEXTS), embedder.encode(TEXTS))
+    bundle = Bundle.open(small_models.bundle("qwen2"))
+    with (
+        Embedder.from_session(bundle, open_session(bundle, "fp32", threads=1), precision="fp32") as opened,
+        pytest.raises(TypeError, match=r"embedder cannot be pickled; it was made from an open session"),
+    ):
+        pickle.dumps(opened)
+
+
+def test_arguments_are_every_keyword_of_an_embedder_and_fit_into_json(small_models: SmallModels) -> None:
+    keywords = inspect.getfullargspec(Embedder.__init__).kwonlyargs
+    assert list(get_type_hints(OpenArguments)) == keywords
+    path = small_models.bundle("qwen2")
+    with Embedder(path, provider=Provider.CPU, layout=Layout.STEPWISE, precision="fp32", threads=1) as embedder:
+        assert list(embedder.arguments) == keywords
+        assert embedder.path == str(path)
+        assert {type(value) for value in embedder.arguments.values()} == {str, int, bool, type(None)}
 
 
 def test_an_embedder_on_an_open_session(small_models: SmallModels) -> None:

@@ -32,7 +32,9 @@ def test_the_arguments_that_work(embedder: Embedder, capsys: pytest.CaptureFixtu
         "truncate_dim": None,
     }
     np.testing.assert_array_equal(embedder.encode(["ok"], **defaults), wanted)
+    np.testing.assert_array_equal(embedder.encode(["ok"], normalize_embeddings=False), wanted)  # their default
     np.testing.assert_array_equal(embedder.encode(["ok"], prompt="query: "), embedder.encode(["query: ok"]))
+    assert embedder.get_embedding_dimension() == embedder.get_sentence_embedding_dimension() == wanted.shape[1]
     assert capsys.readouterr().err == ""
     embedder.encode(["ok"], show_progress_bar=True)
     assert "1/1" in capsys.readouterr().err
@@ -59,7 +61,6 @@ def test_prompt_names(embedder: Embedder) -> None:
         ({"convert_to_numpy": False}, r"convert_to_numpy is False; .* Leave it out\."),
         ({"convert_to_tensor": True}, r"convert_to_tensor is True; .* torch\.from_numpy\(vectors\)"),
         ({"device": "cuda:0"}, r"device is 'cuda:0'; .* Embedder\(path, provider='cuda'\)"),
-        ({"normalize_embeddings": False}, r"normalize_embeddings is False; the graphs give unit vectors only\."),
         ({"truncate_dim": 16}, r"truncate_dim is 16; .* not trained for shorter vectors\. .* normalize them again"),
     ],
 )
