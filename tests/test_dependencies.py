@@ -30,6 +30,12 @@ MODULES = {
     "gircse.runtime": (),
     "gircse.runtime.ort_session": ("cpu",),
     "gircse.serving.http_server": ("serve",),
+    "gircse.serving.integrations": (),
+    "gircse.serving.integrations.bertopic_backend": ("bertopic",),
+    "gircse.serving.integrations.chroma_function": ("chroma",),
+    "gircse.serving.integrations.haystack_components": ("haystack",),
+    "gircse.serving.integrations.langchain_embeddings": ("langchain",),
+    "gircse.serving.integrations.llama_index_embedding": ("llama-index",),
     "gircse.runtime.trt.session": ("tensorrt-rtx",),
     "gircse.export.engine.builder": ("tensorrt-rtx",),
     "gircse.evaluation.parity.run": ("cpu", "evaluation"),
@@ -40,6 +46,7 @@ MODULES = {
 
 # Distributions that the test environment may lack, by the module that they install.
 NOT_INSTALLED = {
+    "bertopic": "bertopic",
     "llama_cpp": "llama-cpp-python",
     "tensorrt": "tensorrt",
     "tensorrt_rtx": "tensorrt-rtx-cu13",
