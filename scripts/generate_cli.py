@@ -11,13 +11,14 @@ from gircse.calibration import calibrate_command
 from gircse.evaluation import bench_command, parity_command
 from gircse.export import build_command, export_command
 from gircse.runtime import embed_command
-from gircse.serving import serve_command
+from gircse.serving import serve_command, triton_command
 
 PAGE = Path(__file__).parents[1] / "docs" / "cli.md"
 COMMANDS = (
     export_command,
     embed_command,
     serve_command,
+    triton_command,
     calibrate_command,
     build_command,
     parity_command,

@@ -23,6 +23,7 @@ COMMANDS = {
     "gircse-parity": ("cpu", "evaluation", "export", "demo", "polygraphy"),
     "gircse-bench": ("cpu", "evaluation", "export", "demo", "llama-cpp"),
     "gircse-serve": ("cpu", "serve"),
+    "gircse-triton": (),
 }
 
 # What is enough to import a module, and to run what needs no more.
@@ -146,7 +147,7 @@ def test_a_module_can_be_imported(module: str) -> None:
 
 def test_every_command_is_checked() -> None:
     assert set(COMMANDS) == set(PROJECT["scripts"])
-    assert set(PROJECT["optional-dependencies"]) - {"gpu", "test", "docs"} == {
+    assert set(PROJECT["optional-dependencies"]) - {"gpu", "test", "docs", "triton"} == {
         extra for extras in (*COMMANDS.values(), *MODULES.values()) for extra in extras
     }
 

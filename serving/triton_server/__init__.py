@@ -1,0 +1,1 @@
+"""Triton Inference Server: the model repository of a bundle, and the Python model in it."""
