@@ -14,8 +14,8 @@ from gircse.runtime.provider import Provider
 class Precision(StrEnum):
     """Type of weights and matrix products; the name of a variant.
 
-    ``int8`` multiplies integers, with scales of activations from a calibration; ``int8-weights`` computes in FP32 on
-    8-bit weights.
+    ``int8`` multiplies integers, with scales of activations from a calibration; ``int8-weights`` and ``int4-weights``
+    compute in float on weights of 8 or 4 bits.
     """
 
     FP32 = "fp32"
@@ -23,6 +23,7 @@ class Precision(StrEnum):
     BF16 = "bf16"
     INT8 = "int8"
     INT8_WEIGHTS = "int8-weights"
+    INT4_WEIGHTS = "int4-weights"
 
 
 @dataclass(frozen=True)
@@ -172,12 +173,28 @@ SPECS: Mapping[Precision, PrecisionSpec] = {
         cuda=False,  # not yet tried
         onnxruntime="1.32.0",
         emulated=False,
-        tensorrt=False,
+        tensorrt=True,
         gpu_rank=4,
         integer_products=False,
         float32=_INT8_FLOAT,
         self_test_min_cosine=0.995,  # measured 0.9995
         limits=ParityLimits(0.995, 0.9995, 0.98, 0.002, 1e-3),
+        copied=1.0,
+        tables=1.7,
+    ),
+    Precision.INT4_WEIGHTS: PrecisionSpec(
+        dtype="float32",
+        calibrated=True,
+        cpu=True,
+        cuda=False,  # not yet tried
+        onnxruntime="1.32.0",
+        emulated=False,
+        tensorrt=True,
+        gpu_rank=5,
+        integer_products=False,
+        float32=_INT8_FLOAT,
+        self_test_min_cosine=0.9,
+        limits=ParityLimits(0.9, 0.97, 0.85, 0.01, 1e-3),
         copied=1.0,
         tables=1.7,
     ),

@@ -3,7 +3,8 @@
 Rounding every weight to the nearest step minimizes the error of the weights, not of the products. With H = sum x x^T
 over the calibration's inputs, the error of x W^T is (W - Q) H (W - Q)^T: the columns are rounded one at a time, and the
 columns that follow compensate for the error of each, as far as inputs are correlated. Columns that are excluded from
-quantization come last and compensate for what is left.
+quantization come last and compensate for what is left. With scales for blocks of inputs, which 4 bits need, the columns
+of the largest inputs come first, while there are many others to compensate, and a scale may clip where that is better.
 
 Only the diagonal blocks of H, of neighboring inputs, are held: the whole of it has as many elements as an MLP has
 inputs, squared. Every x is divided by its norm first, so that the relative error of a token counts and massive first
@@ -17,7 +18,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gircse.calibration.int8.rounding import quantize_weight, split_weight, weight_scales
+from gircse.calibration.int8.rounding import (
+    INT8_PER_CHANNEL,
+    WeightGrid,
+    least_error_scales,
+    quantize_weight,
+    split_weight,
+    weight_scales,
+)
 from gircse.calibration.int8.scheme import INT8_MAX
 
 BLOCK_INPUTS = 512
@@ -38,11 +46,11 @@ Moments = Sequence[Tensor]
 
 @dataclass(frozen=True)
 class RoundedWeight:
-    """A weight as the integer product reads it.
+    """A weight as a quantized product reads it.
 
     Attributes:
-        integers: (out, in) int8 in -127..127; 0 in the excluded columns.
-        scales: (out,) float32, scale of each output channel.
+        integers: (out, in) int8 in the range of the grid; 0 in the excluded columns.
+        scales: (out,) or (out, in / block) float32, see ``weight_scales``.
         columns: (out, n) float32, the columns that are excluded from quantization.
     """
 
@@ -69,32 +77,60 @@ def add_moments(moments: Moments, rows: Tensor) -> None:
         block += (rows[:, inputs].T @ rows[:, inputs]).to(block.device)
 
 
+def largest_moments(moments: Moments, count: int) -> tuple[int, ...]:
+    """Return the channels that add most to the error of products where only weights are rounded.
+
+    With one step for all inputs of an output, the expected error is the step's square times the sum of H's diagonal
+    over the rounded channels.
+
+    Args:
+        moments: the blocks of H.
+        count: number of channels.
+
+    Returns:
+        Their numbers, sorted; none if that is all of them.
+    """
+    energy = torch.cat([block.diag() for block in moments])
+    return tuple(sorted(energy.topk(count).indices.tolist())) if count < len(energy) else ()
+
+
 def round_smoothed(
-    weight: Tensor, scales: Tensor | None, outlier_channels: Sequence[int], moments: Moments | None
+    weight: Tensor,
+    scales: Tensor | None,
+    outlier_channels: Sequence[int],
+    moments: Moments | None,
+    *,
+    grid: WeightGrid = INT8_PER_CHANNEL,
 ) -> RoundedWeight:
-    """Smooth a weight and round it with one step per output channel.
+    """Smooth a weight and round it.
 
     Args:
         weight: (out, in) float32.
         scales: (in,) float32, s of SmoothQuant; None for 1.
         outlier_channels: columns that are excluded from quantization.
         moments: H of the inputs before smoothing; None rounds to nearest.
+        grid: what it is rounded to.
     """
     scales = weight.new_ones(weight.shape[1]) if scales is None else scales
     channels = list(outlier_channels)
     smoothed, columns = split_weight(weight, scales, tuple(channels))
     if moments is None:
-        return RoundedWeight(*quantize_weight(smoothed), columns)
-    steps = weight_scales(smoothed)
-    smoothed[:, channels] = columns
+        return RoundedWeight(*quantize_weight(smoothed, grid), columns)
     blocks = zip(moments, moment_blocks(weight.shape[1]), strict=True)
     scaled = [block.to(scales.device) / (scales[inputs, None] * scales[None, inputs]) for block, inputs in blocks]
-    integers, columns = round_columns(smoothed, steps[:, None], scaled, excluded=channels)
+    if grid.block is None:
+        steps = weight_scales(smoothed)
+    else:
+        steps = least_error_scales(smoothed, grid, torch.cat([block.diag() for block in scaled]))
+    smoothed[:, channels] = columns
+    integers, columns = round_columns(
+        smoothed, steps.reshape(len(steps), -1), scaled, largest=grid.largest, excluded=channels
+    )
     return RoundedWeight(integers, steps, columns)
 
 
 def round_columns(
-    weight: Tensor, steps: Tensor, moments: Moments, *, excluded: Sequence[int] = ()
+    weight: Tensor, steps: Tensor, moments: Moments, *, largest: float = INT8_MAX, excluded: Sequence[int] = ()
 ) -> tuple[Tensor, Tensor]:
     """Round the columns of a weight by H.
 
@@ -102,6 +138,7 @@ def round_columns(
         weight: (out, in) float32.
         steps: (out, groups) float32; ``in / groups`` neighboring columns share a step.
         moments: H of the weight's inputs.
+        largest: magnitude of an integer.
         excluded: columns that are not rounded.
 
     Returns:
@@ -115,17 +152,19 @@ def round_columns(
     with _one_thread():
         for moment, inputs in zip(moments, moment_blocks(len(columns)), strict=True):
             parts = [torch.nonzero(is_excluded[inputs] == last).squeeze(1) for last in (False, True)]
+            if steps.shape[1] > 1:
+                parts[0] = parts[0][moment.diag()[parts[0]].argsort(descending=True, stable=True)]
             order = torch.cat(parts)
             factor = _inverse_factor(moment[order][:, order])
             order += inputs.start
             block = columns[order]
             block_steps = [steps[:, column // group] for column in order.tolist()[: len(parts[0])]]
-            integers[order[: len(parts[0])]] = _round_block(block, block_steps, factor)
+            integers[order[: len(parts[0])]] = _round_block(block, block_steps, factor, largest)
             columns[order] = block
     return integers.T.contiguous(), columns[list(excluded)].T.contiguous()
 
 
-def _round_block(block: Tensor, steps: Sequence[Tensor], factor: Tensor) -> Tensor:
+def _round_block(block: Tensor, steps: Sequence[Tensor], factor: Tensor, largest: float) -> Tensor:
     """Round the first columns of a block, and let those after them compensate, in place.
 
     The columns are halved until few are left: errors go to the columns of the other half in one matrix product, which
@@ -135,6 +174,7 @@ def _round_block(block: Tensor, steps: Sequence[Tensor], factor: Tensor) -> Tens
         block: (b, out) float32, columns as rows.
         steps: (out,) float32 of each column that is rounded; the columns after them are not.
         factor: (b, b) float32, of ``_inverse_factor``.
+        largest: magnitude of an integer.
 
     Returns:
         Integers (len(steps), out) int8.
@@ -153,7 +193,7 @@ def _round_block(block: Tensor, steps: Sequence[Tensor], factor: Tensor) -> Tens
             round_range(middle, stop)
             return
         for j in range(start, stop):
-            levels = (block[j] / steps[j]).round_().clamp_(-INT8_MAX, INT8_MAX)
+            levels = (block[j] / steps[j]).round_().clamp_(-largest, largest)
             rounded[j] = levels
             torch.sub(block[j], levels.mul_(steps[j]), out=errors[j]).div_(factor[j, j])
             block[j + 1 : stop].addr_(factor[j, j + 1 : stop], errors[j], alpha=-1)

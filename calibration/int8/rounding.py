@@ -1,9 +1,38 @@
-"""Rounding to symmetric INT8: activations in one or two limbs, weights with one scale per output channel."""
+"""Symmetric rounding: activations to INT8 in one or two limbs, weights to a grid of 8 or 4 bits."""
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from gircse.calibration.int8.scheme import INT8_MAX, LO_LIMB
+
+
+@dataclass(frozen=True)
+class WeightGrid:
+    """The numbers that a weight is rounded to: symmetric integers, times a scale per output channel or finer.
+
+    Attributes:
+        bits: of an integer, 8 or 4; the most negative one is not used.
+        block: neighboring inputs that share a scale; None for all of an output channel.
+    """
+
+    bits: int = 8
+    block: int | None = None
+
+    @property
+    def largest(self) -> float:
+        """The largest integer."""
+        return float(2 ** (self.bits - 1) - 1)
+
+
+INT8_PER_CHANNEL = WeightGrid()
+
+SHRINKS = tuple(1 - 0.04 * number for number in range(13))
+"""What the scale of a block may be multiplied by, from 1, with which it holds its largest weight, to 0.52."""
+
+_ROWS = 1024
+"""Outputs whose scales are searched at once, to save memory."""
 
 
 def quantize_rows(values: Tensor, *, threshold: float, limbs: int) -> Tensor:
@@ -22,23 +51,63 @@ def quantize_rows(values: Tensor, *, threshold: float, limbs: int) -> Tensor:
     return (hi + lo / LO_LIMB) * step
 
 
-def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Round a weight to symmetric INT8 with one scale per output channel.
+def quantize_weight(weight: Tensor, grid: WeightGrid = INT8_PER_CHANNEL) -> tuple[Tensor, Tensor]:
+    """Round a weight to the nearest numbers of a grid.
 
     Args:
         weight: (out, in) float32.
+        grid: its ``block``, if any, divides ``in``.
 
     Returns:
-        Integers (out, in) int8 in -127..127, and scales (out,) float32; a row of zeros has scale 1.
+        Integers (out, in) int8, and their scales, see ``weight_scales``.
     """
-    scales = weight_scales(weight)
-    return (weight / scales[:, None]).round_().clamp_(-INT8_MAX, INT8_MAX).to(torch.int8), scales
+    scales = weight_scales(weight, grid)
+    largest = grid.largest
+    blocks = weight.reshape(len(weight), -1, grid.block or weight.shape[1])
+    integers = (blocks / scales.reshape(len(weight), -1, 1)).round_().clamp_(-largest, largest).to(torch.int8)
+    return integers.reshape(weight.shape), scales
 
 
-def weight_scales(weight: Tensor) -> Tensor:
-    """Return the scale (out,) float32 of each output channel of a weight (out, in); 1 for a row of zeros."""
-    scales = torch.linalg.vector_norm(weight, torch.inf, dim=1) / INT8_MAX  # without a copy, as abs() makes one
+def weight_scales(weight: Tensor, grid: WeightGrid = INT8_PER_CHANNEL) -> Tensor:
+    """Return the scales with which a grid holds all of a weight.
+
+    Args:
+        weight: (out, in) float32.
+        grid: its ``block``, if any, divides ``in``.
+
+    Returns:
+        (out,) float32 without blocks, else (out, in / block); 1 where all weights are 0.
+    """
+    blocks = weight if grid.block is None else weight.reshape(len(weight), -1, grid.block)
+    # vector_norm, because abs() makes a copy
+    scales = torch.linalg.vector_norm(blocks, torch.inf, dim=-1) / grid.largest
     return torch.where(scales > 0, scales, torch.ones_like(scales))
+
+
+def least_error_scales(weight: Tensor, grid: WeightGrid, energy: Tensor) -> Tensor:
+    """Return the scales with the least squared error of the nearest numbers, some of which are clipped.
+
+    Args:
+        weight: (out, in) float32.
+        grid: with blocks that divide ``in``.
+        energy: (in,) float32, what the squared error of an input is multiplied by.
+
+    Returns:
+        (out, in / block) float32.
+    """
+    return torch.cat([_least_error_scales(rows, grid, energy) for rows in weight.split(_ROWS)])
+
+
+def _least_error_scales(weight: Tensor, grid: WeightGrid, energy: Tensor) -> Tensor:
+    widest = weight_scales(weight, grid)
+    blocks, energy = weight.reshape(*widest.shape, -1), energy.reshape(1, widest.shape[1], -1)
+    best, least = widest, torch.full_like(widest, torch.inf)
+    for shrink in SHRINKS:
+        scales = shrink * widest
+        levels = (blocks / scales[..., None]).round_().clamp_(-grid.largest, grid.largest)
+        error = levels.mul_(scales[..., None]).sub_(blocks).square_().mul_(energy).sum(-1)
+        best, least = torch.where(error < least, scales, best), torch.minimum(error, least)
+    return best
 
 
 def split_weight(weight: Tensor, scales: Tensor, outlier_channels: tuple[int, ...]) -> tuple[Tensor, Tensor]:

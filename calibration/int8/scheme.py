@@ -74,6 +74,22 @@ added to the integer one (T. Dettmers et al., LLM.int8(), arXiv 2208.07339, here
 The MLP's input has none, because its product is the widest and the extra sum costs most there; attention's output has a
 lo limb instead."""
 
+WEIGHT_OUTLIER_CHANNELS: Mapping[InputKind, int] = {
+    InputKind.ATTENTION_INPUT: 8,
+    InputKind.ATTENTION_OUTPUT: 0,
+    InputKind.MLP_INPUT: 8,
+    InputKind.MLP_OUTPUT: 8,
+    InputKind.VOCABULARY: 0,
+}
+"""The same where only weights are rounded. These are not smoothed, and the largest channels of the massive activations
+that a first token has are the largest source of error behind every norm: a prompt of one token is lost without them."""
+
+INT4_KINDS = frozenset({InputKind.MLP_INPUT, InputKind.MLP_OUTPUT})
+"""Kinds whose weights have 4 bits in ``int4-weights``; those of the others have 8."""
+
+INT4_BLOCKS = (32, 16)
+"""Inputs that share a scale of 4-bit weights, the first of them that divides a weight's."""
+
 _PROJECTIONS = {
     InputKind.ATTENTION_INPUT: ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     InputKind.ATTENTION_OUTPUT: ("self_attn.o_proj",),

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from gircse.calibration.int8.scheme import VOCABULARY_INPUT
 from gircse.export.graph.builder import GraphBuilder
 from gircse.export.int8.qdq import QdqBuilder, QdqTarget
 from gircse.export.int8.vocabulary import IntegerVocabulary, integer_weight
@@ -23,7 +22,7 @@ from gircse.runtime import tensor_names
 
 @dataclass(frozen=True)
 class DequantizedVocabulary:
-    """Reads the initializers of ``integers``, which has limbs."""
+    """Reads the initializers of ``integers``."""
 
     integers: IntegerVocabulary
 
@@ -46,9 +45,7 @@ class DequantizedVocabulary:
 
     def _logits(self, g: GraphBuilder, hidden: ir.Value) -> ir.Value:
         integers, qdq = self.integers, QdqBuilder(g, QdqTarget.TENSORRT)
-        if integers.limbs is None:
-            raise ValueError("block-wise weights have no graph for TensorRT")
-        state = qdq.quantize(hidden, limbs=integers.limbs, threshold=integers.threshold, name=VOCABULARY_INPUT.name)
+        state = integers.state(qdq, hidden)
         if integers.tied:
             weight = g.op("Transpose", self._table(g), perm=[1, 0])
         else:

@@ -1,4 +1,4 @@
-"""The operators that turn an activation into 8 bits and multiply it: explicit Q/DQ with static scales, standard ONNX.
+"""The operators of quantized products: explicit Q/DQ with static scales, standard ONNX.
 
 ONNX Runtime and TensorRT both make one integer product of these. x is (..., in), W int8 is (in, out) with a scale for
 every column, and t is the magnitude that becomes 127::
@@ -16,7 +16,10 @@ One product reads both, because lo is stacked under hi as more rows; so W is rea
 With step 1, x = 3.7 gives hi = 4 and lo = round(-0.3 * 254) = -76, which is 4 - 76 / 254 = 3.7008: an error of 0.0008
 where one limb has 0.3.
 
-The two runtimes store activations differently (:class:`QdqTarget`). Weights are the same for both.
+The two runtimes store activations differently (:class:`QdqTarget`). Weights are the same for both. Where only these are
+quantized, x stays in float::
+
+    y = x @ DQ(W, scales)
 """
 
 from enum import StrEnum
@@ -45,11 +48,11 @@ class QdqTarget(StrEnum):
     TENSORRT = "tensorrt"
 
 
-class QuantizedActivation(NamedTuple):
-    """An activation as the left operand of integer products: (..., in), or (2 ..., in) with the lo limb below hi."""
+class LeftOperand(NamedTuple):
+    """An activation as quantized products read it: (..., in), or (2 ..., in) with the lo limb below hi."""
 
     rows: ir.Value
-    limbs: int
+    limbs: int = 1
 
 
 class QdqBuilder:
@@ -59,7 +62,7 @@ class QdqBuilder:
         """Take what adds nodes, and what will run them."""
         self._nodes, self._target = nodes, target
 
-    def quantize(self, x: ir.Value, *, limbs: int, threshold: float, name: str) -> QuantizedActivation:
+    def quantize(self, x: ir.Value, *, limbs: int, threshold: float, name: str) -> LeftOperand:
         """Quantize an activation.
 
         Args:
@@ -77,12 +80,12 @@ class QdqBuilder:
             step = float(fp16_scales(np.array(exact, np.float32), name))
         hi = self._quantized(x, step)
         if limbs == 1:
-            return QuantizedActivation(self._operand(hi, step), limbs)
+            return LeftOperand(self._operand(hi, step), limbs)
         remainder = self._nodes.op("Sub", x, self._dequantized(hi, step))
         lo = self._quantized(remainder, exact / LO_LIMB)
-        return QuantizedActivation(self._operand(self._nodes.op("Concat", hi, lo, axis=0), step), limbs)
+        return LeftOperand(self._operand(self._nodes.op("Concat", hi, lo, axis=0), step), limbs)
 
-    def multiply(self, activation: QuantizedActivation, weight: ir.Value) -> ir.Value:
+    def multiply(self, activation: LeftOperand, weight: ir.Value) -> ir.Value:
         """Multiply with a dequantized weight (in, out); returns (..., out) float32."""
         product = self._nodes.op("MatMul", activation.rows, weight)
         if activation.limbs == 1:
@@ -90,8 +93,19 @@ class QdqBuilder:
         hi, lo = self._nodes.op_multi("Split", product, outputs=2, axis=0, num_outputs=2)
         return self._nodes.op("Add", hi, self._nodes.op("Mul", lo, self._nodes.number(1 / LO_LIMB)))
 
-    def dequantize_weight(self, weight: ir.Value, scales: ir.Value, *, axis: int = 1) -> ir.Value:
-        """Return an int8 weight in float, with a scale for every index of an axis; the product reads the integers."""
+    def dequantize_weight(
+        self, weight: ir.Value, scales: ir.Value, *, axis: int = 1, block: int | None = None
+    ) -> ir.Value:
+        """Return an integer weight in float; the product reads the integers.
+
+        Args:
+            weight: int8 or int4.
+            scales: one for every index of an axis, or (in / block, out).
+            axis: of the scales.
+            block: neighboring inputs that share a scale, along axis 0.
+        """
+        if block is not None:
+            return self._nodes.op("DequantizeLinear", weight, scales, axis=0, block_size=block)
         return self._nodes.op("DequantizeLinear", weight, scales, axis=axis)
 
     def outlier_channels(self, x: ir.Value, channels: tuple[int, ...], weight: ir.Value) -> ir.Value:
@@ -103,11 +117,6 @@ class QdqBuilder:
     def integer_rows(self, table: ir.Value, ids: ir.Value) -> ir.Value:
         """Look up rows of an int8 table (vocab, hidden) without their scales: ids (...) -> (..., hidden) float32."""
         return self._nodes.op("DequantizeLinear", self._nodes.op("Gather", table, ids), self._nodes.number(1.0))
-
-    def blockwise_product(self, x: ir.Value, weight: ir.Value, scale: ir.Value, *, block: int) -> ir.Value:
-        """Multiply x (..., in) float32 with an int8 weight (in, out) and its scales (in / block, out)."""
-        wide = self._nodes.op("DequantizeLinear", weight, scale, axis=0, block_size=block)
-        return self._nodes.op("MatMul", x, wide)
 
     def _quantized(self, x: ir.Value, step: float) -> ir.Value:
         return self._nodes.op("QuantizeLinear", x, self._nodes.number(step), self._zero_point())

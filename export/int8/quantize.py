@@ -1,11 +1,12 @@
-"""Rewrite an FP32 graph to INT8, by a calibration.
+"""Quantize an FP32 graph, by a calibration.
 
-Every product whose input is not excluded from quantization becomes an integer one; the weights of queries, keys and
-values lie side by side in one, and a Split hands the parts on. Smoothing costs nothing at run time: it is folded into
-the weight of the RMSNorm before. Outlier channels are multiplied in float next to the integer product.
-``int8-weights`` stores int8 with a scale for every block of 32 inputs and computes in float.
+Every product whose input is not excluded from quantization reads integer weights; those of queries, keys and values lie
+side by side in one product, and a Split hands the parts on. Outlier channels are multiplied in float next to it.
 
-An ``int8`` variant has two graphs on the same weights, one for ONNX Runtime and one for TensorRT (:class:`QdqTarget`).
+``int8`` rounds the inputs too and multiplies integers. Its smoothing costs nothing at run time: it is folded into the
+weight of the RMSNorm before. ``int8-weights`` and ``int4-weights`` multiply in float.
+
+A variant has two graphs on the same weights, one for ONNX Runtime and one for TensorRT (:class:`QdqTarget`).
 """
 
 import functools
@@ -21,25 +22,35 @@ import torch
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from gircse.calibration.calibration_file import Calibration, InputCalibration
-from gircse.calibration.int8.scheme import JOINED, LIMBS, VOCABULARY_INPUT, InputKind, QuantizedInput, decoder_inputs
+from gircse.calibration.int8.gptq import largest_moments
+from gircse.calibration.int8.rounding import INT8_PER_CHANNEL, WeightGrid
+from gircse.calibration.int8.scheme import (
+    INT4_BLOCKS,
+    INT4_KINDS,
+    JOINED,
+    LIMBS,
+    VOCABULARY_INPUT,
+    WEIGHT_OUTLIER_CHANNELS,
+    InputKind,
+    QuantizedInput,
+    decoder_inputs,
+)
 from gircse.calibration.moments_file import MomentsFile
 from gircse.export.graph.architecture import DecoderShape
 from gircse.export.graph.builder import NodeBuilder
 from gircse.export.graph.compose import FloatVocabulary
 from gircse.export.graph.simplify import transpose_of
 from gircse.export.int8.dequantized_vocabulary import DequantizedVocabulary
-from gircse.export.int8.qdq import QdqBuilder, QdqTarget
+from gircse.export.int8.qdq import LeftOperand, QdqBuilder, QdqTarget
 from gircse.export.int8.vocabulary import IntegerVocabulary
 from gircse.export.int8.weights import (
-    BlockwiseProduct,
-    IntegerProduct,
+    QuantizedProduct,
     ReadMoments,
     SmoothedNorm,
     WeightSource,
-    block_size,
 )
 from gircse.runtime.errors import CalibrationError, ExportError, OptionError
-from gircse.runtime.precision import Precision
+from gircse.runtime.precision import SPECS, Precision
 
 Int8Vocabulary = FloatVocabulary | IntegerVocabulary | DequantizedVocabulary
 
@@ -71,7 +82,7 @@ class OpenedCalibration:
 
 @dataclass(frozen=True)
 class Quantization:
-    """How the graphs of an INT8 variant are made.
+    """How the graphs of a quantized variant are made.
 
     Attributes:
         precision: the variant.
@@ -85,6 +96,11 @@ class Quantization:
     shape: DecoderShape
     excluded: Collection[str]
 
+    @property
+    def quantizes_activations(self) -> bool:
+        """Whether the inputs of products are integers too."""
+        return SPECS[self.precision].integer_products
+
     def vocabulary(self, target: QdqTarget) -> Int8Vocabulary:
         """Return how a graph reads the vocabulary, which is as in FP32 if its projection is excluded."""
         if VOCABULARY_INPUT.name in self.excluded:
@@ -95,7 +111,7 @@ class Quantization:
             (shape.vocab_size, shape.hidden_size),
             shape.tied,
             calibration.soft_token,
-            LIMBS[InputKind.VOCABULARY] if self.precision is Precision.INT8 else None,
+            LIMBS[InputKind.VOCABULARY] if self.quantizes_activations else None,
             found.threshold if found else 0.0,
         )
         return integers if target is QdqTarget.ONNX_RUNTIME else DequantizedVocabulary(integers)
@@ -106,7 +122,7 @@ class Quantized:
     """What was done to a graph.
 
     Attributes:
-        counts: inputs of integer products by kind, and the smoothing that was folded.
+        counts: inputs of quantized products by kind, and the smoothing that was folded.
         weight_sources: what makes the new initializers.
     """
 
@@ -195,15 +211,11 @@ class _Rewriter:
         return _products_by_weight(self.graph)
 
     def rewrite(self, quantized_input: QuantizedInput) -> None:
-        """Turn the products of one input into one integer product, unless it is excluded."""
+        """Quantize the products of one input, unless it is excluded."""
         nodes = [self._product(name) for name in quantized_input.projections]
         if quantized_input.name in self.how.excluded:
             return
-        if self.how.precision is Precision.INT8_WEIGHTS:
-            for node, name in zip(nodes, quantized_input.projections, strict=True):
-                self._store_blockwise(quantized_input, node, name)
-        else:
-            self._make_integer(quantized_input, nodes)
+        self._quantize(quantized_input, nodes)
         self.counts[quantized_input.kind] += 1
 
     def _product(self, projection: str) -> ir.Node:
@@ -217,35 +229,22 @@ class _Rewriter:
             )
         return self._products[name]
 
-    def _store_blockwise(self, quantized_input: QuantizedInput, node: ir.Node, projection: str) -> None:
-        shape = tuple(reversed(_dims(node.inputs[1])))
-        block, moments = block_size(shape[1]), self._reader(quantized_input)
-        source = BlockwiseProduct(projection, f"{projection}.weight", shape, block, moments)
-        nodes = NodeBuilder.before(self.graph, node)
-        weight, scales = _initializers(nodes, source, source.weight_name, source.scale_name)
-        product = QdqBuilder(nodes).blockwise_product(_first(node), weight, scales, block=block)
-        node.outputs[0].replace_all_uses_with(product)
-        self.weight_sources.append(source)
-
-    def _make_integer(self, quantized_input: QuantizedInput, nodes: Sequence[ir.Node]) -> None:
-        calibration = self._calibrated(quantized_input)
-        smoothing = torch.tensor(calibration.smoothing) if calibration.smoothing else None
+    def _quantize(self, quantized_input: QuantizedInput, nodes: Sequence[ir.Node]) -> None:
+        smoothing, channels = self._chosen(quantized_input)
         if smoothing is not None:
             self._fold_smoothing(quantized_input, nodes[0], smoothing)
         projections = dict(zip(quantized_input.projections, nodes, strict=True))
         joined = quantized_input.kind in JOINED
         groups = [projections] if joined else [{name: node} for name, node in projections.items()]
         builder = NodeBuilder.before(self.graph, nodes[0])
-        qdq, x, channels = QdqBuilder(builder, self.target), _first(nodes[0]), calibration.outlier_channels
-        activation = qdq.quantize(
-            x, limbs=LIMBS[quantized_input.kind], threshold=calibration.threshold, name=quantized_input.name
-        )
+        qdq, x = QdqBuilder(builder, self.target), _first(nodes[0])
+        left, grid = self._left_operand(qdq, quantized_input, x), self._grid(quantized_input, nodes[0])
         for group in groups:
             reads = {f"{name}.weight": tuple(reversed(_dims(node.inputs[1]))) for name, node in group.items()}
             name = quantized_input.name if len(groups) == 1 else next(iter(group))
-            source = IntegerProduct(name, reads, smoothing, channels, self._reader(quantized_input))
+            source = QuantizedProduct(name, reads, smoothing, channels, self._reader(quantized_input), grid)
             weight, scales = _initializers(builder, source, source.weight_name, source.scale_name)
-            product = qdq.multiply(activation, qdq.dequantize_weight(weight, scales))
+            product = qdq.multiply(left, qdq.dequantize_weight(weight, scales, block=grid.block))
             if channels:
                 (rows,) = _initializers(builder, source, source.outlier_name)
                 product = builder.op("Add", product, qdq.outlier_channels(x, channels, rows))
@@ -264,6 +263,35 @@ class _Rewriter:
             )
         self.weight_sources.append(SmoothedNorm(str(norm.inputs[1].name), smoothing))
         self.counts["fold_smoothing"] += 1
+
+    def _left_operand(self, qdq: QdqBuilder, quantized_input: QuantizedInput, x: ir.Value) -> LeftOperand:
+        """Return what the products of an input multiply: 8-bit integers, or x itself."""
+        if not self.how.quantizes_activations:
+            return LeftOperand(x)
+        return qdq.quantize(
+            x,
+            limbs=LIMBS[quantized_input.kind],
+            threshold=self._calibrated(quantized_input).threshold,
+            name=quantized_input.name,
+        )
+
+    def _grid(self, quantized_input: QuantizedInput, node: ir.Node) -> WeightGrid:
+        """Return what the weights of an input are rounded to; 8 bits where INT4's blocks do not divide it."""
+        inputs = _dims(node.inputs[1])[0]
+        if self.how.precision is Precision.INT4_WEIGHTS and quantized_input.kind in INT4_KINDS:
+            return next((WeightGrid(4, block) for block in INT4_BLOCKS if inputs % block == 0), INT8_PER_CHANNEL)
+        return INT8_PER_CHANNEL
+
+    def _chosen(self, quantized_input: QuantizedInput) -> tuple[torch.Tensor | None, tuple[int, ...]]:
+        """Return the smoothing and the outlier channels of an input.
+
+        Smoothing makes activations easier to round and weights harder: where only weights are rounded there is none,
+        and the channels that stay in float are those with the most energy (``largest_moments``).
+        """
+        if not self.how.quantizes_activations:
+            return None, largest_moments(self._reader(quantized_input)(), WEIGHT_OUTLIER_CHANNELS[quantized_input.kind])
+        calibration = self._calibrated(quantized_input)
+        return torch.tensor(calibration.smoothing) if calibration.smoothing else None, calibration.outlier_channels
 
     def _reader(self, quantized_input: QuantizedInput) -> ReadMoments:
         return functools.partial(self.how.calibration.moments.read, quantized_input.name)

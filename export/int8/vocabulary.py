@@ -19,15 +19,8 @@ from gircse.calibration.calibration_file import SoftTokenCalibration
 from gircse.calibration.int8.scheme import HIGH_ENTROPY_MASS, INT8_MAX, VOCABULARY_INPUT
 from gircse.checkpoint.tensor_naming import EMBEDDING_TABLE, LM_HEAD
 from gircse.export.graph.builder import GraphBuilder
-from gircse.export.int8.qdq import QdqBuilder
-from gircse.export.int8.weights import (
-    BlockwiseProduct,
-    IntegerProduct,
-    QuantizedEmbedding,
-    Shape,
-    WeightSource,
-    block_size,
-)
+from gircse.export.int8.qdq import LeftOperand, QdqBuilder
+from gircse.export.int8.weights import QuantizedEmbedding, QuantizedProduct, Shape, WeightSource
 from gircse.runtime import tensor_names
 
 MAX_SUM = (1 << 31) - 1
@@ -42,7 +35,7 @@ class IntegerVocabulary:
         shape: (vocab, hidden).
         tied: whether lm_head is the embedding table.
         soft_token_calibration: k and the tail; None where there are no steps.
-        limbs: of the state that lm_head reads; None leaves it in float, with block-wise weights.
+        limbs: of the state that lm_head reads; None leaves it in float.
         threshold: its magnitude that becomes 127.
     """
 
@@ -63,12 +56,15 @@ class IntegerVocabulary:
         return QuantizedEmbedding(EMBEDDING_TABLE.removesuffix(".weight"), EMBEDDING_TABLE, self.shape)
 
     @property
-    def head(self) -> IntegerProduct | BlockwiseProduct:
+    def head(self) -> QuantizedProduct:
         """What makes the vocabulary projection (hidden, vocab); of a tied one, the table's integers transposed."""
-        tensor = EMBEDDING_TABLE if self.tied else LM_HEAD
+        return QuantizedProduct("lm_head", {EMBEDDING_TABLE if self.tied else LM_HEAD: self.shape})
+
+    def state(self, qdq: QdqBuilder, hidden: ir.Value) -> LeftOperand:
+        """Return what the projection multiplies: hidden (rows, hidden), quantized where it has limbs."""
         if self.limbs is None:
-            return BlockwiseProduct("lm_head", tensor, self.shape, block_size(self.shape[1]))
-        return IntegerProduct("lm_head", {tensor: self.shape})
+            return LeftOperand(hidden)
+        return qdq.quantize(hidden, limbs=self.limbs, threshold=self.threshold, name=VOCABULARY_INPUT.name)
 
     def embed(self, g: GraphBuilder, input_ids: ir.Value) -> ir.Value:
         """(batch, tokens) int64 -> rows of E (batch, tokens, hidden) float32."""
@@ -140,17 +136,11 @@ class IntegerVocabulary:
         return b.graph_of(b.op("ScatterND", near, rows, summed))
 
     def _logits(self, g: GraphBuilder, hidden: ir.Value) -> ir.Value:
-        head, qdq = self.head, QdqBuilder(g)
-        weight, scales = integer_weight(g, head)
-        if isinstance(head, BlockwiseProduct) or self.limbs is None:
-            return qdq.blockwise_product(hidden, weight, scales, block=block_size(self.shape[1]))
-        state = qdq.quantize(hidden, limbs=self.limbs, threshold=self.threshold, name=VOCABULARY_INPUT.name)
-        return qdq.multiply(state, qdq.dequantize_weight(weight, scales))
+        qdq = QdqBuilder(g)
+        return qdq.multiply(self.state(qdq, hidden), qdq.dequantize_weight(*integer_weight(g, self.head)))
 
 
-def integer_weight(
-    g: GraphBuilder, source: QuantizedEmbedding | IntegerProduct | BlockwiseProduct
-) -> tuple[ir.Value, ir.Value]:
+def integer_weight(g: GraphBuilder, source: QuantizedEmbedding | QuantizedProduct) -> tuple[ir.Value, ir.Value]:
     """Return the initializers of a weight: its integers and their scales."""
     made = source.initializers
     weight, scales = (g.initializer(name, *made[name]) for name in (source.weight_name, source.scale_name))

@@ -1,4 +1,4 @@
-"""What INT8 variants store in place of the checkpoint's weights: integers with their scales, and smoothed norms.
+"""What quantized variants store in place of the checkpoint's weights: integers, their scales, and smoothed norms.
 
 A :class:`WeightSource` reads tensors of the checkpoint, LoRA merged, and makes initializers of them. Tensors arrive in
 blocks of rows, so that the vocabulary is never whole in FP32.
@@ -12,8 +12,8 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from gircse.calibration.int8.gptq import Moments, round_columns, round_smoothed
-from gircse.calibration.int8.rounding import quantize_weight
+from gircse.calibration.int8.gptq import Moments, round_smoothed
+from gircse.calibration.int8.rounding import INT8_PER_CHANNEL, WeightGrid, quantize_weight
 
 Shape = tuple[int, ...]
 ReadBlocks = Callable[[str], Iterator[Tensor]]
@@ -73,14 +73,94 @@ class SmoothedNorm:
 
 
 @dataclass(frozen=True)
-class _Int8Weight:
-    """Integers with their scales.
+class QuantizedProduct:
+    """The weights of one product (in, out) as integers with scales, the projections of one input side by side.
 
     Attributes:
         name: what the names of the initializers begin with.
+        reads: projections (out, in), in order.
+        smoothing: (in,) float32, s, which the columns are multiplied with; None for none.
+        outlier_channels: columns that stay in float.
+        moments: reads the blocks of H that the rounding sees; None rounds to nearest.
+        grid: what the weights are rounded to.
     """
 
     name: str
+    reads: Mapping[str, Shape]
+    smoothing: Tensor | None = None
+    outlier_channels: tuple[int, ...] = ()
+    moments: ReadMoments | None = None
+    grid: WeightGrid = INT8_PER_CHANNEL
+
+    @property
+    def weight_name(self) -> str:
+        """Name of the integers."""
+        return f"{self.name}.int{self.grid.bits}"
+
+    @property
+    def scale_name(self) -> str:
+        """Name of their scales, float32."""
+        return f"{self.name}.scale"
+
+    @property
+    def outlier_name(self) -> str:
+        """Name of the rows (n, out) float32 of the outlier channels."""
+        return f"{self.name}.float"
+
+    @property
+    def initializers(self) -> Mapping[str, InitializerSpec]:
+        """Integers (in, out), scales (out,) or (in / block, out), and the rows (n, out) of outlier channels, if any."""
+        inputs, outputs = next(iter(self.reads.values()))[1], sum(shape[0] for shape in self.reads.values())
+        block = self.grid.block
+        integer = ir.DataType.INT8 if self.grid.bits == 8 else ir.DataType.INT4
+        scales = (outputs,) if block is None else (inputs // block, outputs)
+        made = {
+            self.weight_name: InitializerSpec(integer, (inputs, outputs)),
+            self.scale_name: InitializerSpec(ir.DataType.FLOAT, scales),
+        }
+        if self.outlier_channels:
+            rows = (len(self.outlier_channels), outputs)
+            made[self.outlier_name] = InitializerSpec(ir.DataType.FLOAT, rows)
+        return made
+
+    def tensors(self, read: ReadBlocks) -> Mapping[str, Tensor]:
+        """Smooth and round: to nearest block by block, or the whole weight by its moments, which takes time.
+
+        Returns:
+            The values; those of an INT4 initializer as int8.
+        """
+        moments = self.moments() if self.moments else None
+        parts = []
+        for name in self.reads:
+            for rows in read(name) if moments is None else [torch.cat(list(read(name)))]:
+                parts.append(round_smoothed(rows, self.smoothing, self.outlier_channels, moments, grid=self.grid))
+        made = {
+            self.weight_name: torch.cat([part.integers for part in parts]).T.contiguous(),
+            self.scale_name: torch.cat([part.scales for part in parts]).movedim(0, -1).contiguous(),
+        }
+        if self.outlier_channels:
+            made[self.outlier_name] = torch.cat([part.columns for part in parts]).T.contiguous()
+        return made
+
+
+@dataclass(frozen=True)
+class QuantizedEmbedding:
+    """The embedding table as int8 rows that are looked up, each with its scale.
+
+    Attributes:
+        name: what the names of the initializers begin with.
+        tensor: its name in the checkpoint.
+        shape: (vocab, hidden).
+    """
+
+    name: str
+    tensor: str
+    shape: Shape
+
+    @property
+    def reads(self) -> Mapping[str, Shape]:
+        """The tensor of the checkpoint."""
+        return {self.tensor: self.shape}
 
     @property
     def weight_name(self) -> str:
@@ -91,120 +171,6 @@ class _Int8Weight:
     def scale_name(self) -> str:
         """Name of their scales, float32."""
         return f"{self.name}.scale"
-
-
-@dataclass(frozen=True)
-class IntegerProduct(_Int8Weight):
-    """The weights of one integer product (in, out), the projections of one input side by side.
-
-    Attributes:
-        reads: projections (out, in), in order.
-        smoothing: (in,) float32, s, which the columns are multiplied with; None for none.
-        outlier_channels: columns that stay in float.
-        moments: reads the blocks of H that the rounding sees; None rounds to nearest.
-    """
-
-    reads: Mapping[str, Shape]
-    smoothing: Tensor | None = None
-    outlier_channels: tuple[int, ...] = ()
-    moments: ReadMoments | None = None
-
-    @property
-    def outlier_name(self) -> str:
-        """Name of the rows (n, out) float32 of the outlier channels."""
-        return f"{self.name}.float"
-
-    @property
-    def outputs(self) -> int:
-        """Columns of the product."""
-        return sum(shape[0] for shape in self.reads.values())
-
-    @property
-    def initializers(self) -> Mapping[str, InitializerSpec]:
-        """Integers (in, out), scales (out,), and the rows (n, out) of outlier channels where there are any."""
-        inputs = next(iter(self.reads.values()))[1]
-        made = {
-            self.weight_name: InitializerSpec(ir.DataType.INT8, (inputs, self.outputs)),
-            self.scale_name: InitializerSpec(ir.DataType.FLOAT, (self.outputs,)),
-        }
-        if self.outlier_channels:
-            shape = (len(self.outlier_channels), self.outputs)
-            made[self.outlier_name] = InitializerSpec(ir.DataType.FLOAT, shape)
-        return made
-
-    def tensors(self, read: ReadBlocks) -> Mapping[str, Tensor]:
-        """Smooth and round: to nearest block by block, or the whole weight by its moments, which takes time."""
-        moments = self.moments() if self.moments else None
-        parts = []
-        for name in self.reads:
-            for block in read(name) if moments is None else [torch.cat(list(read(name)))]:
-                parts.append(round_smoothed(block, self.smoothing, self.outlier_channels, moments))
-        made = {
-            self.weight_name: torch.cat([part.integers for part in parts]).T.contiguous(),
-            self.scale_name: torch.cat([part.scales for part in parts]),
-        }
-        if self.outlier_channels:
-            made[self.outlier_name] = torch.cat([part.columns for part in parts]).T.contiguous()
-        return made
-
-
-@dataclass(frozen=True)
-class _OneWeight(_Int8Weight):
-    """One tensor of the checkpoint as int8.
-
-    Attributes:
-        tensor: its name in the checkpoint.
-        shape: its shape there, (out, in) or (vocab, hidden).
-    """
-
-    tensor: str
-    shape: Shape
-
-    @property
-    def reads(self) -> Mapping[str, Shape]:
-        """The tensor of the checkpoint."""
-        return {self.tensor: self.shape}
-
-
-@dataclass(frozen=True)
-class BlockwiseProduct(_OneWeight):
-    """One weight (in, out) as int8 with a scale for every block of inputs of every output.
-
-    Attributes:
-        block: inputs that share a scale; divides ``in``.
-        moments: reads the blocks of H that the rounding sees; None rounds to nearest.
-    """
-
-    block: int
-    moments: ReadMoments | None = None
-
-    @property
-    def initializers(self) -> Mapping[str, InitializerSpec]:
-        """Integers (in, out) and scales (in / block, out)."""
-        outputs, inputs = self.shape
-        return {
-            self.weight_name: InitializerSpec(ir.DataType.INT8, (inputs, outputs)),
-            self.scale_name: InitializerSpec(ir.DataType.FLOAT, (inputs // self.block, outputs)),
-        }
-
-    def tensors(self, read: ReadBlocks) -> Mapping[str, Tensor]:
-        """Round with a scale for every block of inputs; the whole weight at once where moments guide it."""
-        moments = self.moments() if self.moments else None
-        integers, scales = [], []
-        for rows in read(self.tensor) if moments is None else [torch.cat(list(read(self.tensor)))]:
-            nearest, steps = quantize_weight(rows.reshape(-1, self.block))
-            scales.append(steps.reshape(len(rows), -1))
-            rounded = nearest.reshape(rows.shape) if moments is None else round_columns(rows, scales[-1], moments)[0]
-            integers.append(rounded)
-        return {
-            self.weight_name: torch.cat(integers).T.contiguous(),
-            self.scale_name: torch.cat(scales).T.contiguous(),
-        }
-
-
-@dataclass(frozen=True)
-class QuantizedEmbedding(_OneWeight):
-    """The embedding table as int8 rows that are looked up, each with its scale."""
 
     @property
     def initializers(self) -> Mapping[str, InitializerSpec]:
@@ -221,8 +187,3 @@ class QuantizedEmbedding(_OneWeight):
             self.weight_name: torch.cat([integers for integers, _ in pairs]),
             self.scale_name: torch.cat([scales for _, scales in pairs]),
         }
-
-
-def block_size(inputs: int) -> int:
-    """Return how many inputs share a scale: 32 or 16, which ONNX Runtime has kernels for, or all of them."""
-    return next((size for size in (32, 16) if inputs % size == 0), inputs)

@@ -2,7 +2,7 @@
 
 A weight is merged in FP32 and cast once, to the type that the graph gives it. At no time is more than one in memory,
 and one that is stored as it is in the checkpoint (the vocabulary, the largest) passes through in blocks of rows. What
-an INT8 variant stores instead comes from its weight sources (``int8/weights.py``), one at a time.
+a quantized variant stores instead comes from its weight sources (``int8/weights.py``), one at a time.
 """
 
 import hashlib
@@ -66,7 +66,7 @@ def write_weights(layout: WeightLayout, folder: Path, *, on_bytes: Callable[[int
             if weight.source is not None and weight.source is not source:  # its initializers follow one another
                 source = weight.source
                 made = source.tensors(layout.model.blocks)
-            for block in copied_blocks(layout, weight) if weight.source is None else [made[weight.name]]:
+            for block in copied_blocks(layout, weight) if weight.source is None else [_packed(weight, made[weight.name])]:
                 files.write(block.reshape(-1).view(torch.uint8).numpy().data)  # no copy
         without_copies = files.entries()
         try:
@@ -106,6 +106,14 @@ def copied_blocks(layout: WeightLayout, weight: PlacedWeight) -> Iterator[Tensor
         if not torch.isfinite(narrow).all():
             raise _too_large(weight, float(block.abs().max()), tensor=weight.tensor)
         yield narrow.T.contiguous() if weight.transposed else narrow
+
+
+def _packed(weight: PlacedWeight, values: Tensor) -> Tensor:
+    """Pack INT4 numbers, which torch has as int8, two to a byte, the first one in its lower half, as ONNX does."""
+    if weight.dtype is not ir.DataType.INT4:
+        return values
+    low, high = values.reshape(-1, 2).unbind(1)
+    return low.bitwise_and(15) | high.bitwise_left_shift(4)
 
 
 class _HashedFiles:

@@ -53,7 +53,7 @@ class PlacedWeight:
     @property
     def bytes(self) -> int:
         """Size in the data file."""
-        return int(self.dtype.itemsize) * math.prod(self.shape)
+        return tensor_bytes(self.dtype, self.shape)
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ class WeightLayout:
         places = _Places(max_file_bytes)
         for name, value in initializers.items():
             shape, dtype, source = _shape(value), value.dtype or ir.DataType.FLOAT, made.get(name)
-            file, offset = places.take(name, int(dtype.itemsize) * math.prod(shape))
+            file, offset = places.take(name, tensor_bytes(dtype, shape))
             if source is not None:
                 weight = PlacedWeight(name, shape, dtype, offset, file, source=source)
                 read.update(source.reads)
@@ -175,6 +175,11 @@ class WeightLayout:
             file, offset = places.take(name, placed[name].bytes // 2)
             copies.append(Fp16Copy(placed[name], offset, file, is_scale=value in scales))
         return dataclasses.replace(self, fp16_copies=tuple(copies))
+
+
+def tensor_bytes(dtype: ir.DataType, shape: Sequence[int]) -> int:
+    """Return the size of a tensor in a data file; two INT4 numbers share a byte."""
+    return math.ceil(dtype.itemsize * math.prod(shape))
 
 
 class _Places:

@@ -6,7 +6,16 @@ import torch
 from torch import Tensor
 
 from gircse.calibration.int8 import gptq
-from gircse.calibration.int8.gptq import DAMPING, add_moments, moment_blocks, no_moments, round_columns, round_smoothed
+from gircse.calibration.int8.gptq import (
+    DAMPING,
+    add_moments,
+    largest_moments,
+    moment_blocks,
+    no_moments,
+    round_columns,
+    round_smoothed,
+)
+from gircse.calibration.int8.rounding import WeightGrid
 
 INPUTS, OUTPUTS = 48, 20
 
@@ -71,6 +80,41 @@ def test_products_lose_less_than_by_rounding_to_nearest() -> None:
         wide[:, list(channels)] = rounded.columns
         errors[name] = product_error(rows, weight, wide / scales)
     assert errors["seen"] < 0.4 * errors["nearest"]
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_four_bits_in_blocks_lose_less_than_by_rounding_to_nearest() -> None:
+    weight, rows = seeded(OUTPUTS, INPUTS, seed=3), correlated_rows()
+    errors = {}
+    for name, moments in (("nearest", None), ("seen", moments_of(rows))):
+        rounded = round_smoothed(weight, None, (3, 40), moments, grid=WeightGrid(4, 16))
+        assert (rounded.integers.abs().max(), rounded.scales.shape) == (7, (OUTPUTS, INPUTS // 16))
+        wide = rounded.integers * rounded.scales.repeat_interleave(16, dim=1)
+        wide[:, [3, 40]] = rounded.columns
+        errors[name] = product_error(rows, weight, wide)
+    assert errors["seen"] < 0.4 * errors["nearest"]
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_the_columns_of_large_inputs_are_rounded_first() -> None:
+    """While there are others to compensate: in the order of the columns this error is larger."""
+    weight, rows = seeded(OUTPUTS, INPUTS, seed=3), correlated_rows()
+    rows[:, [15, 31]] *= 20  # the last of a block of inputs, and of a block of H
+    steps = weight.reshape(OUTPUTS, -1, 16).abs().amax(-1) / 7
+    (moments, one_step) = (moments_of(rows), steps.repeat_interleave(16, dim=1))
+    integers, _ = round_columns(weight, steps, moments, largest=7)
+    ours = product_error(rows, weight, integers * one_step)
+    nearest = (weight / one_step).round() * one_step
+    assert ours < 0.2 * product_error(rows, weight, nearest)
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_largest_moments_are_the_loudest_channels_in_every_block() -> None:
+    rows = seeded(100, INPUTS)
+    rows[:, [5, 40]] *= 10
+    assert largest_moments(moments_of(rows), 2) == (5, 40)
+    assert largest_moments(moments_of(rows), 0) == ()
+    assert largest_moments(moments_of(rows), INPUTS) == ()
 
 
 @pytest.mark.usefixtures("small_blocks")

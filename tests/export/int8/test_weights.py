@@ -3,18 +3,13 @@
 from collections.abc import Iterator
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 import torch
 from torch import Tensor
 
-from gircse.export.int8.weights import (
-    BlockwiseProduct,
-    IntegerProduct,
-    QuantizedEmbedding,
-    SmoothedNorm,
-    WeightSource,
-    block_size,
-)
+from gircse.calibration.int8.rounding import WeightGrid
+from gircse.export.int8.weights import QuantizedEmbedding, QuantizedProduct, SmoothedNorm, WeightSource
 
 INPUTS, OUTPUTS = 32, 12
 
@@ -33,9 +28,9 @@ def read(name: str) -> Iterator[Tensor]:
 SMOOTHING = torch.linspace(0.5, 2.0, INPUTS)
 SOURCES: tuple[WeightSource, ...] = (
     SmoothedNorm("norm", SMOOTHING),
-    IntegerProduct("both", {"q": (OUTPUTS, INPUTS), "k": (OUTPUTS, INPUTS)}, SMOOTHING, (3, 7)),
-    IntegerProduct("plain", {"q": (OUTPUTS, INPUTS)}),
-    BlockwiseProduct("blocks", "q", (OUTPUTS, INPUTS), 16),
+    QuantizedProduct("both", {"q": (OUTPUTS, INPUTS), "k": (OUTPUTS, INPUTS)}, SMOOTHING, (3, 7)),
+    QuantizedProduct("plain", {"q": (OUTPUTS, INPUTS)}),
+    QuantizedProduct("blocks", {"q": (OUTPUTS, INPUTS), "k": (OUTPUTS, INPUTS)}, grid=WeightGrid(4, 16)),
     QuantizedEmbedding("table", "q", (OUTPUTS, INPUTS)),
 )
 
@@ -44,7 +39,8 @@ SOURCES: tuple[WeightSource, ...] = (
 def test_makes_what_it_declares(source: WeightSource) -> None:
     made = source.tensors(read)
     assert {name: (tuple(tensor.shape), tensor.numpy().dtype) for name, tensor in made.items()} == {
-        name: (spec.shape, spec.dtype.numpy()) for name, spec in source.initializers.items()
+        name: (spec.shape, np.int8 if name.endswith(".int4") else spec.dtype.numpy())
+        for name, spec in source.initializers.items()
     }
     assert source.reads == {name: tuple(checkpoint()[name].shape) for name in source.reads}
 
@@ -52,7 +48,7 @@ def test_makes_what_it_declares(source: WeightSource) -> None:
 def test_smoothing_and_its_product_cancel() -> None:
     """(x / s) @ (s W) with the outlier channels in float is x @ W, but for the rounding."""
     source = SOURCES[1]
-    assert isinstance(source, IntegerProduct)
+    assert isinstance(source, QuantizedProduct)
     made = {name: tensor.numpy() for name, tensor in source.tensors(read).items()}
     x = np.random.default_rng(1).normal(size=(20, INPUTS)).astype(np.float32)
     smoothed = x / SMOOTHING.numpy()
@@ -69,5 +65,12 @@ def test_an_embedding_row_is_within_half_a_step() -> None:
     assert (np.abs(integers * scales - checkpoint()["q"].numpy()) <= scales * 0.501).all()
 
 
-def test_block_sizes() -> None:
-    assert [block_size(inputs) for inputs in (576, 48, 40)] == [32, 16, 40]
+def test_a_block_of_four_bits_holds_its_largest_weight() -> None:
+    source = SOURCES[3]
+    assert isinstance(source, QuantizedProduct)
+    assert source.initializers["blocks.int4"].dtype is ir.DataType.INT4
+    made = source.tensors(read)
+    integers, scales = made["blocks.int4"], made["blocks.scale"].repeat_interleave(16, dim=0)
+    exact = torch.cat([checkpoint()["q"], checkpoint()["k"]]).T
+    assert integers.abs().max() == 7
+    assert ((integers * scales - exact).abs() <= scales * 0.501).all()
