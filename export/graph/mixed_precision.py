@@ -3,9 +3,9 @@
 Every node that computes with floats is put into one of two classes by rule, with a Cast wherever a value crosses from
 one to the other::
 
-    low    MatMul, Gemm, Attention, RotaryEmbedding; a row of a low table (Gather); a bias added to a low value;
-           Concat, Reshape and the like where every computed input is low; in FP16 also SwiGLU's Sigmoid and Mul;
-           DequantizeLinear of an integer product's operands
+    low    MatMul, Gemm, Attention, RotaryEmbedding; a row of a low table (Gather); a bias added to a low value, and
+           the sum of two products (that of outlier channels); Concat, Reshape and the like where every computed input
+           is low; in FP16 also SwiGLU's Sigmoid and Mul; DequantizeLinear of a quantized product's operands
     FP32   everything else: the residual stream (every other Add), RMSNormalization, the softmax over the vocabulary,
            the mean and the norm of the pooling, the attention bias; in BF16 also SwiGLU's products, whose three
            roundings cost more than any other rule: smallest cosine of the demo 0.99950 with them, 0.99979 without.
@@ -124,7 +124,7 @@ def find_low_nodes(graph: ir.Graph, kept: set[ir.Value], *, following: set[str])
         elif is_operand(node):
             is_low = True
         elif node.op_type == "Add":
-            is_low = follows and bool(weights)
+            is_low = follows and (bool(weights) or _adds_products(node))
         else:  # but not a product with a constant, such as the scale of Gemma's embeddings
             is_low = follows and node.op_type in following and not (node.op_type == "Mul" and weights)
         if is_low:
@@ -134,9 +134,14 @@ def find_low_nodes(graph: ir.Graph, kept: set[ir.Value], *, following: set[str])
 
 
 def is_operand(node: ir.Node) -> bool:
-    """Whether a node dequantizes an operand of integer products, or a table that rows are looked up in."""
+    """Whether a node dequantizes an operand of quantized products, or a table that rows are looked up in."""
     users = [user.op_type for output in node.outputs for user in output.consumers()]
     return node.op_type == "DequantizeLinear" and bool(users) and _OPERAND_OF.issuperset(users)
+
+
+def _adds_products(node: ir.Node) -> bool:
+    producers = [value.producer() for value in node.inputs if value is not None]
+    return all(producer is not None and producer.op_type == "MatMul" for producer in producers)
 
 
 def _narrow_weights(graph: ir.Graph, low_nodes: set[ir.Node], kept: set[ir.Value], low: ir.DataType) -> None:

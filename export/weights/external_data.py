@@ -66,8 +66,10 @@ def write_weights(layout: WeightLayout, folder: Path, *, on_bytes: Callable[[int
             if weight.source is not None and weight.source is not source:  # its initializers follow one another
                 source = weight.source
                 made = source.tensors(layout.model.blocks)
-            for block in copied_blocks(layout, weight) if weight.source is None else [_packed(weight, made[weight.name])]:
-                files.write(block.reshape(-1).view(torch.uint8).numpy().data)  # no copy
+            blocks = iter([made[weight.name]]) if weight.source is not None else copied_blocks(layout, weight)
+            for block in blocks:
+                stored = _packed(block, weight.dtype)
+                files.write(stored.reshape(-1).view(torch.uint8).numpy().data)  # no copy
         without_copies = files.entries()
         try:
             for copy in layout.fp16_copies:
@@ -108,9 +110,9 @@ def copied_blocks(layout: WeightLayout, weight: PlacedWeight) -> Iterator[Tensor
         yield narrow.T.contiguous() if weight.transposed else narrow
 
 
-def _packed(weight: PlacedWeight, values: Tensor) -> Tensor:
+def _packed(values: Tensor, dtype: ir.DataType) -> Tensor:
     """Pack INT4 numbers, which torch has as int8, two to a byte, the first one in its lower half, as ONNX does."""
-    if weight.dtype is not ir.DataType.INT4:
+    if dtype is not ir.DataType.INT4:
         return values
     low, high = values.reshape(-1, 2).unbind(1)
     return low.bitwise_and(15) | high.bitwise_left_shift(4)

@@ -1,4 +1,4 @@
-"""INT8 variants of the small models, and calibrations that were changed by hand."""
+"""Quantized variants of the small models, and calibrations that were changed by hand."""
 
 import json
 import shutil
@@ -19,7 +19,7 @@ from gircse.runtime.ort_session import open_session
 from support.small_models import SmallModels, untrained_limits
 from support.vectors import PROMPTS, STEPS, padded
 
-INT8 = ("int8", "int8-weights")
+INT8 = ("int8", "int8-weights", "int4-weights")
 MODELS = ("llama", "llama-biased-llama3", "qwen2", "qwen3", "mistral-linear")
 
 

@@ -92,12 +92,12 @@ def test_what_the_neighbors_say_changes_no_bit(small_models: SmallModels, precis
     assert not np.array_equal(first[1], second[1])
 
 
-def test_weights_are_int8_and_stored_once(small_models: SmallModels) -> None:
+def test_weights_are_integers_and_stored_once(small_models: SmallModels) -> None:
     bundle = int8_bundle(small_models, "llama")
     for precision in INT8:
         graph = onnx.load(bundle / precision / "stepwise.onnx", load_external_data=False).graph
         weights = [tensor for tensor in graph.initializer if len(tensor.dims) == 2 and min(tensor.dims) > 8]
-        low = [tensor for tensor in weights if tensor.data_type == onnx.TensorProto.INT8]
+        low = [tensor for tensor in weights if tensor.data_type in (onnx.TensorProto.INT8, onnx.TensorProto.INT4)]
         assert {t.name for t in weights} - {t.name for t in low} <= {"rotary.cos", "rotary.sin"} | {
             t.name for t in weights if t.name.endswith(".scale")
         }
