@@ -190,7 +190,7 @@ def quantize(
         raise CalibrationError(
             f"--calibration {quantization.calibration.path}",
             "excludes every input from quantization",
-            f"--precision {quantization.precision} needs at least one integer product",
+            f"--precision {quantization.precision} needs at least one quantized product",
             "Calibrate with a larger --max-drop.",
         )
     return Quantized(dict(sorted(rewriter.counts.items())), tuple(sources))

@@ -1,4 +1,4 @@
-"""The graph that TensorRT engines of INT8 variants are built from: vectors, types and weights."""
+"""The graph that TensorRT engines of quantized variants are built from: vectors, types and weights."""
 
 import json
 from collections import Counter
@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 import pytest
-from support.int8_bundles import MODELS, export, int8_bundle, run, states, written
+from support.int8_bundles import INT8, MODELS, export, int8_bundle, run, states, written
 from support.small_models import SmallModels
 from support.tolerances import (
     ENGINE_GRAPH_MAX_DIFFERENCE,
@@ -37,9 +37,9 @@ def whole_sums(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vocabulary, "HIGH_ENTROPY_MASS", 0.0)
 
 
-def engine_graph(bundle: Path) -> Path:
+def engine_graph(bundle: Path, precision: str = "int8") -> Path:
     opened = Bundle.open(bundle)
-    return opened.engine_graph("int8", Layout.STEPWISE)
+    return opened.engine_graph(precision, Layout.STEPWISE)
 
 
 def run_node_by_node(graph: Path, bundle: Path, folder: Path) -> np.ndarray:
@@ -87,17 +87,22 @@ def test_but_for_fp16_both_graphs_compute_the_same(
     assert difference(vocabulary_alone).max() < ENGINE_GRAPH_STEPS_MAX_DIFFERENCE
 
 
+@pytest.mark.parametrize("precision", INT8)
 @pytest.mark.parametrize("name", MODELS)
-def test_vectors_in_fp16(small_models: SmallModels, tmp_path: Path, whole_sums: None, name: str) -> None:
-    bundle = export(small_models, tmp_path / "bundle", small_models.calibration(name, steps=STEPS), model=name)
-    cosines = row_cosine(run_node_by_node(engine_graph(bundle), bundle, tmp_path), run(bundle, "int8"))
+def test_vectors_in_fp16(
+    small_models: SmallModels, tmp_path: Path, whole_sums: None, name: str, precision: str
+) -> None:
+    calibration = small_models.calibration(name, steps=STEPS)
+    bundle = export(small_models, tmp_path / "bundle", calibration, model=name, precisions=(precision,))
+    cosines = row_cosine(run_node_by_node(engine_graph(bundle, precision), bundle, tmp_path), run(bundle, precision))
     assert cosines[:, 0].min() > ENGINE_GRAPH_PROMPT_MIN_COSINE
     assert cosines.min() > ENGINE_GRAPH_MIN_COSINE
 
 
+@pytest.mark.parametrize("precision", INT8)
 @pytest.mark.parametrize(("name", "expected"), [("llama", 1), ("mistral-linear", 2)])
-def test_a_tied_vocabulary_is_read_once(small_models: SmallModels, name: str, expected: int) -> None:
-    graph = ir.load(engine_graph(int8_bundle(small_models, name))).graph
+def test_a_tied_vocabulary_is_read_once(small_models: SmallModels, name: str, precision: str, expected: int) -> None:
+    graph = ir.load(engine_graph(int8_bundle(small_models, name), precision)).graph
     vocabulary_size = small_models.load(name).config.vocab_size
     tables = [value for value in graph.initializers.values() if vocabulary_size in value.shape.numpy()[:2]]
     assert sum(len(value.shape) == 2 for value in tables) == expected
@@ -127,6 +132,22 @@ def test_types(small_models: SmallModels) -> None:
     assert len(products) == 2 * 5 + 1
 
 
+@pytest.mark.parametrize(("precision", "four_bits"), [("int8-weights", 0), ("int4-weights", 2 * 3)])
+def test_only_weights_are_integers(small_models: SmallModels, precision: str, four_bits: int) -> None:
+    """Each product reads a weight that is dequantized right before it, and FP16 rows of its outlier channels."""
+    graph = ir.load(engine_graph(int8_bundle(small_models, "llama"), precision)).graph
+    operators = Counter(node.op_type for node in graph)
+    assert not operators["QuantizeLinear"]
+    weights = [node.inputs[0] for node in graph if node.op_type == "DequantizeLinear"]
+    assert all(value.is_initializer() for value in weights)
+    assert Counter(value.dtype for value in weights)[ir.DataType.INT4] == four_bits
+    assert all(node.inputs[1].dtype is ir.DataType.FLOAT16 for node in graph if node.op_type == "DequantizeLinear")
+    products = [node for node in graph if node.op_type == "MatMul"]
+    outliers = [node for node in products if node.inputs[1].is_initializer()]
+    assert (len(products) - len(outliers), len(outliers)) == (2 * 5 + 1, 2 * 4)
+    assert {node.inputs[1].dtype for node in outliers} == {ir.DataType.FLOAT16}
+
+
 def test_what_is_quantized_is_read_back_with_the_same_step(small_models: SmallModels) -> None:
     """One rounded to FP16 and one not would stretch every activation."""
     graph = ir.load(engine_graph(int8_bundle(small_models, "llama"))).graph
@@ -141,14 +162,15 @@ def test_what_is_quantized_is_read_back_with_the_same_step(small_models: SmallMo
     assert checked == 2 * 4 + 1
 
 
-def test_both_graphs_read_the_same_integers(small_models: SmallModels) -> None:
+@pytest.mark.parametrize("precision", INT8)
+def test_both_graphs_read_the_same_integers(small_models: SmallModels, precision: str) -> None:
     bundle = Bundle.open(int8_bundle(small_models, "mistral-linear"))
     ours, other = (
         ir.load(path).graph.initializers
-        for path in (bundle.engine_graph("int8", Layout.STEPWISE), bundle.graph("int8", Layout.STEPWISE))
+        for path in (bundle.engine_graph(precision, Layout.STEPWISE), bundle.graph(precision, Layout.STEPWISE))
     )
     external = {name: value for name, value in ours.items() if isinstance(value.const_value, ir.ExternalTensor)}
-    integers = {name for name, value in external.items() if value.dtype is ir.DataType.INT8}
+    integers = {name for name, value in external.items() if value.dtype in (ir.DataType.INT8, ir.DataType.INT4)}
     places = [{name: values[name].const_value.offset for name in integers} for values in (ours, other)]
     assert places[0] == places[1]
     assert len(integers) == 2 * 5 + 2
@@ -159,12 +181,13 @@ def test_both_graphs_read_the_same_integers(small_models: SmallModels) -> None:
 
 def test_the_manifest_lists_the_graph(small_models: SmallModels) -> None:
     manifest = Bundle.open(int8_bundle(small_models, "llama")).manifest
-    variant = manifest.variants["int8"]
-    assert variant.tensorrt is not None
-    assert variant.tensorrt.path == "int8/engine.onnx"
-    assert {"int8/engine.onnx", "int8/stepwise.onnx", "int8/weights.bin"} == variant.files <= set(manifest.files)
+    for precision in INT8:
+        variant = manifest.variants[precision]
+        assert variant.tensorrt is not None
+        assert variant.tensorrt.path == f"{precision}/engine.onnx"
+        files = {f"{precision}/{name}" for name in ("engine.onnx", "stepwise.onnx", "weights.bin")}
+        assert files == variant.files <= set(manifest.files)
     assert manifest.variants["fp32"].tensorrt is None
-    assert manifest.variants["int8-weights"].tensorrt is None
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral-linear"])
