@@ -1,5 +1,6 @@
 """What an export takes of disk and memory, from headers alone, and whether it is there."""
 
+import math
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -8,6 +9,7 @@ from typing import Self
 
 from gircse.checkpoint.available_memory import available_memory
 from gircse.checkpoint.model_weights import ModelWeights
+from gircse.checkpoint.tensor_naming import EMBEDDING_TABLE
 from gircse.export.graph.mixed_precision import onnx_dtype
 from gircse.reporting.sizes import gib
 from gircse.runtime.errors import ExportError, OutputError
@@ -18,6 +20,9 @@ TRACE_BYTES = 1 << 30
 
 SMALL_FILES_BYTES = 64 << 20
 """Disk space for everything in a bundle but the weights."""
+
+_DECODER_BYTES = {Precision.INT8: 1.25, Precision.INT8_WEIGHTS: 1.25, Precision.INT4_WEIGHTS: 0.8}
+"""Bytes of a decoder weight in quantized variants, scales and outlier channels included (demo: 1.03, 1.09 and 0.63)."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +42,7 @@ class ExportNeeds:
     @classmethod
     def of(cls, weights: ModelWeights, precisions: Sequence[Precision]) -> Self:
         """Add up what a model takes in some precisions."""
-        written = {precision: weights.total_bytes * _bytes_per_weight(precision) // 4 for precision in precisions}
+        written = {precision: _written_bytes(weights, precision) for precision in precisions}
         memory = TRACE_BYTES + 3 * weights.largest_read_bytes
         return cls(written, sum(written.values()) + SMALL_FILES_BYTES, memory)
 
@@ -79,6 +84,10 @@ def free_disk(place: Path) -> int:
     return shutil.disk_usage(next(path for path in place.parents if path.exists())).free
 
 
-def _bytes_per_weight(precision: Precision) -> int:
-    # INT8 variants hold the vocabulary twice, and scales: less than two bytes a weight.
-    return 2 if SPECS[precision].calibrated else int(onnx_dtype(precision).itemsize)
+def _written_bytes(weights: ModelWeights, precision: Precision) -> int:
+    """Return how much the weights of a variant take at most."""
+    count = weights.total_bytes // 4
+    if not SPECS[precision].calibrated:
+        return count * int(onnx_dtype(precision).itemsize)
+    vocabulary = math.prod(weights.shape(EMBEDDING_TABLE) or (0,))
+    return int(2.1 * vocabulary + _DECODER_BYTES[precision] * (count - vocabulary))  # the vocabulary is there twice
