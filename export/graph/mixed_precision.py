@@ -95,11 +95,21 @@ def scale_mixture(graph: ir.Graph) -> int:
         before, after = NodeBuilder.before(graph, node), NodeBuilder.after(graph, node)
         scale = before.constant("mixture_scale", np.array(MIXTURE_SCALE, np.float32))
         users = list(node.outputs[0].uses())
-        node.replace_input_with(1, before.op("Mul", node.inputs[1], scale))
+        index, probabilities = _probabilities(node)
+        node.replace_input_with(index, before.op("Mul", probabilities, scale))
         restored = after.op("Div", node.outputs[0], scale)
         for user, index in users:
             user.replace_input_with(index, restored)
     return len(nodes)
+
+
+def _probabilities(node: ir.Node) -> tuple[int, ir.Value]:
+    """Return which input of the sum over E is the softmax."""
+    for index, value in enumerate(node.inputs):
+        producer = value.producer() if value is not None else None
+        if value is not None and producer is not None and producer.op_type == "Softmax":
+            return index, value
+    raise ValueError(f"{node.name}: a sum over E without probabilities")
 
 
 def find_low_nodes(graph: ir.Graph, kept: set[ir.Value], *, following: set[str]) -> set[ir.Node]:

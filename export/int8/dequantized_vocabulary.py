@@ -5,8 +5,9 @@ approximation::
 
     E = DQ(table, scale per row),   row = Gather(E, ids),   s = softmax(logits) @ E
 
-E is dequantized once in the graph and stays int8 in the engine. A tied lm_head reads it too, through a Transpose;
-the bundle has those integers a second time, transposed, for the kernels of CPUs alone.
+E is dequantized once in the graph and stays int8 in the engine. A tied lm_head reads it too; the bundle has those
+integers a second time, transposed, for the kernels of CPUs alone. Where the state stays in float, no product reads E
+transposed: an engine would hold it twice (demo, TensorRT-RTX 1.7: 199 MB in place of 171).
 """
 
 from dataclasses import dataclass
@@ -39,6 +40,8 @@ class DequantizedVocabulary:
         """(rows, hidden) -> softmax(lm_head(h) / T) @ E (rows, hidden) float32; ``prefix`` names the step."""
         logits = g.temper(self._logits(g, hidden))
         logits.name = prefix + tensor_names.LOGITS
+        if self.integers.limbs is None:
+            return g.op("Gemm", g.op("Softmax", logits, axis=-1), self._table(g))  # (rows, vocab) @ (vocab, hidden)
         probabilities = g.op("Softmax", g.op("Transpose", logits, perm=[1, 0]), axis=0)  # (vocab, rows)
         summed = g.op("Gemm", self._table(g), probabilities, transA=1)  # (hidden, rows)
         return g.op("Transpose", summed, perm=[1, 0])
@@ -46,6 +49,9 @@ class DequantizedVocabulary:
     def _logits(self, g: GraphBuilder, hidden: ir.Value) -> ir.Value:
         integers, qdq = self.integers, QdqBuilder(g, QdqTarget.TENSORRT)
         state = integers.state(qdq, hidden)
+        if integers.tied and integers.limbs is None:
+            column = g.op("Transpose", state.rows, perm=[1, 0])
+            return g.op("Transpose", g.op("MatMul", self._table(g), column), perm=[1, 0])
         if integers.tied:
             weight = g.op("Transpose", self._table(g), perm=[1, 0])
         else:
