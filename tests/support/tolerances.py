@@ -71,11 +71,16 @@ INT8_TWO_LIMBS_FAKE_MIN_COSINE = 0.99999
 INT8_PROMPT_MIN_COSINE = {"int8": 0.99, "int8-weights": 0.998, "int4-weights": 0.97}
 """h_0 of the quantized variants against FP32, small models. Measured: 0.9952, 0.9988 and 0.978, all qwen3."""
 
-INT8_MIN_COSINE = {"int8": 0.6, "int8-weights": 0.6, "int4-weights": 0.7}
-"""The same after every step, which the untrained small models amplify. Measured: 0.727 and 0.663 (qwen3; the others
-0.948 and 0.954), 0.782."""
+INT8_FIRST_STEP_MIN_COSINE = {"int8": 0.9, "int8-weights": 0.99, "int4-weights": 0.9}
+"""z_1 of the same. Measured: 0.949 and 0.9952 (qwen3), 0.939 (llama)."""
 
-INT8_BATCH_MAX_DIFFERENCE = 1e-4
+INT8_MIN_COSINE = {"int8": 0.9, "int8-weights": 0.9, "int4-weights": 0.7}
+"""The same after all five steps, which the untrained small models amplify, without qwen3, where the last step says
+nothing of a product. Measured: 0.953 and 0.954 (mistral-linear), 0.782 (llama). The steps of qwen3, int8-weights:
+0.9988, 0.9952, 0.982, 0.942, 0.710, 0.663. In FP32, random errors of 0.5 % in its weights leave h_0 at 0.9987 to 0.9996
+and, by the seed, the last step at 0.29 to 0.995 (llama: 0.931 to 0.995)."""
+
+INT8_BATCH_MAX_DIFFERENCE = 5e-5
 """A text alone against the same text in a batch, quantized variants, small models. Measured: 2.4e-6, 3.6e-5
 (int8-weights) and 2.2e-5."""
 
