@@ -1,4 +1,4 @@
-"""Whether ONNX Runtime multiplies 8-bit integers exactly on this CPU.
+"""What ONNX Runtime has to be told about 8-bit integers: whether it multiplies them exactly on this CPU is tried.
 
 On x86 with AVX2 or AVX-512 but without VNNI, its kernels for uint8 times int8 add two products in 16 bits, which
 saturate. ``session.x64quantprecision`` makes the weights uint8 there, whose kernels are slower and exact; elsewhere
@@ -11,8 +11,14 @@ from typing import Any
 
 import numpy as np
 
+from gircse.runtime.provider import Provider
+
 EXACT_PRODUCTS = ("session.x64quantprecision", "1")
 """The option of a session that makes the products exact where they are not."""
+
+FLOAT_PRODUCTS = ("session.disable_quant_qdq", "1")
+"""The option of a session that only stores integers: they become FP32 once, when it is loaded. By default each product
+would convert its weights again, in every pass, which takes eight times as long as the products."""
 
 ROWS = 4
 PROBE = (
@@ -22,6 +28,19 @@ PROBE = (
     + b"b\x13\n\x01c\x12\x0e\n\x0c\x08\x06\x12\x08\n\x02\x08\x04\n\x02\x08\x04B\x04\n\x00\x10\r"
 )
 """An ONNX model: c = MatMulInteger(a, b), a uint8 (4, 4), b int8 (4, 4) all 127."""
+
+
+def integer_option(onnxruntime: Any, provider: Provider, *, integer_products: bool) -> tuple[str, str] | None:
+    """Return the option that a session needs.
+
+    Args:
+        onnxruntime: the module.
+        provider: one of ONNX Runtime's.
+        integer_products: the graph multiplies 8-bit integers.
+    """
+    if not integer_products:
+        return FLOAT_PRODUCTS
+    return EXACT_PRODUCTS if provider is Provider.CPU and products_saturate(onnxruntime) else None
 
 
 @functools.cache

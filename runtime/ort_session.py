@@ -13,7 +13,7 @@ from gircse.runtime import tensor_names
 from gircse.runtime.bundle import Bundle
 from gircse.runtime.device_rows import DeviceTensor, RowExpander
 from gircse.runtime.errors import BundleError, OptionError, ProviderError
-from gircse.runtime.integer_products import EXACT_PRODUCTS, products_saturate
+from gircse.runtime.integer_products import integer_option
 from gircse.runtime.manifest import GraphFacts, Layout
 from gircse.runtime.node_placement import RECORD_PLACEMENT, warn_of_fallback
 from gircse.runtime.numerics import Int64
@@ -320,10 +320,8 @@ def load_graph(
     # The planner that reuses activation buffers is quadratic in nodes (minutes for an unrolled graph); the arena
     # recycles the buffers anyway, so without it load is linear at the same speed and the same memory.
     options.enable_mem_reuse = False
-    # Weight-only INT8 computes in float; by default ONNX Runtime would round the activations to int8 as well.
-    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
-    if integer_products and provider is Provider.CPU and products_saturate(ort):
-        options.add_session_config_entry(*EXACT_PRODUCTS)
+    if option := integer_option(ort, provider, integer_products=integer_products):
+        options.add_session_config_entry(*option)
     if threads is not None:
         options.intra_op_num_threads = threads
     if content is not None:

@@ -65,9 +65,10 @@ OrtOwned<OrtSessionOptions> session_options(const OnnxRuntime &runtime, const st
                                             bool integer_products) {
   const OrtApi &api = *runtime.api;
   auto options = create_owned(api, api.ReleaseSessionOptions, api.CreateSessionOptions);
-  // Weight-only INT8 computes in float; by default ONNX Runtime would round the activations to int8 as well.
-  check_status(api, api.AddSessionConfigEntry(options.get(), "session.qdq_matmulnbits_accuracy_level", "1"));
-  if (integer_products && provider == "cpu" && products_saturate(runtime)) {
+  if (!integer_products) {
+    // Integers that are only stored become FP32 once; by default each product would convert its weights in every pass.
+    check_status(api, api.AddSessionConfigEntry(options.get(), "session.disable_quant_qdq", "1"));
+  } else if (provider == "cpu" && products_saturate(runtime)) {
     check_status(api, api.AddSessionConfigEntry(options.get(), "session.x64quantprecision", "1"));
   }
   if (threads > 0) check_status(api, api.SetIntraOpNumThreads(options.get(), threads));
