@@ -4,8 +4,9 @@ Every node that computes with floats is put into one of two classes by rule, wit
 one to the other::
 
     low    MatMul, Gemm, Attention, RotaryEmbedding; a row of a low table (Gather); a bias added to a low value, and
-           the sum of two products (that of outlier channels); Concat, Reshape and the like where every computed input
-           is low; in FP16 also SwiGLU's Sigmoid and Mul; DequantizeLinear of a quantized product's operands
+           the sum of two products (that of outlier channels); what makes the KV cache; Concat, Reshape and the like
+           where every computed input is low; in FP16 also SwiGLU's Sigmoid and Mul; DequantizeLinear of a quantized
+           product's operands
     FP32   everything else: the residual stream (every other Add), RMSNormalization, the softmax over the vocabulary,
            the mean and the norm of the pooling, the attention bias; in BF16 also SwiGLU's products, whose three
            roundings cost more than any other rule: smallest cosine of the demo 0.99950 with them, 0.99979 without.
@@ -63,15 +64,16 @@ def set_precision(model: ir.Model, precision: Precision, *, keep_float32: Sequen
         return {}
     graph, low = model.graph, onnx_dtype(precision)
     kept = _kept_weights(graph, keep_float32)
-    fp16 = precision is Precision.FP16
+    fp16 = low is ir.DataType.FLOAT16
     counts = Counter({"scale_mixture": scale_mixture(graph)} if fp16 else {})
     low_nodes = find_low_nodes(graph, kept, following=_MOVING | _SWIGLU if fp16 else _MOVING)
     counts.update(node.op_type for node in low_nodes)
     _narrow_weights(graph, low_nodes, kept, low)
     counts["insert_cast"] = _insert_casts(graph, low_nodes, low)
     required = [*_REQUIRED]
-    if fp16:
+    if precision is Precision.FP16:
         required += ["Sigmoid"] if any(node.op_type == "Sigmoid" for node in graph) else []
+    if fp16:
         required += ["scale_mixture"] if counts["Gemm"] else []
     if missing := [name for name in required if not counts[name]]:
         raise ExportError(
@@ -127,7 +129,9 @@ def find_low_nodes(graph: ir.Graph, kept: set[ir.Value], *, following: set[str])
         weights = [value for value in node.inputs if value is not None and _is_float_weight(value)]
         computed = [value for value in node.inputs if value in floats]
         follows = bool(computed) and all(value in low for value in computed)
-        if node.op_type in _LOW:
+        if any(_is_cache(value) for value in node.outputs):
+            is_low = True  # what comes out of one step goes into the next
+        elif node.op_type in _LOW:
             is_low = kept.isdisjoint(weights)
         elif node.op_type == "Gather" and weights:
             is_low = kept.isdisjoint(weights)

@@ -23,7 +23,7 @@ from gircse.evaluation.parity.emulation import emulated_graph
 from gircse.export import variants
 from gircse.export.int8 import qdq, vocabulary
 from gircse.export.weights import external_data
-from gircse.runtime import Embedder
+from gircse.runtime import Embedder, tensor_names
 from gircse.runtime.bundle import Bundle
 from gircse.runtime.errors import BundleError
 from gircse.runtime.manifest import Layout
@@ -146,6 +146,18 @@ def test_only_weights_are_integers(small_models: SmallModels, precision: str, fo
     outliers = [node for node in products if node.inputs[1].is_initializer()]
     assert (len(products) - len(outliers), len(outliers)) == (2 * 5 + 1, 2 * 4)
     assert {node.inputs[1].dtype for node in outliers} == {ir.DataType.FLOAT16}
+
+
+@pytest.mark.parametrize("precision", INT8)
+@pytest.mark.parametrize("name", MODELS)
+def test_what_a_step_writes_into_the_cache_is_what_the_next_one_reads(
+    small_models: SmallModels, name: str, precision: str
+) -> None:
+    """Also where values are the sum of a quantized product and outlier channels."""
+    graph = ir.load(engine_graph(int8_bundle(small_models, name), precision)).graph
+    caches = [value for value in (*graph.inputs, *graph.outputs) if tensor_names.is_cache(str(value.name))]
+    assert len(caches) == 2 * 2 * 2
+    assert {value.dtype for value in caches} == {ir.DataType.FLOAT16}
 
 
 def test_what_is_quantized_is_read_back_with_the_same_step(small_models: SmallModels) -> None:
