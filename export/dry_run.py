@@ -27,12 +27,13 @@ from gircse.export.exporter import open_calibration
 from gircse.export.golden import golden_batch
 from gircse.export.model_source import SourceModel, open_source
 from gircse.export.options import ExportOptions
+from gircse.export.overflow_report import fp16_variants
 from gircse.export.proof import check_runtime, session_memory
 from gircse.export.resources import TRACE_BYTES, ExportNeeds, check_disk
 from gircse.export.staging import check_destination
 from gircse.reporting.sizes import duration, gib
 from gircse.runtime.errors import GircseError, readable
-from gircse.runtime.precision import SPECS, Precision
+from gircse.runtime.precision import SPECS
 from gircse.runtime.text_files import read_texts
 
 TRACE_SECONDS, TRACE_SECONDS_PER_LAYER = 5.0, 0.4
@@ -212,7 +213,7 @@ def _reference_stage(options: ExportOptions, source: SourceModel, rates: Machine
     """Return the stage in which PyTorch computes the golden vectors and probes for overflow."""
     weights, steps = source.weights, options.steps
     budget = ReferenceBudget.of(weights, source.config, options.reference)
-    probed = Precision.FP16 in options.precisions
+    probed = bool(fp16_variants(options.precisions))
     name = f"PyTorch's vectors{' and overflow probe' if probed else ''}"
     if (shortage := budget.shortage) is not None:
         return Stage(name, remark=f"left out: PyTorch {shortage}")

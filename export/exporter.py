@@ -20,7 +20,7 @@ from gircse.export.int8.quantize import OpenedCalibration
 from gircse.export.model_source import SourceModel, open_source
 from gircse.export.options import ExportOptions
 from gircse.export.overflow_probe import MagnitudeRecorder, Magnitudes
-from gircse.export.overflow_report import overflow_risks, write_magnitudes
+from gircse.export.overflow_report import fp16_variants, overflow_risks, write_magnitudes
 from gircse.export.proof import OpenReference, check_runtime, prove_bundle
 from gircse.export.resources import ExportNeeds, check_disk, free_disk
 from gircse.export.staging import check_destination, staged_directory
@@ -170,7 +170,7 @@ def _golden_missing_reason(budget: ReferenceBudget, options: ExportOptions, prog
     if budget.shortage is None:
         return None
     reason = f"the PyTorch reference {budget.shortage}"
-    probe = ", no overflow probe of FP16" if Precision.FP16 in options.precisions else ""
+    probe = ", no overflow probe of FP16" if fp16_variants(options.precisions) else ""
     progress.note(f"  no golden vectors{probe}: {reason}")
     return reason
 
@@ -219,7 +219,7 @@ def _use_reference(
     """
     with progress.stage("load the PyTorch reference"):
         reference = open_reference()
-    golden, is_probed = golden_batch(source.prompts), Precision.FP16 in options.precisions
+    golden, is_probed = golden_batch(source.prompts), bool(fp16_variants(options.precisions))
     probed = _probe_batches(source, probe_texts) if is_probed else []
     batches = [golden, *probed]
     for note in reference.notes:
@@ -263,12 +263,14 @@ def _report_magnitudes(
     texts: int,
     progress: StageProgress,
 ) -> None:
-    write_magnitudes(directory / Precision.FP16 / "magnitudes.json", magnitudes, texts=texts)
+    names = fp16_variants(options.precisions)
+    for name in names:
+        write_magnitudes(directory / name / "magnitudes.json", magnitudes, texts=texts)
     risks = overflow_risks(magnitudes, keep_float32=options.keep_float32, tied=source.shape.tied)
     for risk in risks[:MOST_RISKS]:
         progress.note(f"  warning: {risk}")
     if len(risks) > MOST_RISKS:
-        progress.note(f"  warning: and {len(risks) - MOST_RISKS} more: see fp16/magnitudes.json")
+        progress.note(f"  warning: and {len(risks) - MOST_RISKS} more: see {names[0]}/magnitudes.json")
 
 
 def _manifest(

@@ -10,6 +10,7 @@ import numpy as np
 from gircse.export.graph.mixed_precision import FP16_MAX
 from gircse.export.overflow_probe import Magnitudes
 from gircse.runtime.errors import sentence
+from gircse.runtime.precision import SPECS, Precision
 
 HEADROOM = 2.0
 """Texts other than those of the probe have larger values; the rotary embedding alone takes sqrt(2)."""
@@ -42,6 +43,11 @@ class OverflowRisk:
             f"the FP16 maximum is {FP16_MAX:.0f}",
             f"Export with {self.fix}.",
         )
+
+
+def fp16_variants(precisions: Sequence[Precision]) -> list[Precision]:
+    """Return those whose products have results in FP16."""
+    return [precision for precision in precisions if SPECS[precision].dtype == "float16"]
 
 
 def overflow_risks(magnitudes: Magnitudes, *, keep_float32: Sequence[str], tied: bool) -> list[OverflowRisk]:

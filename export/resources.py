@@ -21,8 +21,14 @@ TRACE_BYTES = 1 << 30
 SMALL_FILES_BYTES = 64 << 20
 """Disk space for everything in a bundle but the weights."""
 
-_DECODER_BYTES = {Precision.INT8: 1.25, Precision.INT8_WEIGHTS: 1.25, Precision.INT4_WEIGHTS: 0.8}
-"""Bytes of a decoder weight in quantized variants, scales and outlier channels included (demo: 1.03, 1.09 and 0.63)."""
+_DECODER_BYTES = {
+    Precision.INT8: 1.25,
+    Precision.INT8_WEIGHTS: 1.25,
+    Precision.INT4_WEIGHTS: 0.8,
+    Precision.FP8: 1.25,
+}
+"""Bytes of a decoder weight in quantized variants, scales and outlier channels included (demo: 1.03, 1.09 and 0.63; FP8
+not measured)."""
 
 
 @dataclass(frozen=True)
@@ -89,5 +95,7 @@ def _written_bytes(weights: ModelWeights, precision: Precision) -> int:
     count = weights.total_bytes // 4
     if not SPECS[precision].calibrated:
         return count * int(onnx_dtype(precision).itemsize)
-    vocabulary = math.prod(weights.shape(EMBEDDING_TABLE) or (0,))
-    return int(2.1 * vocabulary + _DECODER_BYTES[precision] * (count - vocabulary))  # the vocabulary is there twice
+    vocabulary = math.prod(weights.shape(EMBEDDING_TABLE) or (0,))  # in INT8 it is there twice
+    if precision is Precision.FP8 and not weights.tied:
+        vocabulary *= 2  # in FP16, as is a projection of its own
+    return int(2.1 * vocabulary + _DECODER_BYTES[precision] * (count - vocabulary))

@@ -95,6 +95,8 @@ def draft_variant(
             raise ValueError(f"{precision} without a calibration")
         excluded = excluded_inputs(precision, calibration.calibration, decoder.shape, keep_float32=keep_float32)
         quantization = Quantization(precision, calibration, decoder.shape, excluded)
+        if precision is Precision.FP8:
+            return _draft_fp8(decoder, quantization, keep_float32, max_shard_bytes)
         return _draft_int8(decoder, quantization, max_shard_bytes)
     graphs, rewrites = {}, {}
     for layout in sorted(decoder.facts.layouts):
@@ -107,9 +109,8 @@ def draft_variant(
 
 def _draft_int8(decoder: DecoderGraph, quantization: Quantization, max_shard_bytes: int | None) -> VariantDraft:
     """Compose the one layout of an INT8 variant; K + 1 copies of the decoder would hold K + 1 copies of its weights."""
-    precision = quantization.precision
-    layout = Layout.STEPWISE if decoder.settings.steps else decoder.facts.layout
-    model, quantized = _compose_int8(decoder, quantization, layout, QdqTarget.ONNX_RUNTIME)
+    precision, layout = quantization.precision, _calibrated_layout(decoder)
+    model, quantized = _compose_quantized(decoder, quantization, layout, QdqTarget.ONNX_RUNTIME)
     weights = WeightLayout.match(
         weight_initializers([model]),
         decoder.weights,
@@ -121,7 +122,7 @@ def _draft_int8(decoder: DecoderGraph, quantization: Quantization, max_shard_byt
     if not SPECS[precision].tensorrt:
         return draft
     try:
-        engine, _ = _compose_int8(decoder, quantization, layout, QdqTarget.TENSORRT)
+        engine, _ = _compose_quantized(decoder, quantization, layout, QdqTarget.TENSORRT)
     except ExportError as err:  # FP16 cannot hold a scale, which ONNX Runtime, in FP32, does not mind
         return replace(draft, engine_missing_reason=str(err))
     set_precision(engine, Precision.FP16)
@@ -132,7 +133,29 @@ def _draft_int8(decoder: DecoderGraph, quantization: Quantization, max_shard_byt
     return replace(draft, weights=copied, engine_graph=engine)
 
 
-def _compose_int8(
+def _draft_fp8(
+    decoder: DecoderGraph, quantization: Quantization, keep_float32: tuple[str, ...], max_shard_bytes: int | None
+) -> VariantDraft:
+    """Compose the one graph of an FP8 variant: FP16, but for the products of E4M3 numbers."""
+    layout = _calibrated_layout(decoder)
+    model, quantized = _compose_quantized(decoder, quantization, layout, QdqTarget.FP8)
+    counts = set_precision(model, quantization.precision, keep_float32=keep_float32)
+    weights = WeightLayout.match(
+        weight_initializers([model]),
+        decoder.weights,
+        sources=quantized.weight_sources,
+        max_file_bytes=max_shard_bytes,
+    )
+    rewrites = {layout: dict(sorted({**counts, **quantized.counts}.items()))}
+    float32 = (*SPECS[quantization.precision].float32, *keep_float32)
+    return VariantDraft(quantization.precision, {layout: model}, rewrites, weights, float32)
+
+
+def _calibrated_layout(decoder: DecoderGraph) -> Layout:
+    return Layout.STEPWISE if decoder.settings.steps else decoder.facts.layout
+
+
+def _compose_quantized(
     decoder: DecoderGraph, quantization: Quantization, layout: Layout, target: QdqTarget
 ) -> tuple[ir.Model, Quantized]:
     vocabulary = quantization.vocabulary(target)

@@ -153,7 +153,7 @@ class Bundle:
         path, own = self.graph(precision, layout), self.variant(precision).tensorrt
         if own is not None:
             return self.file(own.path)
-        if precision_spec(precision).calibrated:
+        if precision_spec(precision).engine_graph:
             raise BundleError(
                 f"{self.directory}, {precision},",
                 "has no graph for TensorRT",

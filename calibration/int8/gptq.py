@@ -26,7 +26,6 @@ from gircse.calibration.int8.rounding import (
     split_weight,
     weight_scales,
 )
-from gircse.calibration.int8.scheme import INT8_MAX
 
 BLOCK_INPUTS = 512
 """Inputs in a block of H. Demo: 512 is as good as all of them, 128 gives a third of the gain."""
@@ -49,7 +48,7 @@ class RoundedWeight:
     """A weight as a quantized product reads it.
 
     Attributes:
-        integers: (out, in) int8 in the range of the grid; 0 in the excluded columns.
+        integers: (out, in) numbers of the grid, in its type; 0 in the excluded columns.
         scales: (out,) or (out, in / block) float32, see ``weight_scales``.
         columns: (out, n) float32, the columns that are excluded from quantization.
     """
@@ -119,18 +118,21 @@ def round_smoothed(
     blocks = zip(moments, moment_blocks(weight.shape[1]), strict=True)
     scaled = [block.to(scales.device) / (scales[inputs, None] * scales[None, inputs]) for block, inputs in blocks]
     if grid.block is None:
-        steps = weight_scales(smoothed)
+        steps = weight_scales(smoothed, grid)
     else:
         steps = least_error_scales(smoothed, grid, torch.cat([block.diag() for block in scaled]))
     smoothed[:, channels] = columns
-    integers, columns = round_columns(
-        smoothed, steps.reshape(len(steps), -1), scaled, largest=grid.largest, excluded=channels
-    )
+    integers, columns = round_columns(smoothed, steps.reshape(len(steps), -1), scaled, excluded=channels, grid=grid)
     return RoundedWeight(integers, steps, columns)
 
 
 def round_columns(
-    weight: Tensor, steps: Tensor, moments: Moments, *, largest: float = INT8_MAX, excluded: Sequence[int] = ()
+    weight: Tensor,
+    steps: Tensor,
+    moments: Moments,
+    *,
+    excluded: Sequence[int] = (),
+    grid: WeightGrid = INT8_PER_CHANNEL,
 ) -> tuple[Tensor, Tensor]:
     """Round the columns of a weight by H.
 
@@ -138,15 +140,15 @@ def round_columns(
         weight: (out, in) float32.
         steps: (out, groups) float32; ``in / groups`` neighboring columns share a step.
         moments: H of the weight's inputs.
-        largest: magnitude of an integer.
         excluded: columns that are not rounded.
+        grid: what the others are rounded to.
 
     Returns:
-        Integers (out, in) int8, 0 in the excluded columns, and the excluded columns (out, n) float32.
+        Numbers of the grid (out, in) in its type, 0 in the excluded columns, and the excluded columns (out, n) float32.
     """
     group = weight.shape[1] // steps.shape[1]
     columns = weight.T.contiguous()  # a column is a row here, contiguous in memory
-    integers = torch.zeros_like(columns, dtype=torch.int8)
+    integers = torch.zeros_like(columns, dtype=grid.dtype)
     is_excluded = torch.zeros(len(columns), dtype=torch.bool, device=weight.device)
     is_excluded[list(excluded)] = True
     with _one_thread():
@@ -159,12 +161,12 @@ def round_columns(
             order += inputs.start
             block = columns[order]
             block_steps = [steps[:, column // group] for column in order.tolist()[: len(parts[0])]]
-            integers[order[: len(parts[0])]] = _round_block(block, block_steps, factor, largest)
+            integers[order[: len(parts[0])]] = _round_block(block, block_steps, factor, grid)
             columns[order] = block
     return integers.T.contiguous(), columns[list(excluded)].T.contiguous()
 
 
-def _round_block(block: Tensor, steps: Sequence[Tensor], factor: Tensor, largest: float) -> Tensor:
+def _round_block(block: Tensor, steps: Sequence[Tensor], factor: Tensor, grid: WeightGrid) -> Tensor:
     """Round the first columns of a block, and let those after them compensate, in place.
 
     The columns are halved until few are left: errors go to the columns of the other half in one matrix product, which
@@ -174,12 +176,12 @@ def _round_block(block: Tensor, steps: Sequence[Tensor], factor: Tensor, largest
         block: (b, out) float32, columns as rows.
         steps: (out,) float32 of each column that is rounded; the columns after them are not.
         factor: (b, b) float32, of ``_inverse_factor``.
-        largest: magnitude of an integer.
+        grid: what they are rounded to.
 
     Returns:
-        Integers (len(steps), out) int8.
+        Numbers of the grid (len(steps), out), in its type.
     """
-    rounded = torch.empty_like(block[: len(steps)], dtype=torch.int8)
+    rounded = torch.empty_like(block[: len(steps)], dtype=grid.dtype)
     errors = torch.empty_like(block[: len(steps)])
 
     def compensate(start: int, middle: int, stop: int) -> None:
@@ -193,7 +195,7 @@ def _round_block(block: Tensor, steps: Sequence[Tensor], factor: Tensor, largest
             round_range(middle, stop)
             return
         for j in range(start, stop):
-            levels = (block[j] / steps[j]).round_().clamp_(-largest, largest)
+            levels = grid.round(block[j] / steps[j])
             rounded[j] = levels
             torch.sub(block[j], levels.mul_(steps[j]), out=errors[j]).div_(factor[j, j])
             block[j + 1 : stop].addr_(factor[j, j + 1 : stop], errors[j], alpha=-1)

@@ -22,8 +22,21 @@ class WeightGrid:
 
     @property
     def largest(self) -> float:
-        """The largest integer."""
+        """The largest number."""
         return float(2 ** (self.bits - 1) - 1)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What holds the numbers, those of 4 bits too."""
+        return torch.int8
+
+    def round(self, levels: Tensor) -> Tensor:
+        """Round to the nearest number, in place; larger ones become the largest."""
+        return levels.round_().clamp_(-self.largest, self.largest)
+
+    def scales(self, magnitudes: Tensor) -> Tensor:
+        """Return the scales, float32, with which the grid holds numbers up to some magnitudes; 1 for 0."""
+        return torch.where(magnitudes > 0, magnitudes / self.largest, torch.ones_like(magnitudes))
 
 
 INT8_PER_CHANNEL = WeightGrid()
@@ -59,13 +72,12 @@ def quantize_weight(weight: Tensor, grid: WeightGrid = INT8_PER_CHANNEL) -> tupl
         grid: its ``block``, if any, divides ``in``.
 
     Returns:
-        Integers (out, in) int8, and their scales, see ``weight_scales``.
+        Numbers of the grid (out, in) in its type, and their scales, see ``weight_scales``.
     """
     scales = weight_scales(weight, grid)
-    largest = grid.largest
     blocks = weight.reshape(len(weight), -1, grid.block or weight.shape[1])
-    integers = (blocks / scales.reshape(len(weight), -1, 1)).round_().clamp_(-largest, largest).to(torch.int8)
-    return integers.reshape(weight.shape), scales
+    levels = grid.round(blocks / scales.reshape(len(weight), -1, 1))
+    return levels.to(grid.dtype).reshape(weight.shape), scales
 
 
 def weight_scales(weight: Tensor, grid: WeightGrid = INT8_PER_CHANNEL) -> Tensor:
@@ -79,9 +91,7 @@ def weight_scales(weight: Tensor, grid: WeightGrid = INT8_PER_CHANNEL) -> Tensor
         (out,) float32 without blocks, else (out, in / block); 1 where all weights are 0.
     """
     blocks = weight if grid.block is None else weight.reshape(len(weight), -1, grid.block)
-    # vector_norm, because abs() makes a copy
-    scales = torch.linalg.vector_norm(blocks, torch.inf, dim=-1) / grid.largest
-    return torch.where(scales > 0, scales, torch.ones_like(scales))
+    return grid.scales(torch.linalg.vector_norm(blocks, torch.inf, dim=-1))  # without a copy, as abs() makes one
 
 
 def least_error_scales(weight: Tensor, grid: WeightGrid, energy: Tensor) -> Tensor:
@@ -104,7 +114,7 @@ def _least_error_scales(weight: Tensor, grid: WeightGrid, energy: Tensor) -> Ten
     best, least = widest, torch.full_like(widest, torch.inf)
     for shrink in SHRINKS:
         scales = shrink * widest
-        levels = (blocks / scales[..., None]).round_().clamp_(-grid.largest, grid.largest)
+        levels = grid.round(blocks / scales[..., None])
         error = levels.mul_(scales[..., None]).sub_(blocks).square_().mul_(energy).sum(-1)
         best, least = torch.where(error < least, scales, best), torch.minimum(error, least)
     return best

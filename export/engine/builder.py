@@ -127,6 +127,7 @@ def build_engine(options: BuildOptions, *, progress: StageProgress | None = None
         )
     profiles = _profiles(options, bundle, provider)
     capabilities = _capabilities(options, module, provider)
+    _check_capabilities(capabilities, precision)
     with progress.stage(f"check the files of {bundle.directory.name}:{precision}"):
         bundle.verify(precision)
     builder = TensorRtBuilder(module, provider)
@@ -242,6 +243,19 @@ def _rtx_capabilities(wanted: list[str], module: Any) -> list[str]:
         hint = "Use --provider tensorrt here, or name the GPU of another machine: --sm 8.9"
         raise ProviderError("this machine's GPU", f"has compute capability {found}", builds_for, hint)
     return [found]
+
+
+def _check_capabilities(capabilities: Sequence[str], precision: str) -> None:
+    """Refuse GPUs that have no instructions for a precision; TensorRT's own refusal comes late and names no GPU."""
+    lowest = precision_spec(precision).min_capability
+    for capability in capabilities:
+        if tuple(map(int, capability.split("."))) < lowest:
+            raise OptionError(
+                f"--precision {precision}",
+                f"cannot run on compute capability {capability}",
+                f"it takes {'.'.join(map(str, lowest))} or higher",
+                "Build from int8 or fp16 for this GPU.",
+            )
 
 
 def _dotted(name: str) -> str:

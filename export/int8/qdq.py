@@ -16,8 +16,9 @@ One product reads both, because lo is stacked under hi as more rows; so W is rea
 With step 1, x = 3.7 gives hi = 4 and lo = round(-0.3 * 254) = -76, which is 4 - 76 / 254 = 3.7008: an error of 0.0008
 where one limb has 0.3.
 
-The two runtimes store activations differently (:class:`QdqTarget`). Weights are the same for both. Where only these are
-quantized, x stays in float::
+The two runtimes store activations differently (:class:`QdqTarget`). Weights are the same for both. E4M3 numbers have
+448 in place of 127, and 16 in place of 254 (``export/fp8/e4m3.py``). Where only weights are quantized, x stays in
+float::
 
     y = x @ DQ(W, scales)
 """
@@ -29,6 +30,7 @@ import numpy as np
 import onnx_ir as ir
 
 from gircse.calibration.int8.scheme import INT8_MAX, LO_LIMB
+from gircse.export.fp8.e4m3 import E4M3_LO_LIMB, e4m3_step
 from gircse.export.graph.builder import NodeBuilder
 from gircse.runtime.errors import ExportError
 
@@ -41,11 +43,13 @@ class QdqTarget(StrEnum):
 
     ONNX Runtime: unsigned integers around 128, for which x86 CPUs have instructions, and FP32 scales. TensorRT: signed
     integers around 0, the only zero point that it knows; what it multiplies has scales in FP16, so a step is rounded to
-    FP16 first and QuantizeLinear, which reads FP32, takes the same number.
+    FP16 first and QuantizeLinear, which reads FP32, takes the same number. FP8: E4M3 numbers for both, else as for
+    TensorRT, and a lo limb that is 16 times finer.
     """
 
     ONNX_RUNTIME = "onnxruntime"
     TENSORRT = "tensorrt"
+    FP8 = "fp8"
 
 
 class LeftOperand(NamedTuple):
@@ -61,6 +65,7 @@ class QdqBuilder:
     def __init__(self, nodes: NodeBuilder, target: QdqTarget = QdqTarget.ONNX_RUNTIME) -> None:
         """Take what adds nodes, and what will run them."""
         self._nodes, self._target = nodes, target
+        self._finer = E4M3_LO_LIMB if target is QdqTarget.FP8 else LO_LIMB
 
     def quantize(self, x: ir.Value, *, limbs: int, threshold: float, name: str) -> LeftOperand:
         """Quantize an activation.
@@ -68,7 +73,7 @@ class QdqBuilder:
         Args:
             x: (..., in) float32.
             limbs: 1 or 2.
-            threshold: magnitude that becomes 127; 0 for an input that is always 0.
+            threshold: magnitude that becomes the largest number; 0 for an input that is always 0.
             name: of the quantized input, for errors.
 
         Raises:
@@ -78,11 +83,17 @@ class QdqBuilder:
         step = exact
         if self._target is QdqTarget.TENSORRT:
             step = float(fp16_scales(np.array(exact, np.float32), name))
+        elif self._target is QdqTarget.FP8:
+            step = exact = e4m3_step(threshold, name)
         hi = self._quantized(x, step)
         if limbs == 1:
             return LeftOperand(self._operand(hi, step), limbs)
         remainder = self._nodes.op("Sub", x, self._dequantized(hi, step))
-        lo = self._quantized(remainder, exact / LO_LIMB)
+        if self._target is QdqTarget.FP8:  # ONNX concatenates no E4M3 numbers
+            finer = self._nodes.op("Mul", remainder, self._nodes.number(self._finer))
+            both = self._quantized(self._nodes.op("Concat", x, finer, axis=0), step)
+            return LeftOperand(self._operand(both, step), limbs)
+        lo = self._quantized(remainder, exact / self._finer)
         return LeftOperand(self._operand(self._nodes.op("Concat", hi, lo, axis=0), step), limbs)
 
     def multiply(self, activation: LeftOperand, weight: ir.Value) -> ir.Value:
@@ -91,7 +102,7 @@ class QdqBuilder:
         if activation.limbs == 1:
             return product
         hi, lo = self._nodes.op_multi("Split", product, outputs=2, axis=0, num_outputs=2)
-        return self._nodes.op("Add", hi, self._nodes.op("Mul", lo, self._nodes.number(1 / LO_LIMB)))
+        return self._nodes.op("Add", hi, self._nodes.op("Mul", lo, self._nodes.number(1 / self._finer)))
 
     def dequantize_weight(
         self, weight: ir.Value, scales: ir.Value, *, axis: int = 1, block: int | None = None
@@ -132,6 +143,8 @@ class QdqBuilder:
         return self._nodes.op("DequantizeLinear", integers, scale, self._zero_point())
 
     def _zero_point(self) -> ir.Value:
+        if self._target is QdqTarget.FP8:
+            return self._nodes.constant("e4m3_zero", np.array(0, ir.DataType.FLOAT8E4M3FN.numpy()))
         if self._target is QdqTarget.TENSORRT:
             return self._nodes.constant("int8_zero", np.array(0, np.int8))
         return self._nodes.constant("uint8_128", np.array(128, np.uint8))

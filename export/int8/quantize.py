@@ -4,9 +4,11 @@ Every product whose input is not excluded from quantization reads integer weight
 side by side in one product, and a Split hands the parts on. Outlier channels are multiplied in float next to it.
 
 ``int8`` rounds the inputs too and multiplies integers. Its smoothing costs nothing at run time: it is folded into the
-weight of the RMSNorm before. ``int8-weights`` and ``int4-weights`` multiply in float.
+weight of the RMSNorm before. ``fp8`` does the same with E4M3 numbers. ``int8-weights`` and ``int4-weights`` multiply in
+float.
 
-A variant has two graphs on the same weights, one for ONNX Runtime and one for TensorRT (:class:`QdqTarget`).
+A variant has two graphs on the same weights, one for ONNX Runtime and one for TensorRT (:class:`QdqTarget`); that of
+``fp8`` is the same for both.
 """
 
 import functools
@@ -36,6 +38,8 @@ from gircse.calibration.int8.scheme import (
     decoder_inputs,
 )
 from gircse.calibration.moments_file import MomentsFile
+from gircse.export.fp8.e4m3 import E4M3_GRID, E4M3_LIMBS
+from gircse.export.fp8.weights import Fp8Product
 from gircse.export.graph.architecture import DecoderShape
 from gircse.export.graph.builder import NodeBuilder
 from gircse.export.graph.compose import FloatVocabulary
@@ -98,12 +102,12 @@ class Quantization:
 
     @property
     def quantizes_activations(self) -> bool:
-        """Whether the inputs of products are integers too."""
-        return SPECS[self.precision].integer_products
+        """Whether the inputs of products have 8 bits too."""
+        return SPECS[self.precision].integer_products or self.precision is Precision.FP8
 
     def vocabulary(self, target: QdqTarget) -> Int8Vocabulary:
-        """Return how a graph reads the vocabulary, which is as in FP32 if its projection is excluded."""
-        if VOCABULARY_INPUT.name in self.excluded:
+        """Return how a graph reads the vocabulary: as in FP32 if its projection is excluded, and in FP8 variants."""
+        if target is QdqTarget.FP8 or VOCABULARY_INPUT.name in self.excluded:
             return FloatVocabulary()
         calibration, shape = self.calibration.calibration, self.shape
         found = calibration.inputs.get(VOCABULARY_INPUT.name)
@@ -239,10 +243,11 @@ class _Rewriter:
         builder = NodeBuilder.before(self.graph, nodes[0])
         qdq, x = QdqBuilder(builder, self.target), _first(nodes[0])
         left, grid = self._left_operand(qdq, quantized_input, x), self._grid(quantized_input, nodes[0])
+        kind = Fp8Product if self.target is QdqTarget.FP8 else QuantizedProduct
         for group in groups:
             reads = {f"{name}.weight": tuple(reversed(_dims(node.inputs[1]))) for name, node in group.items()}
             name = quantized_input.name if len(groups) == 1 else next(iter(group))
-            source = QuantizedProduct(name, reads, smoothing, channels, self._reader(quantized_input), grid)
+            source = kind(name, reads, smoothing, channels, self._reader(quantized_input), grid)
             weight, scales = _initializers(builder, source, source.weight_name, source.scale_name)
             product = qdq.multiply(left, qdq.dequantize_weight(weight, scales, block=grid.block))
             if channels:
@@ -250,6 +255,9 @@ class _Rewriter:
                 product = builder.op("Add", product, qdq.outlier_channels(x, channels, rows))
             _hand_on(builder, product, list(group.values()))
             self.weight_sources.append(source)
+
+    def _limbs(self, quantized_input: QuantizedInput) -> int:
+        return E4M3_LIMBS if self.target is QdqTarget.FP8 else LIMBS[quantized_input.kind]
 
     def _fold_smoothing(self, quantized_input: QuantizedInput, node: ir.Node, smoothing: torch.Tensor) -> None:
         """Divide the input by its smoothing where it is made: RMSNorm's weight."""
@@ -265,18 +273,20 @@ class _Rewriter:
         self.counts["fold_smoothing"] += 1
 
     def _left_operand(self, qdq: QdqBuilder, quantized_input: QuantizedInput, x: ir.Value) -> LeftOperand:
-        """Return what the products of an input multiply: 8-bit integers, or x itself."""
+        """Return what the products of an input multiply: 8-bit numbers, or x itself."""
         if not self.how.quantizes_activations:
             return LeftOperand(x)
         return qdq.quantize(
             x,
-            limbs=LIMBS[quantized_input.kind],
+            limbs=self._limbs(quantized_input),
             threshold=self._calibrated(quantized_input).threshold,
             name=quantized_input.name,
         )
 
     def _grid(self, quantized_input: QuantizedInput, node: ir.Node) -> WeightGrid:
         """Return what the weights of an input are rounded to; 8 bits where INT4's blocks do not divide it."""
+        if self.target is QdqTarget.FP8:
+            return E4M3_GRID
         inputs = _dims(node.inputs[1])[0]
         if self.how.precision is Precision.INT4_WEIGHTS and quantized_input.kind in INT4_KINDS:
             return next((WeightGrid(4, block) for block in INT4_BLOCKS if inputs % block == 0), INT8_PER_CHANNEL)

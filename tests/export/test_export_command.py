@@ -80,7 +80,7 @@ def test_int8_is_refused_where_it_does_not_exist(
         ["--steps", "x"],
         ["--pooling", "max"],
         ["--stepz", "2"],
-        ["--precision", "fp16,fp8"],
+        ["--precision", "fp16,fp4"],
         ["--keep-float32", "layers.1.mlp,"],
     ],
 )

@@ -202,8 +202,8 @@ def test_variant_with_the_stepwise_graph_alone(small_bundle: Path, precision: Pr
     match = rf"bundle, {precision}, has no unrolled graph; it has stepwise\. .* or take another precision\.$"
     with pytest.raises(BundleError, match=match):
         bundle.graph(precision, Layout.UNROLLED)
-    with pytest.raises(BundleError, match=r"has no precision 'fp8'; it has fp32, int8"):
-        bundle.layout("fp8", Provider.CPU)
+    with pytest.raises(BundleError, match=rf"has no precision 'fp4'; it has fp32, {precision}"):
+        bundle.layout("fp4", Provider.CPU)
 
 
 @pytest.mark.parametrize(

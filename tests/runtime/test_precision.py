@@ -9,12 +9,12 @@ from gircse.runtime.provider import Provider
 @pytest.mark.parametrize(
     ("provider", "precisions"),
     [
-        (Provider.AUTO, "fp32 fp16 bf16 int8 int8-weights int4-weights"),
-        (Provider.CPU, "fp32 fp16 int8 int8-weights int4-weights"),
+        (Provider.AUTO, "fp32 fp16 bf16 int8 int8-weights int4-weights fp8"),
+        (Provider.CPU, "fp32 fp16 int8 int8-weights int4-weights fp8"),
         (Provider.CUDA, "fp32 fp16 bf16"),
         (Provider.ORT_TENSORRT, "fp32 fp16 bf16"),
-        (Provider.TENSORRT, "fp32 fp16 bf16 int8 int8-weights int4-weights"),
-        (Provider.TENSORRT_RTX, "fp32 fp16 bf16 int8 int8-weights int4-weights"),
+        (Provider.TENSORRT, "fp32 fp16 bf16 int8 int8-weights int4-weights fp8"),
+        (Provider.TENSORRT_RTX, "fp32 fp16 bf16 int8 int8-weights int4-weights fp8"),
     ],
 )
 def test_what_a_provider_runs(provider: Provider, precisions: str) -> None:

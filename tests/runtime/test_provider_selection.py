@@ -189,7 +189,7 @@ def test_default_precisions(machine: Machine, bundle: Path, variants: tuple[str,
 def test_int8_is_taken_where_there_is_nothing_else(
     machine: Machine, bundle: Path, variants: tuple[str, ...], expected: str
 ) -> None:
-    add_stepwise_variants(bundle, "int8", "int8-weights", "int4-weights")
+    add_stepwise_variants(bundle, "int8", "int8-weights", "int4-weights", "fp8")
     keep_variants(bundle, *variants)
     assert Embedder(bundle).precision == expected  # auto, on a machine without a GPU
     stub = machine.install("onnxruntime", StubOnnxRuntime(CUDA, CPU))
@@ -203,7 +203,7 @@ def test_int8_is_taken_where_there_is_nothing_else(
 
 
 @pytest.mark.parametrize("provider", ["cuda", "onnxruntime-tensorrt"])
-@pytest.mark.parametrize("precision", ["int8", "int8-weights", "int4-weights"])
+@pytest.mark.parametrize("precision", ["int8", "int8-weights", "int4-weights", "fp8"])
 def test_int8_graphs_are_not_for_a_gpu(machine: Machine, bundle: Path, provider: str, precision: str) -> None:
     add_stepwise_variants(bundle, precision)
     machine.install("onnxruntime", StubOnnxRuntime(TENSORRT, CUDA, CPU))

@@ -84,6 +84,18 @@ INT8_BATCH_MAX_DIFFERENCE = 5e-5
 """A text alone against the same text in a batch, quantized variants, small models. Measured: 2.4e-6, 3.6e-5
 (int8-weights) and 2.2e-5."""
 
+FP8_PROMPT_MIN_COSINE = 0.98
+"""h_0 of ``fp8`` against FP32, small models. Measured: 0.9889 (qwen3)."""
+
+FP8_MIN_COSINE = 0.7
+"""The same after every step, which the untrained small models amplify. Measured: 0.851 (llama)."""
+
+FP8_FAKE_MIN_COSINE = 0.9999
+"""h_0 of ``fp8`` against the same rounding in PyTorch, small models. Measured: 0.999983 (qwen3)."""
+
+FP8_EMULATED_MIN_COSINE = 0.9999
+"""h_0 of ``fp8`` with every FP16 value rounded against ONNX Runtime's FP16, small models. Measured: 0.999993."""
+
 ENGINE_GRAPH_MAX_DIFFERENCE = 1e-6
 """The int8 graph for TensorRT, still in FP32, against that for ONNX Runtime, h_0. Measured: 0."""
 ENGINE_GRAPH_STEPS_MAX_DIFFERENCE = 1e-3

@@ -8,13 +8,14 @@
 namespace gircse::core {
 namespace {
 
-constexpr std::array<PrecisionSpec, 6> kSpecs = {{
+constexpr std::array<PrecisionSpec, 7> kSpecs = {{
     {"fp32", false, true, true, false, 0.9999, {1, 24, 4}},
     {"fp16", false, true, true, false, 0.999, {1, 30, 0}},
     {"bf16", false, false, true, false, 0.999, {1, 24, 4}},
     {"int8", true, true, false, true, 0.97, {1, 32, 0}},
     {"int8-weights", true, true, false, false, 0.995, {1, 32, 0}},
     {"int4-weights", true, true, false, false, 0.9, {1, 32, 0}},
+    {"fp8", true, true, false, false, 0.97, {1, 32, 0}},
 }};
 
 }  // namespace
@@ -28,7 +29,7 @@ const PrecisionSpec *find_precision(std::string_view precision) {
 const PrecisionSpec &precision_spec(std::string_view precision) {
   if (const PrecisionSpec *spec = find_precision(precision)) return *spec;
   throw Error(GIRCSE_ERROR_BUNDLE, "precision " + in_quotes(precision), "is not one that this libgircse knows",
-              "it knows fp32, fp16, bf16, int8, int8-weights, int4-weights", "Upgrade libgircse.");
+              "it knows fp32, fp16, bf16, int8, int8-weights, int4-weights, fp8", "Upgrade libgircse.");
 }
 
 std::vector<std::string> cpu_order() {
@@ -39,7 +40,7 @@ std::vector<std::string> cpu_order() {
   return names;
 }
 
-std::vector<std::string> gpu_order() { return {"fp16", "bf16", "fp32", "int8", "int8-weights", "int4-weights"}; }
+std::vector<std::string> gpu_order() { return {"fp16", "bf16", "fp32", "int8", "fp8", "int8-weights", "int4-weights"}; }
 
 OnnxRuntimeVersion oldest_onnxruntime() {
   const auto older = [](const auto &a, const auto &b) { return a.onnxruntime < b.onnxruntime; };

@@ -102,7 +102,7 @@ def test_the_columns_of_large_inputs_are_rounded_first() -> None:
     rows[:, [15, 31]] *= 20  # the last of a block of inputs, and of a block of H
     steps = weight.reshape(OUTPUTS, -1, 16).abs().amax(-1) / 7
     (moments, one_step) = (moments_of(rows), steps.repeat_interleave(16, dim=1))
-    integers, _ = round_columns(weight, steps, moments, largest=7)
+    integers, _ = round_columns(weight, steps, moments, grid=WeightGrid(4, 16))
     ours = product_error(rows, weight, integers * one_step)
     nearest = (weight / one_step).round() * one_step
     assert ours < 0.2 * product_error(rows, weight, nearest)

@@ -28,7 +28,7 @@ from gircse.runtime.manifest import Layout
 STEPS = 2
 LAYERS = 4
 TEXT = [5, 300, 44, 44, 260, 9, 101]
-PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int8-weights", "int4-weights")
+PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int8-weights", "int4-weights", "fp8")
 FAULTY = 2
 
 
@@ -134,6 +134,7 @@ def test_a_sound_bundle_has_no_jump(sound: Path, reference: LayerTrace, precisio
         ("int8", f"model.layers.{FAULTY}.mlp_output.scale", 2.0),
         ("int8-weights", f"model.layers.{FAULTY}.mlp.up_proj.scale", 1.5),
         ("int4-weights", f"model.layers.{FAULTY}.mlp.up_proj.scale", 8.0),
+        ("fp8", f"model.layers.{FAULTY}.mlp_output.scale", 2.0),
     ],
 )
 def test_a_wrong_tensor_of_one_layer_is_located(

@@ -188,6 +188,14 @@ def test_keep_float32_of_the_vocabulary(small_models: SmallModels) -> None:
     assert cosine > LOW_PRECISION_MIN_COSINE["fp16"]
 
 
+def test_keep_float32_of_values(small_models: SmallModels) -> None:
+    """The KV cache holds them in FP16 all the same: a step reads what the one before it has written."""
+    bundle = small_models.bundle("llama", precisions=("fp16",), keep_float32=("v_proj",))
+    for layout in Layout:
+        cosine = row_cosine(embed(bundle, "fp16", layout), reference(small_models, "llama")).min()
+        assert cosine > LOW_PRECISION_MIN_COSINE["fp16"]
+
+
 def test_keep_float32_that_matches_nothing(small_models: SmallModels, tmp_path: Path) -> None:
     options = ExportOptions(
         output=tmp_path / "out",

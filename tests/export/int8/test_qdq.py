@@ -9,6 +9,8 @@ from gircse.export.graph.trace import OPSET
 from gircse.export.int8.qdq import MAX_SCALE_ERROR, QdqBuilder, QdqTarget, fp16_scales
 from gircse.runtime.errors import ExportError
 
+INT8 = (QdqTarget.ONNX_RUNTIME, QdqTarget.TENSORRT)
+
 
 def product(x: np.ndarray, *, limbs: int, target: QdqTarget, threshold: float = 127.0) -> np.ndarray:
     """Return x @ I in 8 or 16 bits."""
@@ -36,14 +38,14 @@ def product(x: np.ndarray, *, limbs: int, target: QdqTarget, threshold: float = 
     return ort.InferenceSession(content, options).run(None, {"x": x})[0]
 
 
-@pytest.mark.parametrize("target", list(QdqTarget))
+@pytest.mark.parametrize("target", INT8)
 def test_the_worked_number_of_the_module(target: QdqTarget) -> None:
     x = np.array([[3.7]], np.float32)
     assert product(x, limbs=1, target=target)[0, 0] == 4.0
     assert product(x, limbs=2, target=target)[0, 0] == pytest.approx(4 - 76 / 254, rel=1e-6)
 
 
-@pytest.mark.parametrize("target", list(QdqTarget))
+@pytest.mark.parametrize("target", INT8)
 @pytest.mark.parametrize(("limbs", "steps"), [(1, 0.5), (2, 0.5 / 254)])
 def test_error_is_at_most_half_a_step_of_the_last_limb(target: QdqTarget, limbs: int, steps: float) -> None:
     x = np.random.default_rng(0).uniform(-2, 2, (64, 8)).astype(np.float32)
@@ -55,6 +57,31 @@ def test_error_is_at_most_half_a_step_of_the_last_limb(target: QdqTarget, limbs:
 def test_an_input_of_zeros(target: QdqTarget) -> None:
     x = np.zeros((2, 4), np.float32)
     np.testing.assert_array_equal(product(x, limbs=2, target=target, threshold=0.0), x)
+
+
+@pytest.mark.parametrize(("limbs", "error"), [(1, 2**-4), (2, 2**-8)])
+def test_the_error_of_e4m3_is_relative(limbs: int, error: float) -> None:
+    """Over three orders of magnitude, where integers have the same error everywhere."""
+    x = np.geomspace(1e-2, 100, 4000, dtype=np.float32).reshape(-1, 8)
+    x[::2] *= -1
+    ours = product(x, limbs=limbs, target=QdqTarget.FP8, threshold=100.0)
+    assert error / 4 < np.abs(ours / x - 1).max() <= error
+
+
+@pytest.mark.parametrize(("limbs", "largest"), [(1, 100.0), (2, 100 * (1 + 1 / 16))])
+def test_what_is_too_large_for_e4m3_becomes_the_largest(limbs: int, largest: float) -> None:
+    """And never NaN, which E4M3 has in place of infinity."""
+    x = np.array([[101, 107, 1e3, 1e30, np.inf]], np.float32)
+    ours = product(np.concatenate([x, -x]), limbs=limbs, target=QdqTarget.FP8, threshold=100.0)
+    np.testing.assert_array_less(np.abs(ours), largest * 1.001)  # the step is rounded up to FP16
+    np.testing.assert_array_less(99.9, ours[0])
+    np.testing.assert_array_equal(ours[1], -ours[0])
+
+
+@pytest.mark.parametrize("threshold", [0.0, 1e-9])
+def test_activations_near_zero_in_e4m3(threshold: float) -> None:
+    x = np.full((2, 4), threshold, np.float32)
+    assert np.abs(product(x, limbs=2, target=QdqTarget.FP8, threshold=threshold) - x).max() <= threshold
 
 
 def test_scales_that_fp16_holds() -> None:

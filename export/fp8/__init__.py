@@ -1,0 +1,1 @@
+"""Round weights and activations to FP8 by a calibration."""
