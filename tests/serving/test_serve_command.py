@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -46,6 +47,16 @@ def post(address: str, **body: Any) -> Any:
         return json.load(answer)
 
 
+def wait_for_queue(address: str, *, empty: bool) -> str:
+    """Return the metrics as soon as nothing, or something, waits."""
+    deadline = time.monotonic() + SECONDS
+    while time.monotonic() < deadline:
+        metrics: str = urllib.request.urlopen(f"{address}/metrics").read().decode()
+        if ("gircse_queue_tokens 0.0" in metrics) is empty:
+            return metrics
+    pytest.fail(f"the queue was {'never empty' if empty else 'always empty'}")
+
+
 def refusal(*arguments: str) -> str:
     command = [sys.executable, "-m", "gircse.serving.serve_command", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)
@@ -75,8 +86,7 @@ def test_sigterm_lets_requests_end(small_models: SmallModels) -> None:
         clients = [threading.Thread(target=lambda: answers.append(post(address, input=texts))) for _ in range(8)]
         for client in clients:
             client.start()
-        while b"gircse_queue_tokens 0.0" in (metrics := urllib.request.urlopen(f"{address}/metrics").read()):
-            assert metrics
+        wait_for_queue(address, empty=False)
         process.send_signal(signal.SIGTERM)
         for client in clients:
             client.join()
@@ -97,11 +107,8 @@ def test_a_client_that_went_away_is_dropped(small_models: SmallModels) -> None:
         port = int(address.rpartition(":")[2])
         with socket.create_connection(("127.0.0.1", port)) as connection:
             connection.sendall("\r\n".join([*lines, "", ""]).encode() + body)
-            while b"gircse_queue_tokens 0.0" in urllib.request.urlopen(f"{address}/metrics").read():
-                pass
-        while b"gircse_queue_tokens 0.0" not in urllib.request.urlopen(f"{address}/metrics").read():
-            pass
-        metrics = urllib.request.urlopen(f"{address}/metrics").read().decode()
+            wait_for_queue(address, empty=False)
+        metrics = wait_for_queue(address, empty=True)
     assert 'gircse_requests_total{status="499"} 1.0' in metrics
     texts = re.search(r"gircse_batch_texts_sum (\S+)", metrics)
     assert texts is not None
