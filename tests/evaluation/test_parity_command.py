@@ -31,7 +31,7 @@ def test_command_writes_the_report(
     assert found.passed
     assert b"NaN" not in (report / "parity.json").read_bytes()
     suite = ET.parse(report / "parity.xml").getroot()[0]
-    assert len(suite) == int(suite.attrib["tests"]) == len(found.candidates[0].gates) == 6
+    assert len(suite) == int(suite.attrib["tests"]) == len(found.candidates[0].gates) == 7
     assert suite.attrib["failures"] == "0"
     text = (report / "parity.md").read_text(encoding="utf-8")
     assert "# Parity of" in text

@@ -177,7 +177,8 @@ def test_the_example_explains_an_error(example_by_cmake: Path, tmp_path: Path) -
 def test_the_source_distribution_has_the_cpp_runtime_and_the_wheel_does_not(tmp_path: Path) -> None:
     """Built from a copy, because setuptools leaves files behind."""
     copy = tmp_path / "copy"
-    for folder in ("runtime", "examples", "scripts", "reporting", "checkpoint", "calibration", "export", "evaluation"):
+    packages = ("runtime", "reporting", "checkpoint", "calibration", "export", "evaluation", "serving")
+    for folder in (*packages, "examples", "scripts"):
         shutil.copytree(ROOT / folder, copy / folder, ignore=shutil.ignore_patterns("build", "__pycache__"))
     for name in ("pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, copy / name)
@@ -189,3 +190,4 @@ def test_the_source_distribution_has_the_cpp_runtime_and_the_wheel_does_not(tmp_
     assert {"runtime/cpp/CMakeLists.txt", "runtime/cpp/src/c_api.cpp", "examples/cpp/cosine.cpp"} <= sources
     with zipfile.ZipFile(wheel) as archive:
         assert not [name for name in archive.namelist() if "/cpp/" in name]
+        assert "gircse/serving/page.html" in archive.namelist()
