@@ -14,6 +14,7 @@ from typing import TypeVar
 
 from gircse.runtime.errors import GircseError, OutputError, sentence
 from gircse.runtime.manifest import Layout
+from gircse.runtime.open_arguments import OpenArguments
 from gircse.runtime.provider import Provider
 
 T = TypeVar("T")
@@ -143,3 +144,22 @@ def add_runtime_flags(parser: argparse.ArgumentParser, *, default: Provider) -> 
         metavar="unrolled|stepwise",
         help="graph or engine (default: stepwise, or unrolled with ONNX Runtime on a GPU)",
     )
+
+
+def add_open_flags(parser: argparse.ArgumentParser, *, default: Provider) -> None:
+    """Add the flags that a bundle is opened with; ``open_arguments`` reads them."""
+    parser.add_argument("--precision", help="variant of the bundle (default: FP32 on the CPU, FP16 on a GPU)")
+    add_runtime_flags(parser, default=default)
+    parser.add_argument("--threads", type=int, metavar="T", help="threads (default: every physical core)")
+    parser.add_argument("--no-verify", action="store_true", help="skip the hashes of the bundle's files")
+
+
+def open_arguments(args: argparse.Namespace) -> OpenArguments:
+    """Return what the flags of ``add_open_flags`` say."""
+    return {
+        "precision": args.precision,
+        "provider": args.provider,
+        "layout": args.layout,
+        "threads": args.threads,
+        "verify": not args.no_verify,
+    }

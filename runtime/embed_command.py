@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from gircse.runtime.atomic_file import atomic_write
-from gircse.runtime.command import add_runtime_flags, parse_arguments, run_command, write_stdout
+from gircse.runtime.command import add_open_flags, open_arguments, parse_arguments, run_command, write_stdout
 from gircse.runtime.embedder import DEFAULT_BATCH_SIZE, DEFAULT_BATCH_TOKENS, Embedder
 from gircse.runtime.errors import OptionError, OutputError
 from gircse.runtime.numerics import Float32
@@ -44,9 +44,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="N",
         help=f"maximum tokens per batch, padding included (default: {DEFAULT_BATCH_TOKENS})",
     )
-    parser.add_argument("--precision", help="variant of the bundle (default: FP32 on the CPU, FP16 on a GPU)")
-    add_runtime_flags(parser, default=Provider.AUTO)
-    parser.add_argument("--threads", type=int, metavar="T", help="threads (default: every physical core)")
+    add_open_flags(parser, default=Provider.AUTO)
     parser.add_argument(
         "--on-overflow",
         type=Overflow,
@@ -55,7 +53,6 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="truncate|error",
         help="what to do with texts that are too long (default: truncate, and say how many)",
     )
-    parser.add_argument("--no-verify", action="store_true", help="skip the hashes of the bundle's files")
     parser.add_argument("--self-test", action="store_true", help="compare with the golden vectors instead of embedding")
     return parser
 
@@ -69,14 +66,7 @@ def main(argv: list[str] | None = None) -> int:
 def _run(args: argparse.Namespace) -> int:
     if args.output is not None:
         _check_output(args.output)
-    with Embedder(
-        args.bundle,
-        precision=args.precision,
-        provider=args.provider,
-        layout=args.layout,
-        threads=args.threads,
-        verify=not args.no_verify,
-    ) as embedder:
+    with Embedder(args.bundle, **open_arguments(args)) as embedder:
         if args.self_test:
             return _self_test(embedder)
         windows = _embedded_windows(embedder, args)

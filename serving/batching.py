@@ -16,9 +16,9 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from gircse.runtime import Embedder
+from gircse.runtime.embedder import DEFAULT_BATCH_TOKENS
 from gircse.runtime.numerics import Float32
 
-DEFAULT_BATCH_TOKENS = 4096
 DEFAULT_QUEUE_TOKENS = 1 << 17
 
 MAX_TEXTS = 64

@@ -18,8 +18,9 @@ from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 
 from gircse.runtime import Embedder, GircseError
+from gircse.runtime.embedder import DEFAULT_BATCH_TOKENS
 from gircse.serving.api_errors import ApiError
-from gircse.serving.batching import DEFAULT_BATCH_TOKENS, DEFAULT_QUEUE_TOKENS, Batcher, Embedded, QueueFullError, Texts
+from gircse.serving.batching import DEFAULT_QUEUE_TOKENS, Batcher, Embedded, QueueFullError, Texts
 from gircse.serving.embeddings_api import EmbeddingApi, parse_request
 from gircse.serving.metrics import Metrics
 

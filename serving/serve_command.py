@@ -7,8 +7,10 @@ import sys
 from pathlib import Path
 
 from gircse.runtime import Embedder, OptionError
-from gircse.runtime.command import add_runtime_flags, parse_arguments, run_command, write_stdout
+from gircse.runtime.command import add_open_flags, open_arguments, parse_arguments, run_command, write_stdout
+from gircse.runtime.embedder import DEFAULT_BATCH_TOKENS
 from gircse.runtime.provider import Provider
+from gircse.serving.batching import DEFAULT_QUEUE_TOKENS
 
 logger = logging.getLogger(__name__)
 
@@ -24,22 +26,20 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine)")
     parser.add_argument("--port", type=int, default=8080, help="port (default: 8080; 0 takes a free one)")
     parser.add_argument("--model-name", metavar="NAME", help="name in requests (default: that of the directory)")
-    parser.add_argument("--precision", help="variant of the bundle (default: FP32 on the CPU, FP16 on a GPU)")
-    add_runtime_flags(parser, default=Provider.AUTO)
-    parser.add_argument("--threads", type=int, metavar="T", help="threads (default: every physical core)")
+    add_open_flags(parser, default=Provider.AUTO)
     parser.add_argument(
         "--max-batch-tokens",
         type=int,
-        default=4096,
+        default=DEFAULT_BATCH_TOKENS,
         metavar="N",
-        help="maximum tokens per batch, padding included (default: 4096)",
+        help=f"maximum tokens per batch, padding included (default: {DEFAULT_BATCH_TOKENS})",
     )
     parser.add_argument(
         "--max-queue",
         type=int,
-        default=131072,
+        default=DEFAULT_QUEUE_TOKENS,
         metavar="N",
-        help="tokens that may wait; a request that finds no room gets status 429 (default: 131072)",
+        help=f"tokens that may wait; a request that finds no room gets status 429 (default: {DEFAULT_QUEUE_TOKENS})",
     )
     parser.add_argument(
         "--max-body-mib", type=int, default=16, metavar="N", help="largest request, in MiB (default: 16)"
@@ -53,7 +53,6 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--allow-dimensions", action="store_true", help="cut vectors where a request asks for fewer dimensions"
     )
-    parser.add_argument("--no-verify", action="store_true", help="skip the hashes of the bundle's files")
     return parser
 
 
@@ -73,7 +72,7 @@ def _run(args: argparse.Namespace) -> int:
     keys = _read_keys(args.api_key_file) if args.api_key_file else ()
     if not keys and args.host not in LOOPBACK:
         logger.warning("every machine that reaches %s can use this server: there is no --api-key-file", args.host)
-    with _bind(args.host, args.port) as listener, _open(args) as embedder:
+    with _bind(args.host, args.port) as listener, Embedder(args.bundle, **open_arguments(args)) as embedder:
         if embedder.manifest.golden:
             report = embedder.self_test()
             if not report.passed:
@@ -110,17 +109,6 @@ def _bind(host: str, port: int) -> socket.socket:
         reason = err.strerror or err
         raise OptionError(f"--host {host} --port {port}", f"cannot be used: {reason}", None, "Take another.") from err
     return listener
-
-
-def _open(args: argparse.Namespace) -> Embedder:
-    return Embedder(
-        args.bundle,
-        precision=args.precision,
-        provider=args.provider,
-        layout=args.layout,
-        threads=args.threads,
-        verify=not args.no_verify,
-    )
 
 
 def _read_keys(path: Path) -> tuple[str, ...]:

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from gircse.runtime.bundle import Bundle
-from gircse.runtime.command import add_runtime_flags, comma_separated, parse_arguments, run_command, write_stdout
+from gircse.runtime.command import add_open_flags, comma_separated, parse_arguments, run_command, write_stdout
 from gircse.runtime.errors import OptionError
 from gircse.runtime.provider import Provider
 from gircse.runtime.tokenization import check_text
@@ -36,17 +36,12 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="NAME",
         help="name of the text model; the others are NAME_onnx and NAME_plan (default: gircse)",
     )
-    parser.add_argument("--precision", help="variant of the bundle (default: FP32 on the CPU, FP16 on a GPU)")
-    add_runtime_flags(parser, default=Provider.CPU)
-    parser.add_argument("--threads", type=int, metavar="T", help="threads (default: every physical core)")
+    add_open_flags(parser, default=Provider.CPU)
     parser.add_argument(
         "--max-batch-size", type=int, default=32, metavar="N", help="maximum texts per batch (default: 32)"
     )
     parser.add_argument(
         "--copy", action="store_true", help="copy the bundle into the repository (default: refer to where it is)"
-    )
-    parser.add_argument(
-        "--no-verify", action="store_true", help="skip the hashes of the bundle's files, now and in the server"
     )
     return parser
 
