@@ -123,12 +123,11 @@ class EmbeddingApi:
         instruction = request.instruction or ""
         if request.instruction is None and request.input_type == "query":
             instruction = self._embedder.manifest.query_instruction
-        if not 1 <= len(inputs) <= MAX_INPUTS:
-            raise ApiError(400, f"there are {len(inputs)} texts; a request has 1 to {MAX_INPUTS}", param="input")
+        _check_count(inputs)
         try:
             token_ids, cut = self._embedder.tokenizer.tokenize(inputs, instruction=instruction, on_overflow=overflow)
-        except (OptionError, TypeError) as err:  # they name the text by its position
-            raise ApiError(400, str(err).replace("texts[", "input["), param="input") from err
+        except (OptionError, TypeError) as err:
+            raise _wrong_text(err) from err
         return Prepared(self._texts(request, token_ids, instruction), cut)
 
     def _check(self, request: EmbeddingRequest) -> None:
@@ -164,8 +163,7 @@ class EmbeddingApi:
         if request.instruction or request.input_type == "query":
             raise ApiError(400, "token ids are whole prompts and take no instruction", param="input")
         prompts = inputs if isinstance(inputs[0], list) else [inputs]
-        if len(prompts) > MAX_INPUTS:
-            raise ApiError(400, f"there are {len(prompts)} texts; a request has 1 to {MAX_INPUTS}", param="input")
+        _check_count(prompts)
         vocabulary = self._embedder.manifest.graph.vocab_size
         for at, ids in enumerate(prompts):
             known = isinstance(ids, list) and all(type(token) is int and 0 <= token < vocabulary for token in ids)
@@ -177,7 +175,7 @@ class EmbeddingApi:
                 prompts, max_tokens=tokenizer.max_tokens, side=tokenizer.truncation_side, on_overflow=overflow
             )
         except OptionError as err:
-            raise ApiError(400, str(err).replace("texts[", "input["), param="input") from err
+            raise _wrong_text(err) from err
         return self._texts(request, cut_prompts), cut
 
     def answer(self, request: EmbeddingRequest, prepared: Prepared, vectors: Float32) -> bytes:
@@ -199,6 +197,16 @@ class EmbeddingApi:
             data.append(item)
         usage = {"prompt_tokens": prepared.texts.tokens, "total_tokens": prepared.texts.tokens}
         return msgspec.json.encode({"object": "list", "data": data, "model": self.model, "usage": usage})
+
+
+def _check_count(texts: list[Any]) -> None:
+    if not 1 <= len(texts) <= MAX_INPUTS:
+        raise ApiError(400, f"there are {len(texts)} texts; a request has 1 to {MAX_INPUTS}", param="input")
+
+
+def _wrong_text(err: Exception) -> ApiError:
+    """Return what the tokenizer says of a text, which it names by its position."""
+    return ApiError(400, str(err).replace("texts[", "input["), param="input")
 
 
 def _base64(vector: Float32) -> str:
