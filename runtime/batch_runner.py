@@ -8,7 +8,7 @@ import numpy as np
 from gircse.runtime.errors import OptionError
 from gircse.runtime.manifest import MAX_STEPS, Manifest
 from gircse.runtime.numerics import Float32
-from gircse.runtime.prefix_cache import Prefix, PrefixCache, PrefixCacheInfo, PrefixSession, common_length
+from gircse.runtime.prefix_cache import Prefix, PrefixCache, PrefixCacheInfo, PrefixSession
 from gircse.runtime.session import Session, StepOutputs
 from gircse.runtime.tokenization import Overflow, PromptTokenizer, TokenBatch, length_buckets, pad_batch
 
@@ -51,7 +51,7 @@ class BatchRunner:
 
     def embed(
         self, texts: Sequence[str], options: EncodeOptions, advance: Callable[[int], object], *, first_row: int = 0
-    ) -> tuple[Float32, int]:
+    ) -> tuple[Float32, list[int]]:
         """Embed a list of texts; the errors are those of ``Embedder.encode``.
 
         Args:
@@ -61,7 +61,7 @@ class BatchRunner:
             first_row: number of the first text, for errors.
 
         Returns:
-            The vectors in the order of the texts, and how many texts were cut.
+            The vectors in the order of the texts, and the positions of the texts that were cut.
         """
         steps = self.check_steps(options.steps)
         token_ids, cut = self._tokenizer.tokenize(
@@ -78,21 +78,16 @@ class BatchRunner:
             steps=steps,
             batch_size=options.batch_size,
             batch_tokens=options.batch_tokens,
-            instruction_tokens=self._instruction_tokens(token_ids, options),
+            instruction_tokens=self._tokenizer.instruction_tokens(
+                token_ids, instruction=options.instruction, prompt=options.prompt
+            ),
         ):
             if options.all_steps:
                 result[list(rows)] = outputs.step_embeddings
             else:
-                result[list(rows)] = outputs.step_embeddings[:, -1] if steps else outputs.prompt_embedding
+                result[list(rows)] = outputs.embedding
             advance(len(rows))
         return result, cut
-
-    def _instruction_tokens(self, token_ids: Sequence[list[int]], options: EncodeOptions) -> int:
-        """Return how many tokens of a call's prompts are those of its instruction or prompt, whatever the text."""
-        if not token_ids or not (options.instruction or options.prompt):
-            return 0
-        bare, _ = self._tokenizer.tokenize([""], instruction=options.instruction, prompt=options.prompt)
-        return common_length([bare[0], token_ids[0]])
 
     def run_batches(
         self,

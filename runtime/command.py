@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
+from gircse.runtime.embedder import DEFAULT_BATCH_SIZE, DEFAULT_BATCH_TOKENS
 from gircse.runtime.errors import GircseError, OutputError, sentence
 from gircse.runtime.manifest import Layout
 from gircse.runtime.open_arguments import OpenArguments
@@ -152,6 +153,24 @@ def add_open_flags(parser: argparse.ArgumentParser, *, default: Provider) -> Non
     add_runtime_flags(parser, default=default)
     parser.add_argument("--threads", type=int, metavar="T", help="threads (default: every physical core)")
     parser.add_argument("--no-verify", action="store_true", help="skip the hashes of the bundle's files")
+
+
+def add_batch_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that say how many texts are embedded together."""
+    parser.add_argument(
+        "--batch-size",
+        type=int,
+        default=DEFAULT_BATCH_SIZE,
+        metavar="N",
+        help=f"maximum texts per batch (default: {DEFAULT_BATCH_SIZE})",
+    )
+    parser.add_argument(
+        "--batch-tokens",
+        type=int,
+        default=DEFAULT_BATCH_TOKENS,
+        metavar="N",
+        help=f"maximum tokens per batch, padding included (default: {DEFAULT_BATCH_TOKENS})",
+    )
 
 
 def open_arguments(args: argparse.Namespace) -> OpenArguments:

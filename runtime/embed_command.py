@@ -7,8 +7,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from gircse.runtime.atomic_file import atomic_write
-from gircse.runtime.command import add_open_flags, open_arguments, parse_arguments, run_command, write_stdout
-from gircse.runtime.embedder import DEFAULT_BATCH_SIZE, DEFAULT_BATCH_TOKENS, Embedder
+from gircse.runtime.command import (
+    add_batch_flags,
+    add_open_flags,
+    open_arguments,
+    parse_arguments,
+    run_command,
+    write_stdout,
+)
+from gircse.runtime.embedder import Embedder
 from gircse.runtime.errors import OptionError, OutputError
 from gircse.runtime.numerics import Float32
 from gircse.runtime.provider import Provider
@@ -30,20 +37,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", type=Path, metavar="FILE", help="x.npy or x.jsonl (default: JSON lines on stdout)")
     parser.add_argument("--instruction", default="", help="put before every text; leave it out for documents")
     parser.add_argument("--steps", type=int, metavar="k", help="refinement steps, 0 to K (default: K)")
-    parser.add_argument(
-        "--batch-size",
-        type=int,
-        default=DEFAULT_BATCH_SIZE,
-        metavar="N",
-        help=f"maximum texts per batch (default: {DEFAULT_BATCH_SIZE})",
-    )
-    parser.add_argument(
-        "--batch-tokens",
-        type=int,
-        default=DEFAULT_BATCH_TOKENS,
-        metavar="N",
-        help=f"maximum tokens per batch, padding included (default: {DEFAULT_BATCH_TOKENS})",
-    )
+    add_batch_flags(parser)
     add_open_flags(parser, default=Provider.AUTO)
     parser.add_argument(
         "--on-overflow",

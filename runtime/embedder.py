@@ -267,7 +267,7 @@ class Embedder:
         listed = [texts] if isinstance(texts, str) else list(iterate_texts(texts))
         with tqdm(total=len(listed), unit="text", disable=not (show_progress or show_progress_bar)) as bar:
             vectors, cut = self._runner.embed(listed, options, bar.update)
-        self.tokenizer.log_cut(cut, len(listed))
+        self.tokenizer.log_cut(len(cut), len(listed))
         return vectors[0] if single else vectors
 
     def encode_query(self, texts: str | Iterable[str], **arguments: Unpack[EncodeArguments]) -> Float32:
@@ -389,7 +389,7 @@ class Embedder:
         with tqdm(total=total, unit="text", disable=not show_progress) as bar:
             while listed := list(itertools.islice(texts, window)):
                 vectors, cut_here = self._runner.embed(listed, options, bar.update, first_row=done)
-                done, cut = done + len(listed), cut + cut_here
+                done, cut = done + len(listed), cut + len(cut_here)
                 yield vectors
         self.tokenizer.log_cut(cut, done)
 

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from gircse.runtime.numerics import Int64
 from gircse.runtime.session import StepOutputs
+from gircse.runtime.tokenization import common_length
 
 MAX_BYTES = 256 << 20
 """Of keys and values that are kept; an instruction of 18 tokens has 1 MB in the demo and 2 MB in a 7B."""
@@ -142,12 +143,6 @@ class PrefixCache:
             while self._size > self._max_bytes:
                 _, dropped = self._kept.popitem(last=False)
                 self._size -= _size_of(dropped)
-
-
-def common_length(token_ids: Sequence[list[int]]) -> int:
-    """Return how many tokens all prompts begin with."""
-    first, last = min(token_ids), max(token_ids)  # in the order of lists, all others lie between
-    return next((at for at, (one, other) in enumerate(zip(first, last, strict=False)) if one != other), len(first))
 
 
 def _size_of(found: KeysAndValues) -> int:

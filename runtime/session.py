@@ -17,6 +17,11 @@ class StepOutputs(NamedTuple):
     prompt_embedding: Float32
     step_embeddings: Float32
 
+    @property
+    def embedding(self) -> Float32:
+        """(batch, hidden) float32: the last step, or h_0 where there is none."""
+        return self.step_embeddings[:, -1] if self.step_embeddings.shape[1] else self.prompt_embedding
+
 
 class Session(Protocol):
     """Runs a batch of prompts through the prompt pass and the first ``steps`` refinement steps."""

@@ -79,7 +79,7 @@ class PromptTokenizer:
         """
         listed = list(iterate_texts(texts))
         token_ids, cut = self.tokenize(listed, instruction=instruction, prompt=prompt, on_overflow=on_overflow)
-        self.log_cut(cut, len(listed))
+        self.log_cut(len(cut), len(listed))
         return token_ids
 
     def tokenize(
@@ -90,8 +90,8 @@ class PromptTokenizer:
         prompt: str | None = None,
         on_overflow: Overflow | str = Overflow.TRUNCATE,
         first_row: int = 0,
-    ) -> tuple[list[list[int]], int]:
-        """Return the token ids of each text, and how many texts were cut.
+    ) -> tuple[list[list[int]], list[int]]:
+        """Return the token ids of each text, and the positions of the texts that were cut.
 
         Args:
             texts: a sequence of strings.
@@ -129,6 +129,21 @@ class PromptTokenizer:
             on_overflow=overflow,
             first_row=first_row,
         )
+
+    def instruction_tokens(
+        self, token_ids: Sequence[list[int]], *, instruction: str = "", prompt: str | None = None
+    ) -> int:
+        """Return how many tokens of some prompts are those of their instruction or prompt, whatever the texts.
+
+        Args:
+            token_ids: what :meth:`tokenize` gave for the same instruction and prompt.
+            instruction: as in ``Embedder.encode``.
+            prompt: as in ``Embedder.encode``.
+        """
+        if not token_ids or not (instruction or prompt):
+            return 0
+        alone, _ = self.tokenize([""], instruction=instruction, prompt=prompt)
+        return common_length([*alone, *token_ids])
 
     def log_cut(self, cut: int, texts: int) -> None:
         """Warn that some of the texts were cut, if any were."""
@@ -272,11 +287,11 @@ def truncate(
     on_overflow: Overflow,
     side: TruncationSide = TruncationSide.RIGHT,
     first_row: int = 0,
-) -> tuple[list[list[int]], int]:
+) -> tuple[list[list[int]], list[int]]:
     """Cut prompts to ``max_tokens`` on one side.
 
     Returns:
-        The prompts and how many of them were cut.
+        The prompts, and the positions of those that were cut.
 
     Raises:
         OptionError: a prompt is too long and ``on_overflow`` is ``error``; the first prompt is called ``first_row``.
@@ -292,7 +307,13 @@ def truncate(
             "Shorten the texts, or allow truncation with on_overflow='truncate'.",
         )
     kept = slice(max_tokens) if side is TruncationSide.RIGHT else slice(-max_tokens, None)
-    return [ids[kept] for ids in token_ids], len(too_long)
+    return [ids[kept] for ids in token_ids], too_long
+
+
+def common_length(token_ids: Sequence[list[int]]) -> int:
+    """Return how many tokens all prompts begin with."""
+    first, last = min(token_ids), max(token_ids)  # in the order of lists, all others lie between
+    return next((at for at, (one, other) in enumerate(zip(first, last, strict=False)) if one != other), len(first))
 
 
 def length_buckets(lengths: Sequence[int], *, batch_size: int, batch_tokens: int) -> Iterator[tuple[int, ...]]:

@@ -13,7 +13,6 @@ import msgspec
 
 from gircse.runtime import Embedder, OptionError, Overflow
 from gircse.runtime.numerics import Float32, l2_normalize
-from gircse.runtime.prefix_cache import common_length
 from gircse.runtime.tokenization import truncate
 from gircse.serving.api_errors import ApiError
 from gircse.serving.batching import Texts
@@ -128,7 +127,7 @@ class EmbeddingApi:
             token_ids, cut = self._embedder.tokenizer.tokenize(inputs, instruction=instruction, on_overflow=overflow)
         except (OptionError, TypeError) as err:
             raise _wrong_text(err) from err
-        return Prepared(self._texts(request, token_ids, instruction), cut)
+        return Prepared(self._texts(request, token_ids, instruction), len(cut))
 
     def _check(self, request: EmbeddingRequest) -> None:
         most, hidden = self._embedder.steps, self._embedder.embedding_dimension
@@ -149,10 +148,7 @@ class EmbeddingApi:
             raise ApiError(400, f"dimensions is {request.dimensions}; there are 1 to {hidden}", param="dimensions")
 
     def _texts(self, request: EmbeddingRequest, token_ids: list[list[int]], instruction: str = "") -> Texts:
-        shared = 0
-        if instruction:
-            (alone,), _ = self._embedder.tokenizer.tokenize([""], instruction=instruction)
-            shared = common_length([alone, *token_ids])
+        shared = self._embedder.tokenizer.instruction_tokens(token_ids, instruction=instruction)
         steps = self._embedder.steps if request.steps is None else request.steps
         return Texts(token_ids, steps, instruction, shared, bool(request.all_steps))
 
@@ -176,7 +172,7 @@ class EmbeddingApi:
             )
         except OptionError as err:
             raise _wrong_text(err) from err
-        return self._texts(request, cut_prompts), cut
+        return self._texts(request, cut_prompts), len(cut)
 
     def answer(self, request: EmbeddingRequest, prepared: Prepared, vectors: Float32) -> bytes:
         """Return the body of the response.

@@ -99,7 +99,7 @@ class BundleSpec(_Spec):
                 batch_tokens=input_ids.size,
                 instruction_tokens=self.cached_instruction,
             )
-            return outputs.step_embeddings[:, -1] if steps else outputs.prompt_embedding
+            return outputs.embedding
 
         return run
 

@@ -17,7 +17,7 @@ from gircse.reporting.sizes import duration
 from gircse.runtime import Embedder
 from gircse.runtime.bundle import Bundle
 from gircse.runtime.numerics import Float32
-from gircse.runtime.prefix_cache import common_length
+from gircse.runtime.tokenization import common_length
 
 ALONE_TEXTS = 32
 """Texts that are also run alone, evenly spread from the shortest to the longest."""

@@ -15,7 +15,8 @@ from support.tolerances import BATCH_MAX_DIFFERENCE
 from gircse.runtime import Embedder
 from gircse.runtime.batch_runner import BatchRunner
 from gircse.runtime.bundle import Bundle
-from gircse.runtime.prefix_cache import PrefixCache, PrefixCacheInfo, common_length
+from gircse.runtime.prefix_cache import PrefixCache, PrefixCacheInfo
+from gircse.runtime.tokenization import common_length
 
 INSTRUCTION = "Given a question, retrieve passages that answer it and are about bundles"
 TEXTS = ["how is a bundle written?", "ok", "", "ünïcödé 😀", "a text may be long or short " * 3, "input_ids has shape"]

@@ -48,10 +48,10 @@ def test_padding_is_on_the_left() -> None:
     assert batch.input_ids.dtype == batch.attention_mask.dtype == np.int64
 
 
-def test_truncation_cuts_on_one_side_and_counts() -> None:
-    assert truncate([[1, 2, 3], [4]], max_tokens=2, on_overflow=Overflow.TRUNCATE) == ([[1, 2], [4]], 1)
+def test_truncation_cuts_on_one_side_and_says_what() -> None:
+    assert truncate([[1, 2, 3], [4]], max_tokens=2, on_overflow=Overflow.TRUNCATE) == ([[1, 2], [4]], [0])
     left = truncate([[1, 2, 3], [4]], max_tokens=2, on_overflow=Overflow.TRUNCATE, side=TruncationSide.LEFT)
-    assert left == ([[2, 3], [4]], 1)
+    assert left == ([[2, 3], [4]], [0])
     with pytest.raises(OptionError, match=r"^texts\[0\] has 3 tokens; the bundle takes at most 2, .* Shorten"):
         truncate([[1, 2, 3], [4]], max_tokens=2, on_overflow=Overflow.ERROR)
     with pytest.raises(OptionError, match=r"^texts\[11\] has 3 tokens, and 1 more of these 3 texts are too long; "):
