@@ -12,12 +12,14 @@ from gircse.evaluation import bench_command, parity_command
 from gircse.export import build_command, export_command
 from gircse.runtime import embed_command
 from gircse.serving import serve_command, triton_command
+from gircse.serving.bulk import bulk_command
 
 PAGE = Path(__file__).parents[1] / "docs" / "cli.md"
 COMMANDS = (
     export_command,
     embed_command,
     serve_command,
+    bulk_command,
     triton_command,
     calibrate_command,
     build_command,

@@ -19,6 +19,7 @@ from gircse.evaluation import bench_command, parity_command
 from gircse.export import build_command, export_command
 from gircse.runtime import embed_command
 from gircse.serving import serve_command, triton_command
+from gircse.serving.bulk import bulk_command
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -41,6 +42,7 @@ PARSERS: dict[str, Callable[[], argparse.ArgumentParser]] = {
     "gircse-parity": parity_command.build_parser,
     "gircse-bench": bench_command.build_parser,
     "gircse-serve": serve_command.build_parser,
+    "gircse-bulk": bulk_command.build_parser,
     "gircse-triton": triton_command.build_parser,
 }
 README_MAX_LINES = 150
