@@ -45,7 +45,9 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="N|auto",
         help="processes, by Ray (default: 1, without Ray); auto: one per GPU or core, if they fit into memory",
     )
-    parser.add_argument("--ray-address", metavar="A", help="Ray cluster, such as auto or ray://host:10001")
+    parser.add_argument(
+        "--ray-address", metavar="A", help="Ray cluster: host:6379, or auto for the one of this machine"
+    )
     add_batch_flags(parser)
     add_open_flags(parser, default=Provider.AUTO)
     return parser

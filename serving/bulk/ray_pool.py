@@ -61,7 +61,12 @@ def connected(address: str | None) -> Iterator[None]:
         ray.init(address=address or "local", logging_level=logging.ERROR, **own)
     except (ConnectionError, OSError, RuntimeError, ValueError) as err:
         where = f"--ray-address {address}" if address else "Ray"
-        raise ProviderError(where, f"cannot be used: {err}", None, "Check the address and that Ray runs.") from err
+        raise ProviderError(
+            where,
+            f"cannot be used: {err}",
+            None,
+            "Check that Ray runs; where a cluster asks for a token, set RAY_AUTH_MODE=token.",
+        ) from err
     try:
         yield
     finally:
