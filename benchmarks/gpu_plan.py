@@ -119,6 +119,8 @@ def commands(options: Options) -> Iterator[Command]:
     for provider in others:
         yield from self_tests(options, provider, why_missing(provider))
         yield from fidelity_and_speed(options, provider)
+    for provider in options.providers:
+        yield from layers_of_engine(options, provider)
     yield from the_rest(options, first)
     yield from cpp_runtime(options)
     tests = (sys.executable, "-m", "pytest", "-q", "-n", "0", "-m", "gpu", str(ROOT / "tests" / "test_gpu.py"))
@@ -215,6 +217,21 @@ def fidelity_and_speed(options: Options, provider: Provider) -> Iterator[Command
     yield parity(options, provider, Layout.STEPWISE, needs)
     for layout in (Layout.STEPWISE,) if provider in MODULES else (Layout.UNROLLED, Layout.STEPWISE):
         yield latency(options, provider, layout, ["fp16"], needs)
+
+
+def layers_of_engine(options: Options, provider: Provider) -> Iterator[Command]:
+    """Yield the comparison of an engine's layers with those in FP32, of the small bundle: whether it runs at all."""
+    if provider not in MODULES:
+        return
+    bundle = str(options.results / "small" / "bundle")
+    flags = ("--provider", provider, "--precision", "fp16")
+    build = ("gircse-build", bundle, *flags, "--batch", "1:2:16", "--layer-outputs")
+    yield Command(f"small-build-layers-{provider}", build, SMOKE_SECONDS, (self_tests_name(provider),))
+    name = f"small-locate-{provider}"
+    report = ("--report", str(options.results / name))
+    argv = ("gircse-parity", bundle, "--reference", f"{bundle}:fp32", *flags, "--locate", *report)
+    needs = (f"small-build-layers-{provider}",)
+    yield Command(name, argv, 300, needs, verdicts=(1,), writes=options.results / name / "parity.json")
 
 
 def the_rest(options: Options, provider: Provider) -> Iterator[Command]:

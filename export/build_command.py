@@ -81,6 +81,11 @@ def build_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="for a plan that is larger than the GPU: what has no room there stays in main memory, and runs slower",
     )
+    parser.add_argument(
+        "--layer-outputs",
+        action="store_true",
+        help="a second engine that shows the values between the layers, for gircse-parity --locate",
+    )
     return parser
 
 

@@ -26,6 +26,11 @@ the unrolled graph, ``step/`` in the stepwise one):
     prompt/embeddings   (batch, tokens, hidden), rows of E: what the first layer reads of the prompt
     stepk/layer.i       (batch, new, hidden), residual stream after decoder layer i; ``prompt/layer.i`` (unrolled) and
                         ``decoder/layer.i`` (stepwise, in every pass)
+
+A graph or an engine that was opened for a probe has the values between its layers as outputs in float32, and of each an
+input that replaces it:
+    force           (1, 1, 1) bool, whether the computation goes on with the replacements
+    NAME.forced     float32, the shape of NAME
 """
 
 import re
@@ -48,6 +53,9 @@ EMBEDDINGS = "embeddings"
 HIDDEN = "hidden"
 NEXT_HIDDEN = "next_hidden"
 
+FORCE = "force"
+FORCED = ".forced"
+
 GRAPH_IDENTITY_KEY = "gircse"
 """Key of the ONNX metadata entry that repeats the manifest's identity (see ``GraphFacts.identity``)."""
 
@@ -68,6 +76,19 @@ def cache_names(prefix: str, num_layers: int) -> list[str]:
 def layer_names(num_layers: int) -> list[str]:
     """Names of the residual stream after each decoder layer, without the prefix of their copy of the decoder."""
     return [f"layer.{layer}" for layer in range(num_layers)]
+
+
+def layer_inputs(num_layers: int, *, prompt: bool, step: bool) -> list[str]:
+    """Names of what the layers of the stepwise graph read and make: the prompt's rows, the soft token, each layer's.
+
+    Args:
+        num_layers: number of decoder layers.
+        prompt: with the rows that the first layer reads of the prompt.
+        step: with the soft token, which it reads in a step.
+    """
+    rows = [PROMPT_PREFIX + EMBEDDINGS] if prompt else []
+    soft_token = [step_prefix(None) + SOFT_TOKEN] if step else []
+    return [*rows, *soft_token, *(DECODER_PREFIX + layer for layer in layer_names(num_layers))]
 
 
 def is_cache(name: str) -> bool:

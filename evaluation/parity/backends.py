@@ -16,6 +16,7 @@ from gircse.checkpoint.reference_choice import ReferenceOptions, open_reference
 from gircse.checkpoint.source import Checkpoint
 from gircse.evaluation.parity.batches import batch_tokens, side_batches
 from gircse.evaluation.parity.emulation import emulated_graph
+from gircse.evaluation.parity.engine_probe import EngineProbe, has_layer_engine, open_engine_probe
 from gircse.evaluation.parity.graph_probe import GraphProbe
 from gircse.evaluation.parity.layer_probe import LayerProbe
 from gircse.evaluation.parity.layer_trace import LayerTrace, trace_torch_layers
@@ -142,8 +143,8 @@ class BundleBackend:
             bundle: an opened bundle.
             precision: name of one of its variants. On the CPU, FP16 and BF16 are emulated.
             layout: which of its graphs; None is the one that suits the provider.
-            provider: where the runtime runs. The probe runs there too if it is ``cuda``, else, as an engine shows no
-                inner values, on the CPU.
+            provider: where the runtime runs. The probes run there too if it is ``cuda``, else, as an engine shows no
+                inner values unless it was built to, on the CPU.
             threads: threads of one run; None lets ONNX Runtime take the physical cores.
         """
         self._emulated = precision_spec(precision).emulated and provider is Provider.CPU
@@ -260,8 +261,19 @@ class BundleBackend:
         forced = collect_trace(name, values, self._facts, texts=texts, traced=0, tokens=self._tokens)
         return trace, forced.states
 
-    def open_layer_probe(self) -> LayerProbe:
-        """Load the graph, opened between its layers."""
+    @functools.cached_property
+    def layers_in_engine(self) -> bool:
+        """Whether there is an engine that shows the values between its layers."""
+        return has_layer_engine(self._bundle, self._precision, self._provider, self._layout)
+
+    def open_layer_probe(self) -> LayerProbe | EngineProbe:
+        """Load the engine that shows the values between its layers if there is one, else the graph, opened there.
+
+        Raises:
+            GircseError: that fails.
+        """
+        if self.layers_in_engine:
+            return open_engine_probe(self._bundle, self._precision, self._provider)
         return self._open_inside(LayerProbe)
 
     def _open_inside(self, probe: type[Probe]) -> Probe:

@@ -29,10 +29,8 @@ from gircse.runtime.numerics import Float32
 from gircse.runtime.ort_session import StepwiseSession, load_graph, ort_device, run_errors
 from gircse.runtime.precision import multiplies_integers, precision_spec
 from gircse.runtime.provider import Provider
+from gircse.runtime.tensor_names import FORCE, FORCED
 from gircse.runtime.tokenization import TokenBatch
-
-FORCE = "force"
-FORCED = ".forced"
 
 Feed = dict[str, Any]
 
@@ -143,7 +141,7 @@ def _step_values(
 
 def _force(prefix: str, forced: Float32 | None, index: int) -> Feed:
     soft_token = np.zeros((1, 1, 1), np.float32) if forced is None else forced[:, index : index + 1]
-    return {FORCE: np.array(forced is not None), prefix + tensor_names.SOFT_TOKEN + FORCED: soft_token}
+    return {FORCE: np.full((1, 1, 1), forced is not None), prefix + tensor_names.SOFT_TOKEN + FORCED: soft_token}
 
 
 @dataclass(frozen=True)
@@ -212,7 +210,7 @@ def _instrumented(path: Path, model: ir.Model, inner: InnerNames) -> bytes:
             "the probe finds inner values by their names",
             "Export the bundle again with this version.",
         )
-    force = ir.val(FORCE, ir.DataType.BOOL, [])
+    force = ir.val(FORCE, ir.DataType.BOOL, [1, 1, 1])
     if inner.switched:
         graph.inputs.append(force)
     for name in sorted(inner.switched):

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from gircse.evaluation.parity.graph_probe import FORCE, FORCED, InnerNames, open_inner_graph
+from gircse.evaluation.parity.graph_probe import InnerNames, open_inner_graph
 from gircse.evaluation.parity.layer_trace import LayerTrace
 from gircse.runtime import tensor_names
 from gircse.runtime.bundle import Bundle
@@ -18,6 +18,7 @@ from gircse.runtime.manifest import Layout
 from gircse.runtime.numerics import Float32
 from gircse.runtime.ort_session import StepwiseSession, ort_device, run_errors
 from gircse.runtime.provider import Provider
+from gircse.runtime.tensor_names import FORCE, FORCED
 from gircse.runtime.tokenization import TokenBatch
 
 _NOTHING = np.zeros((1, 1, 1), np.float32)
@@ -107,15 +108,13 @@ class LayerProbe:
         if forced is not None:
             values = [value[None] for value in forced.streams[step]]
         names = [f"{name}{FORCED}" for name in self._passes[step]]
-        return {FORCE: np.array(forced is not None), **dict(zip(names, values, strict=True))}
+        return {FORCE: np.full((1, 1, 1), forced is not None), **dict(zip(names, values, strict=True))}
 
     def _names_of_pass(self, step: int) -> list[str]:
         """Return the names of what the first layer reads and of what each layer makes; step 0 is the prompt."""
-        prompt, unrolled = step == 0, self._unrolled
-        prefix = tensor_names.PROMPT_PREFIX if prompt else tensor_names.step_prefix(step if unrolled else None)
-        layers = tensor_names.layer_names(self._facts.num_layers)
-        decoder = prefix if unrolled else tensor_names.DECODER_PREFIX
-        return [
-            prefix + (tensor_names.EMBEDDINGS if prompt else tensor_names.SOFT_TOKEN),
-            *(decoder + layer for layer in layers),
-        ]
+        prompt, layers = step == 0, self._facts.num_layers
+        if not self._unrolled:
+            return tensor_names.layer_inputs(layers, prompt=prompt, step=not prompt)
+        prefix = tensor_names.PROMPT_PREFIX if prompt else tensor_names.step_prefix(step)
+        first = tensor_names.EMBEDDINGS if prompt else tensor_names.SOFT_TOKEN
+        return [prefix + name for name in (first, *tensor_names.layer_names(layers))]

@@ -18,6 +18,7 @@ from gircse.evaluation.parity.side_process import load_result, run_side
 from gircse.reporting.progress import StageProgress
 from gircse.runtime.bundle import Bundle
 from gircse.runtime.provider import Provider
+from gircse.runtime.trt.library import MODULES
 
 
 def locate_departures(
@@ -50,8 +51,8 @@ def locate_departures(
     located = []
     for report, row in zip(reports, worst, strict=True):
         backend = candidate_backend(options, bundle, report.precision)
-        if options.provider not in (Provider.CPU, Provider.CUDA):
-            progress.note("  an engine shows no inner values: the layers are those of its graph on the CPU")
+        if options.provider not in (Provider.CPU, Provider.CUDA) and not backend.layers_in_engine:
+            progress.note(f"  {_no_layers(options.provider)}: those of its graph are compared, on the CPU")
         place = scratch / f"{report.precision}-layers"
         layers = run_side(
             backend.name,
@@ -67,6 +68,13 @@ def locate_departures(
         )
         located.append(msgspec.structs.replace(report, layers=layers))
     return located
+
+
+def _no_layers(provider: Provider) -> str:
+    """Say why the layers of an engine are not compared."""
+    if provider not in MODULES:
+        return "the engine inside ONNX Runtime shows no layers"
+    return f"no engine shows its layers (gircse-build --provider {provider} --layer-outputs builds one)"
 
 
 def _trace_reference(

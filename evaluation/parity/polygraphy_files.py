@@ -123,7 +123,7 @@ def _targets(bundle: Bundle, precisions: Sequence[str]) -> Iterator[_Target]:
             path = bundle.graph(precision, layout)
             yield _Target(path, precision, layout, path, ["--onnxrt", *provider])
     for manifest, plan in read_engines(bundle):
-        if manifest.precision in precisions:
+        if manifest.precision in precisions and not manifest.request.layer_outputs:
             graph = bundle.engine_graph(manifest.precision, manifest.layout)
             is_rtx = manifest.provider is Provider.TENSORRT_RTX
             environment = "POLYGRAPHY_USE_TENSORRT_RTX=1 " if is_rtx else ""

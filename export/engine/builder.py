@@ -25,6 +25,7 @@ from gircse.export.engine.profiles import (
 from gircse.export.engine.tensorrt_builder import TensorRtBuilder
 from gircse.reporting.progress import StageProgress
 from gircse.reporting.sizes import gib
+from gircse.runtime import tensor_names
 from gircse.runtime.atomic_file import atomic_write
 from gircse.runtime.bundle import Bundle, file_sha256
 from gircse.runtime.errors import ExportError, OptionError, OutputError, ProviderError
@@ -71,6 +72,7 @@ class BuildOptions:
             next to the plan.
         workspace_gib: maximum workspace of a kernel; None leaves it to TensorRT.
         weight_streaming: let weights that the GPU has no room for stay in main memory.
+        layer_outputs: show the values between the layers, and let them be replaced.
     """
 
     bundle: Path
@@ -84,9 +86,10 @@ class BuildOptions:
     timing_cache: Path | None = None
     workspace_gib: float | None = None
     weight_streaming: bool = False
+    layer_outputs: bool = False
 
     def __post_init__(self) -> None:
-        """Refuse a workspace that is not a size."""
+        """Refuse a workspace that is not a size, and layers of a layout that has several copies of each."""
         if self.workspace_gib is not None and not 0 < self.workspace_gib <= MAX_WORKSPACE_GIB:
             raise OptionError(
                 "--workspace-gib",
@@ -94,6 +97,8 @@ class BuildOptions:
                 f"it can be above 0, up to {MAX_WORKSPACE_GIB}",
                 "Leave it out for TensorRT's default limit.",
             )
+        if self.layer_outputs and self.layout is not Layout.STEPWISE:
+            raise OptionError("--layer-outputs", f"is for the {Layout.STEPWISE} layout", f"--layout is {self.layout}")
 
 
 def build_engine(options: BuildOptions, *, progress: StageProgress | None = None) -> Path:
@@ -133,6 +138,9 @@ def build_engine(options: BuildOptions, *, progress: StageProgress | None = None
     builder = TensorRtBuilder(module, provider)
     with progress.stage(f"parse the {options.layout} {precision} graph"):
         builder.parse(bundle.engine_graph(precision, options.layout))
+        if options.layer_outputs:
+            facts = bundle.manifest.graph
+            builder.show_values(tensor_names.layer_inputs(facts.num_layers, prompt=True, step=facts.steps > 0))
     _announce_cost(builder, bundle, precision, profiles, provider, progress)
     builder.configure(
         profiles,
@@ -164,6 +172,7 @@ def build_engine(options: BuildOptions, *, progress: StageProgress | None = None
                 profiles=tuple(options.profiles),
                 workspace_gib=options.workspace_gib,
                 weight_streaming=options.weight_streaming,
+                layer_outputs=options.layer_outputs,
             ),
             settings=builder.settings,
             build_seconds=round(time.perf_counter() - start, 1),
@@ -201,7 +210,7 @@ def _profiles(options: BuildOptions, bundle: Bundle, provider: Provider) -> list
     tokens = options.tokens or SizeRange(1, min(DEFAULT_TOKENS, facts.max_tokens), facts.max_tokens)
     specs = [ProfileSpec.parse(text, tokens=tokens) for text in options.profiles]
     specs = specs or default_specs(provider, options.batch, tokens)
-    return engine_profiles(specs, facts, layout=options.layout, provider=provider)
+    return engine_profiles(specs, facts, layout=options.layout, provider=provider, layer_outputs=options.layer_outputs)
 
 
 def _capabilities(options: BuildOptions, module: Any, provider: Provider) -> list[str]:

@@ -92,9 +92,21 @@ def default_specs(provider: Provider, batch: SizeRange, tokens: SizeRange) -> li
 
 
 def engine_profiles(
-    specs: Sequence[ProfileSpec], facts: GraphFacts, *, layout: Layout, provider: Provider
+    specs: Sequence[ProfileSpec],
+    facts: GraphFacts,
+    *,
+    layout: Layout,
+    provider: Provider,
+    layer_outputs: bool = False,
 ) -> list[EngineProfile]:
     """Return the profiles of an engine, in its order.
+
+    Args:
+        specs: as users see them.
+        facts: what the graph computes.
+        layout: of the graph.
+        provider: which TensorRT.
+        layer_outputs: with the inputs that replace the values between the layers of the stepwise layout.
 
     Raises:
         OptionError: a prompt longer than the bundle takes, or two profiles of one name.
@@ -114,7 +126,11 @@ def engine_profiles(
     stages = (Stage.ANY,) if provider is Provider.TENSORRT_RTX else (Stage.PROMPT, Stage.STEP)
     if not facts.steps:
         stages = (Stage.PROMPT,)
-    return [EngineProfile(spec.name, stage, _stepwise_shapes(spec, facts, stage)) for spec in specs for stage in stages]
+    return [
+        EngineProfile(spec.name, stage, _stepwise_shapes(spec, facts, stage, layer_outputs=layer_outputs))
+        for spec in specs
+        for stage in stages
+    ]
 
 
 def _prompt_shapes(spec: ProfileSpec) -> dict[str, ShapeRange]:
@@ -122,7 +138,9 @@ def _prompt_shapes(spec: ProfileSpec) -> dict[str, ShapeRange]:
     return {tensor_names.INPUT_IDS: shapes, tensor_names.ATTENTION_MASK: shapes}
 
 
-def _stepwise_shapes(spec: ProfileSpec, facts: GraphFacts, stage: Stage) -> dict[str, ShapeRange]:
+def _stepwise_shapes(
+    spec: ProfileSpec, facts: GraphFacts, stage: Stage, *, layer_outputs: bool
+) -> dict[str, ShapeRange]:
     """Return ranges that hold every stage, their opt sizes being those of this one.
 
     The min sizes of one stage fit together: a prompt without past, or a step after the shortest prompt. Those of both
@@ -141,4 +159,15 @@ def _stepwise_shapes(spec: ProfileSpec, facts: GraphFacts, stage: Stage) -> dict
 
     cache = dict.fromkeys(tensor_names.cache_names("past", facts.num_layers), shapes(past, facts.kv_size))
     hidden = {tensor_names.HIDDEN: shapes(soft, facts.hidden_size)} if steps else {}
-    return {tensor_names.INPUT_IDS: shapes(new), tensor_names.ATTENTION_MASK: shapes(total), **hidden, **cache}
+    found = {tensor_names.INPUT_IDS: shapes(new), tensor_names.ATTENTION_MASK: shapes(total), **hidden, **cache}
+    if layer_outputs:
+        sizes = [
+            new,
+            *([soft] if steps else []),
+            *[SizeRange(*map(sum, zip(new, soft, strict=True)))] * facts.num_layers,
+        ]
+        names = tensor_names.layer_inputs(facts.num_layers, prompt=True, step=steps > 0)
+        found[tensor_names.FORCE] = ShapeRange(*[(1, 1, 1)] * 3)
+        for name, size in zip(names, sizes, strict=True):
+            found[name + tensor_names.FORCED] = shapes(size, facts.hidden_size)
+    return found

@@ -1,11 +1,12 @@
 """TensorRT's builder as one class, for ``tensorrt`` 10 and 11 and ``tensorrt_rtx``."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 from gircse.export.engine.progress import progress_monitor
+from gircse.runtime import tensor_names
 from gircse.runtime.atomic_file import atomic_write
 from gircse.runtime.errors import ExportError, OptionError, ProviderError
 from gircse.runtime.provider import Provider
@@ -73,6 +74,62 @@ class TensorRtBuilder:
             if layer.type == kind:
                 layer.__class__ = self._trt.IAttentionInputLayer  # the Python API's way to narrow a layer
                 layer.attention.decomposable = True
+
+    def show_values(self, names: Sequence[str]) -> None:
+        """Make inner values outputs in FP32, each with an input that replaces it where it is read.
+
+        The names and types of these inputs are those of ``tensor_names``. It is the edit that ``gircse-parity`` makes
+        to a graph for ONNX Runtime, made to the network.
+
+        Args:
+            names: of values of the graph, (batch, positions, hidden) each.
+
+        Raises:
+            ExportError: the network lacks a value, or TensorRT refuses the edit.
+        """
+        network, types = self._network, self._trt.DataType
+        layers = [network.get_layer(index) for index in range(network.num_layers)]
+        values, readers = self._values_and_readers(layers, set(names))
+        if missing := [name for name in names if name not in values]:
+            raise ExportError(
+                "the graph",
+                f"has no value {missing[0]}",
+                "--layer-outputs finds the layers by the names of their values",
+                "Export the bundle again with this version.",
+            )
+        force = network.add_input(tensor_names.FORCE, types.BOOL, (1, 1, 1))
+        for name in names:
+            computed = shown = values[name]
+            forced = network.add_input(name + tensor_names.FORCED, types.FLOAT, computed.shape)
+            if computed.dtype != types.FLOAT:
+                computed.name = f"{name}.low"
+                forced = self._output_of(network.add_cast(forced, computed.dtype), name)
+                shown = self._output_of(network.add_cast(computed, types.FLOAT), name)
+                shown.name = name
+            chosen = self._output_of(network.add_select(force, forced, computed), name)
+            for layer, index in readers[name]:
+                layer.set_input(index, chosen)
+            network.mark_output(shown)
+
+    @staticmethod
+    def _values_and_readers(
+        layers: Sequence[Any], names: Collection[str]
+    ) -> tuple[dict[str, Any], dict[str, list[tuple[Any, int]]]]:
+        """Return the tensors of some names, and who reads them: layers, and which of their inputs."""
+        values: dict[str, Any] = {}
+        readers: dict[str, list[tuple[Any, int]]] = {name: [] for name in names}
+        for layer in layers:
+            outputs = (layer.get_output(index) for index in range(layer.num_outputs))
+            values |= {tensor.name: tensor for tensor in outputs if tensor.name in names}
+            for index in range(layer.num_inputs):
+                tensor = layer.get_input(index)  # None: an optional one that is not there
+                if tensor is not None and tensor.name in names:
+                    readers[tensor.name].append((layer, index))
+        return values, readers
+
+    def _output_of(self, layer: Any, name: str) -> Any:
+        self._check(layer is not None, f"the switch of {name}")
+        return layer.get_output(0)
 
     def configure(
         self,

@@ -3,6 +3,7 @@
 The module of TensorRT is an argument.
 """
 
+import dataclasses
 import logging
 import mmap
 import threading
@@ -11,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from gircse.runtime.errors import BundleError, ProviderError
-from gircse.runtime.manifest import MANIFEST_NAME, GraphFacts, Layout
+from gircse.runtime.manifest import MANIFEST_NAME, GraphFacts
 from gircse.runtime.provider import Provider
-from gircse.runtime.tensor_names import ATTENTION_MASK, INPUT_IDS, cache_names
+from gircse.runtime.tensor_names import ATTENTION_MASK, FORCE, INPUT_IDS, cache_names
 from gircse.runtime.trt.cuda import MIB, Cuda
 from gircse.runtime.trt.engine_manifest import EngineManifest
 from gircse.runtime.trt.library import tensorrt_logger
@@ -182,18 +183,20 @@ def load_engine(
             where = f"{plan_path}: {part}" if part else str(plan_path)
             raise BundleError(where, f"{what} {found}", f"its JSON and {MANIFEST_NAME} say {expected}", hint)
 
-    memory = MemoryLayout(facts, manifest.layout, _check_tensors(engine, facts, manifest.layout, module, check))
+    memory = _check_tensors(engine, facts, manifest, module, check)
     _check_profiles(engine, manifest, memory, check)
     return LoadedEngine(
         engine, module=module, messages=messages, manifest=manifest, memory=memory, build_command=build_command
     )
 
 
-def _check_tensors(engine: Any, facts: GraphFacts, layout: Layout, module: Any, check: Check) -> int:
-    """Compare names, types, shapes and locations with the layout; return the item size of the KV cache."""
+def _check_tensors(engine: Any, facts: GraphFacts, manifest: EngineManifest, module: Any, check: Check) -> MemoryLayout:
+    """Compare names, types, shapes and locations with what the manifest describes; return that."""
     names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
     modes = {name: engine.get_tensor_mode(name) for name in names}
-    memory = MemoryLayout(facts, layout, CACHE_ITEM_BYTES["FLOAT"])
+    memory = MemoryLayout(
+        facts, manifest.layout, CACHE_ITEM_BYTES["FLOAT"], layer_outputs=manifest.request.layer_outputs
+    )
     # Where the shapes of two batches that differ in every size differ, the dimension must be dynamic.
     small, large = memory.bindings(2, 3, 0), memory.bindings(5, 7, memory.last_pass)
     inputs, outputs = module.TensorIOMode.INPUT, module.TensorIOMode.OUTPUT
@@ -205,8 +208,8 @@ def _check_tensors(engine: Any, facts: GraphFacts, layout: Layout, module: Any, 
     if cache_dtype not in CACHE_ITEM_BYTES:
         check(None, "has a KV cache of type", cache_dtype, " or ".join(CACHE_ITEM_BYTES))
     for name in names:
-        integers = name in (INPUT_IDS, ATTENTION_MASK)
-        dtype = "INT64" if integers else cache_dtype if name in cache else "FLOAT"
+        others = {INPUT_IDS: "INT64", ATTENTION_MASK: "INT64", FORCE: "BOOL"}
+        dtype = cache_dtype if name in cache else others.get(name, "FLOAT")
         check(name, "is of type", engine.get_tensor_dtype(name).name, dtype)
         check(name, "lies on", engine.get_tensor_location(name).name, module.TensorLocation.DEVICE.name)
         one, other = (sizes.inputs.get(name) or sizes.outputs[name] for sizes in (small, large))
@@ -217,7 +220,7 @@ def _check_tensors(engine: Any, facts: GraphFacts, layout: Layout, module: Any, 
             e not in (-1, f) and f != -1 for f, e in zip(found, expected, strict=True)
         ):
             check(name, "has shape", found, expected)
-    return CACHE_ITEM_BYTES[cache_dtype]
+    return dataclasses.replace(memory, cache_item_bytes=CACHE_ITEM_BYTES[cache_dtype])
 
 
 def _check_profiles(engine: Any, manifest: EngineManifest, memory: MemoryLayout, check: Check) -> None:

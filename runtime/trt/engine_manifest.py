@@ -16,9 +16,9 @@ from gircse.runtime.provider import Provider
 from gircse.runtime.records import Record, decode_versioned, encode_record
 
 ENGINES_FOLDER = "engines"
-ENGINE_SCHEMA_VERSION = 3
+ENGINE_SCHEMA_VERSION = 4
 OLDEST_ENGINE_SCHEMA_VERSION = 2
-"""Version 2 had no ``weight_streaming``."""
+"""Version 2 had no ``weight_streaming``, version 3 no ``layer_outputs``."""
 
 Shape = tuple[int, ...]
 Sizes = tuple[int, int, int]
@@ -69,6 +69,7 @@ class BuildRequest(Record, frozen=True):
         profiles: named profiles, as on the command line; empty for the default ones.
         workspace_gib: maximum workspace; None leaves it to TensorRT.
         weight_streaming: weights that the GPU has no room for stay in main memory.
+        layer_outputs: the values between the layers are outputs too, and can be replaced; for ``gircse-parity``.
     """
 
     batch: Sizes
@@ -76,6 +77,7 @@ class BuildRequest(Record, frozen=True):
     profiles: tuple[str, ...] = ()
     workspace_gib: float | None = None
     weight_streaming: bool = False
+    layer_outputs: bool = False
 
 
 class EngineManifest(Record, frozen=True):
@@ -113,10 +115,11 @@ class EngineManifest(Record, frozen=True):
 
     @property
     def name(self) -> str:
-        """File name without suffix: ``fp16-tensorrt-rtx-1.7.1-sm89``, an unrolled engine with its layout in front."""
+        """File name without suffix: ``fp16-tensorrt-rtx-1.7.1-sm89``; in front, what is not as usual."""
         capabilities = "-".join(capability.replace(".", "") for capability in self.compute_capabilities)
         layout = "unrolled-" if self.layout is Layout.UNROLLED else ""
-        return f"{layout}{self.precision}-{self.provider}-{self.version}-sm{capabilities}"
+        layers = "layers-" if self.request.layer_outputs else ""
+        return f"{layers}{layout}{self.precision}-{self.provider}-{self.version}-sm{capabilities}"
 
     def build_command(self, bundle: Path, capability: str) -> str:
         """Return the command that builds it again, for the bundle where it is now and a GPU that may be another one."""
@@ -155,6 +158,8 @@ def build_command(
             words += ["--workspace-gib", str(request.workspace_gib)]
         if request.weight_streaming:
             words.append("--weight-streaming")
+        if request.layer_outputs:
+            words.append("--layer-outputs")
     return shlex.join([*words, "--sm", capability])
 
 
@@ -194,6 +199,7 @@ def select_engine(
     precisions: Sequence[str],
     layout: Layout | None,
     verify: bool,
+    layer_outputs: bool = False,
 ) -> tuple[EngineManifest, Path]:
     """Select the engine that this machine can run.
 
@@ -205,13 +211,18 @@ def select_engine(
         precisions: variants that may be taken, the best first.
         layout: layout of the engine; None takes stepwise before unrolled.
         verify: compare the SHA-256 of the plan.
+        layer_outputs: whether it is one with the values between the layers.
 
     Raises:
         ProviderError: there is no engine of the provider; the message says how to build one.
         EngineMismatchError: none fits; the message says what differs and how to build one that does.
         BundleError: a plan or its manifest is damaged.
     """
-    engines = [(manifest, path) for manifest, path in read_engines(bundle) if manifest.provider is provider]
+    engines = [
+        (manifest, path)
+        for manifest, path in read_engines(bundle)
+        if manifest.provider is provider and manifest.request.layer_outputs == layer_outputs
+    ]
     candidates = [
         (manifest, path)
         for precision in precisions

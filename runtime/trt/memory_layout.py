@@ -73,11 +73,14 @@ class MemoryLayout:
         facts: what the graph computes.
         layout: which graph the engine was built from.
         cache_item_bytes: size of one number in the KV cache; the unrolled layout has none.
+        layer_outputs: whether the engine shows the values between its layers, and lets them be replaced. A session does
+            not run such an engine, so these have shapes but no places.
     """
 
     facts: GraphFacts
     layout: Layout
     cache_item_bytes: int
+    layer_outputs: bool = False
 
     @property
     def last_pass(self) -> int:
@@ -100,7 +103,12 @@ class MemoryLayout:
         if self.facts.steps:
             shapes[tensor_names.HIDDEN] = (batch, 0 if prompt else 1, self.facts.hidden_size)
         past = (batch, prefix if prompt else tokens + number - 1, self.facts.kv_size)
-        return shapes | dict.fromkeys(tensor_names.cache_names("past", self.facts.num_layers), past)
+        shapes |= dict.fromkeys(tensor_names.cache_names("past", self.facts.num_layers), past)
+        if self.layer_outputs:
+            shapes[tensor_names.FORCE] = (1, 1, 1)
+            layers = self._layer_shapes(shapes)
+            shapes |= {name + tensor_names.FORCED: shape for name, shape in layers.items()}
+        return shapes
 
     def output_shapes(self, batch: int, tokens: int, number: int) -> dict[str, Shape]:
         """Return the shape of every output in pass ``number``."""
@@ -109,7 +117,8 @@ class MemoryLayout:
         if self.layout is Layout.STEPWISE:
             present = (batch, tokens + number, facts.kv_size)
             cache = dict.fromkeys(tensor_names.cache_names("present", facts.num_layers), present)
-            return {tensor_names.NEXT_HIDDEN: (batch, 1, facts.hidden_size), **cache}
+            layers = self._layer_shapes(self.input_shapes(batch, tokens, number)) if self.layer_outputs else {}
+            return {tensor_names.NEXT_HIDDEN: (batch, 1, facts.hidden_size), **cache, **layers}
         steps: dict[str, Shape] = {tensor_names.STEP_EMBEDDINGS: (batch, facts.steps, facts.hidden_size)}
         return {tensor_names.EMBEDDING: vectors, tensor_names.PROMPT_EMBEDDING: vectors} | (
             steps if facts.steps else {}
@@ -180,6 +189,16 @@ class MemoryLayout:
             return step_outputs(states, self.facts.pooling)
         vectors = _read(host, size, (batch, self.facts.steps, hidden))
         return StepOutputs(_read(host, 0, (batch, hidden)).copy(), vectors[:, :steps].copy())
+
+    def _layer_shapes(self, inputs: Mapping[str, Shape]) -> dict[str, Shape]:
+        """Return the shape of every value between the layers in a pass with these inputs."""
+        facts = self.facts
+        batch, rows = inputs[tensor_names.INPUT_IDS]
+        soft = inputs[tensor_names.HIDDEN][1] if facts.steps else 0
+        names = tensor_names.layer_inputs(facts.num_layers, prompt=True, step=facts.steps > 0)
+        first = [rows, soft] if facts.steps else [rows]
+        sizes = [*first, *[rows + soft] * facts.num_layers]
+        return {name: (batch, size, facts.hidden_size) for name, size in zip(names, sizes, strict=True)}
 
     def _state_bytes(self, batch: int) -> int:
         return aligned(batch * self.facts.hidden_size * FLOAT32_BYTES)

@@ -72,6 +72,7 @@ class DataType(Enum):
     HALF = 1
     INT64 = 2
     BF16 = 3
+    BOOL = 4
 
 
 class TensorIOMode(Enum):

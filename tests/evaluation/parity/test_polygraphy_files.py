@@ -93,8 +93,17 @@ def test_a_cache_has_its_own_type_and_bf16_is_left_out(small_models: SmallModels
 def test_engines_are_run_by_the_tensorrt_that_built_them(
     bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engine = SimpleNamespace(precision="fp32", layout=Layout.STEPWISE, provider=Provider.TENSORRT_RTX)
-    monkeypatch.setattr(polygraphy_files, "read_engines", lambda _: [(engine, Path("it's.plan"))])
+    engine, layers = (
+        SimpleNamespace(
+            precision="fp32",
+            layout=Layout.STEPWISE,
+            provider=Provider.TENSORRT_RTX,
+            request=SimpleNamespace(layer_outputs=shown),
+        )
+        for shown in (False, True)
+    )
+    found = [(engine, Path("it's.plan")), (layers, Path("layers.plan"))]  # which takes inputs that no file has
+    monkeypatch.setattr(polygraphy_files, "read_engines", lambda _: found)
     *_, command = write_polygraphy_files(Bundle.open(bundle), tmp_path).commands
     setting, *words = shlex.split(command)
     assert setting == "POLYGRAPHY_USE_TENSORRT_RTX=1"

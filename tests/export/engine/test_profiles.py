@@ -48,9 +48,20 @@ def make_facts(steps: int, layout: Layout = Layout.STEPWISE) -> GraphFacts:
 
 
 def make_profiles(
-    steps: int, layout: Layout, provider: Provider, sizes: tuple[SizeRange, SizeRange]
+    steps: int,
+    layout: Layout,
+    provider: Provider,
+    sizes: tuple[SizeRange, SizeRange],
+    *,
+    layer_outputs: bool = False,
 ) -> list[EngineProfile]:
-    return engine_profiles(default_specs(provider, *sizes), make_facts(steps), layout=layout, provider=provider)
+    return engine_profiles(
+        default_specs(provider, *sizes),
+        make_facts(steps),
+        layout=layout,
+        provider=provider,
+        layer_outputs=layer_outputs,
+    )
 
 
 @pytest.mark.parametrize(
@@ -155,14 +166,16 @@ def test_prompts_may_begin_with_a_prefix(steps: int, provider: Provider, sizes: 
 
 @pytest.mark.parametrize("sizes", SIZES)
 @pytest.mark.parametrize("provider", MODULES)
-@pytest.mark.parametrize("layout", Layout)
+@pytest.mark.parametrize(
+    ("layout", "layers"), [(Layout.UNROLLED, False), (Layout.STEPWISE, False), (Layout.STEPWISE, True)]
+)
 @pytest.mark.parametrize("steps", STEPS)
 def test_every_pass_lies_in_a_profile_of_its_stage(
-    steps: int, layout: Layout, provider: Provider, sizes: tuple[SizeRange, SizeRange]
+    steps: int, layout: Layout, provider: Provider, sizes: tuple[SizeRange, SizeRange], *, layers: bool
 ) -> None:
     """At the corners of batch and tokens; one profile holds the prompt, and one all of its steps."""
-    profiles = make_profiles(steps, layout, provider, sizes)
-    memory = MemoryLayout(make_facts(steps), layout, 2)
+    profiles = make_profiles(steps, layout, provider, sizes, layer_outputs=layers)
+    memory = MemoryLayout(make_facts(steps), layout, 2, layer_outputs=layers)
 
     def holders(stage: Stage, batch: int, tokens: int, number: int) -> set[str]:
         shapes = memory.input_shapes(batch, tokens, number)
@@ -198,7 +211,7 @@ def test_what_is_out_of_range_lies_in_no_profile(steps: int, layout: Layout) -> 
 @pytest.mark.parametrize("steps", STEPS)
 def test_min_and_opt_sizes_of_a_stage_are_a_run(steps: int, sizes: tuple[SizeRange, SizeRange]) -> None:
     """Old, new and soft tokens make up the mask; TensorRT tries a profile's min shapes together, and its opt shapes."""
-    profiles = make_profiles(steps, Layout.STEPWISE, Provider.TENSORRT, sizes)
+    profiles = make_profiles(steps, Layout.STEPWISE, Provider.TENSORRT, sizes, layer_outputs=True)
     assert {profile.stage for profile in profiles} == ({Stage.PROMPT, Stage.STEP} if steps else {Stage.PROMPT})
     for profile in profiles:
         for which in ("min", "opt"):
@@ -208,7 +221,12 @@ def test_min_and_opt_sizes_of_a_stage_are_a_run(steps: int, sizes: tuple[SizeRan
             soft = getattr(profile.shapes[tensor_names.HIDDEN], which)[1] if steps else 0
             assert new + soft + past == total
             assert (new == 0, past > 0, soft == 1) == (profile.stage is Stage.STEP,) * 3
-        batches = {(shape.min[0], shape.opt[0], shape.max[0]) for shape in profile.shapes.values()}
+            assert getattr(profile.shapes["decoder/layer.1.forced"], which)[1] == new + soft
+        batches = {
+            (shape.min[0], shape.opt[0], shape.max[0])
+            for name, shape in profile.shapes.items()
+            if name != tensor_names.FORCE
+        }
         assert batches == {(1, 1, 1) if profile.name == "latency" else tuple(sizes[0])}
 
 

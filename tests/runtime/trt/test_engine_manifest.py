@@ -77,6 +77,7 @@ def select(
     precisions: Sequence[str] = PREFERRED,
     layout: Layout | None = None,
     verify: bool = True,
+    layer_outputs: bool = False,
 ) -> str:
     """Return the name of the selected engine."""
     manifest, path = select_engine(
@@ -87,6 +88,7 @@ def select(
         precisions=precisions,
         layout=layout,
         verify=verify,
+        layer_outputs=layer_outputs,
     )
     assert path == bundle.directory / "engines" / f"{manifest.name}.plan"
     return manifest.name
@@ -303,8 +305,8 @@ def test_unreadable_json(bundle: Bundle, content: bytes) -> None:
         (lambda p: p["profiles"][0]["shapes"]["input_ids"].pop("opt"), "missing required field `opt`"),
         (lambda p: p["request"].update(batch=[1, 8]), r"length 3 - at `\$\.request\.batch`"),
         (lambda p: p["request"].update(command="rm"), "unknown field `command`"),
-        (lambda p: p.update(schema_version=4), r"schema version 4; this gircse-deploy reads up to 3\. Upgrade: "),
-        (lambda p: p.update(schema_version=4, more=1), r"schema version 4; this gircse-deploy reads up to 3\. "),
+        (lambda p: p.update(schema_version=5), r"schema version 5; this gircse-deploy reads up to 4\. Upgrade: "),
+        (lambda p: p.update(schema_version=5, more=1), r"schema version 5; this gircse-deploy reads up to 4\. "),
     ],
 )
 def test_json_of_another_form(bundle: Bundle, change: Callable[[dict[str, Any]], object], match: str) -> None:
@@ -323,7 +325,7 @@ def test_json_of_version_2_is_read(bundle: Bundle) -> None:
 def test_json_of_an_older_version(bundle: Bundle) -> None:
     """As an engine of another TensorRT: it has to be built again, and ``auto`` goes past it with a warning."""
     edit_json(add_engine(bundle), lambda p: p.update(schema_version=1))
-    match = r"schema version 1; this gircse-deploy reads 2 to 3\. Build the engine again: gircse-build "
+    match = r"schema version 1; this gircse-deploy reads 2 to 4\. Build the engine again: gircse-build "
     with pytest.raises(EngineMismatchError, match=match):
         select(bundle)
 
@@ -346,7 +348,19 @@ REQUESTS = [
         ["--batch", "1:1:4", "--tokens", "1:16:48", "--profiles", "a=1,b=1:8x4", "--workspace-gib", "1.5"],
     ),
     (BuildRequest((1, 8, 64), weight_streaming=True), ["--batch", "1:8:64", "--weight-streaming"]),
+    (BuildRequest((1, 8, 64), layer_outputs=True), ["--batch", "1:8:64", "--layer-outputs"]),
 ]
+
+
+def test_an_engine_that_shows_its_layers_is_taken_only_when_asked_for(bundle: Bundle) -> None:
+    layers = add_engine(bundle, request=BuildRequest((1, 2, 3), layer_outputs=True))
+    assert layers.name == "layers-fp16-tensorrt-11.1.0-sm89.plan"
+    with pytest.raises(ProviderError, match="has no tensorrt engine of"):
+        select(bundle)
+    assert select(bundle, layer_outputs=True) == layers.stem
+    plain = add_engine(bundle)
+    assert select(bundle) == plain.stem
+    assert select(bundle, layer_outputs=True) == layers.stem
 
 
 @pytest.mark.parametrize(("request_", "flags"), REQUESTS)
