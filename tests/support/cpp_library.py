@@ -97,6 +97,7 @@ class Description(ctypes.Structure):
         ("query_instruction", c_char_p),
         ("onnxruntime", c_char_p),
         ("skipped", c_char_p),
+        ("warning", c_char_p),
     ]
 
 

@@ -189,6 +189,7 @@ int self_test(const Embedder &embedder) {
 int embed(const Arguments &arguments) {
   if (arguments.output) check_output(*arguments.output);
   const Embedder embedder(arguments.bundle, open_options(arguments));
+  if (*embedder.description().warning != '\0') log_line(embedder.description().warning);
   if (arguments.self_test) return self_test(embedder);
   if (arguments.output) {
     embed_to_file(*arguments.output, embedder, arguments);

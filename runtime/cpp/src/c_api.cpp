@@ -189,7 +189,8 @@ gircse_description describe(const Embedder &embedder) {
           embedder.layout().c_str(),
           embedder.manifest().query_instruction.c_str(),
           embedder.onnxruntime().c_str(),
-          embedder.skipped().c_str()};
+          embedder.skipped().c_str(),
+          embedder.warning().c_str()};
 }
 
 }  // namespace

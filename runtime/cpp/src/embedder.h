@@ -49,6 +49,9 @@ class Embedder {
   // Why "auto" passed over better providers, one per line.
   const std::string &skipped() const noexcept { return skipped_; }
 
+  // What makes it slow, in one line; empty where nothing is known to.
+  const std::string &warning() const noexcept { return session_->warning; }
+
   const PromptTokenizer &tokenizer() const noexcept { return tokenizer_; }
 
   // Number of floats that one text gives.

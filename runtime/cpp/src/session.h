@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstddef>
+#include <string>
 
 #include "batch_planner.h"
 #include "numerics.h"
@@ -19,6 +20,9 @@ class Session {
 
   // What computes prefixes; null where every prompt has to be run whole.
   virtual const PrefixSession *prefixes() const { return nullptr; }
+
+  // What makes it slow, in one line; empty where nothing is known to.
+  std::string warning;
 };
 
 }  // namespace gircse::core

@@ -87,6 +87,7 @@ typedef struct gircse_description {
   const char *query_instruction; /* the bundle's instruction for queries; empty where it has none */
   const char *onnxruntime;       /* version of ONNX Runtime */
   const char *skipped;           /* why "auto" passed over better providers, one per line; empty otherwise */
+  const char *warning;           /* names what a GPU leaves to the CPU, which is slow, in one line; empty otherwise */
 } gircse_description;
 
 /* How far the golden texts are from the PyTorch reference, over every text and step. */

@@ -4,11 +4,15 @@
 
 #include "error.h"
 #include "manifest.h"
+#include "ort/placement.h"
 #include "ort/providers.h"
 #include "precision.h"
 
 namespace gircse::core {
 namespace {
+
+// Of the metadata that lists the nodes that compute sizes.
+constexpr const char *kSizeNodesKey = "gircse.size_nodes";
 
 std::vector<std::int64_t> signed_shape(std::initializer_list<std::size_t> shape) {
   return {shape.begin(), shape.end()};
@@ -67,6 +71,15 @@ std::string OrtGraph::metadata(const char *key) const {
   char *value = nullptr;
   check_status(api(), api().ModelMetadataLookupCustomMetadataMap(entries.get(), allocator(), key, &value));
   return taken(value);
+}
+
+std::string OrtGraph::fallback_warning() const {
+  if (!device_memory_) return {};
+  try {
+    return core::fallback_warning(path_.string(), nodes_on_cpu(api(), session_.get()), metadata(kSizeNodesKey));
+  } catch (const OrtFailure &err) {  // no reason not to run
+    return path_.string() + ": ONNX Runtime does not say where its nodes run: " + err.what();
+  }
 }
 
 ONNXTensorElementDataType OrtGraph::input_type(const std::string &name) const {

@@ -31,6 +31,9 @@ class OrtGraph {
   // The value of an entry of the graph's metadata; empty where there is none.
   std::string metadata(const char *key) const;
 
+  // One line that names the nodes that a GPU leaves to the CPU; empty where there are none.
+  std::string fallback_warning() const;
+
   // Element type of an input; throws Error where the graph has no such input.
   ONNXTensorElementDataType input_type(const std::string &name) const;
 

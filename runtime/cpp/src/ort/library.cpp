@@ -16,8 +16,9 @@
 namespace gircse::core {
 namespace {
 
-// Of the C interface, which newer libraries keep; a newer header is no reason to ask for more.
-constexpr std::uint32_t kApiVersion = 21;
+// Of the C interface, which newer libraries keep; a newer header is no reason to ask for more. The header may be older:
+// see ort/placement.cpp for what it lacks.
+constexpr std::uint32_t kApiVersion = 24;
 
 #if defined(__APPLE__)
 constexpr std::array<const char *, 2> kUsualNames = {"libonnxruntime.1.dylib", "libonnxruntime.dylib"};

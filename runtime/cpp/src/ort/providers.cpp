@@ -6,6 +6,7 @@
 #include "error.h"
 #include "manifest.h"
 #include "ort/integer_products.h"
+#include "ort/placement.h"
 
 namespace gircse::core {
 namespace {
@@ -71,6 +72,7 @@ OrtOwned<OrtSessionOptions> session_options(const OnnxRuntime &runtime, const st
   } else if (provider == "cpu" && products_saturate(runtime)) {
     check_status(api, api.AddSessionConfigEntry(options.get(), "session.x64quantprecision", "1"));
   }
+  if (provider != "cpu") check_status(api, api.AddSessionConfigEntry(options.get(), kRecordPlacement, "1"));
   if (threads > 0) check_status(api, api.SetIntraOpNumThreads(options.get(), threads));
   append_providers(runtime, options.get(), provider);
   return options;

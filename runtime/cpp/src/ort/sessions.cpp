@@ -172,8 +172,15 @@ std::unique_ptr<Session> open_session(const Bundle &bundle, const OnnxRuntime &r
   const PrecisionSpec *spec = find_precision(precision);
   OrtGraph graph(runtime, path, provider, threads, spec != nullptr && spec->integer_products);
   check_identity(graph, facts, path.string());
-  if (layout == "unrolled") return std::make_unique<UnrolledSession>(std::move(graph), facts);
-  return std::make_unique<StepwiseSession>(std::move(graph), facts, provider == "cpu");
+  const std::string warning = graph.fallback_warning();
+  std::unique_ptr<Session> session;
+  if (layout == "unrolled") {
+    session = std::make_unique<UnrolledSession>(std::move(graph), facts);
+  } else {
+    session = std::make_unique<StepwiseSession>(std::move(graph), facts, provider == "cpu");
+  }
+  session->warning = warning;
+  return session;
 }
 
 }  // namespace gircse::core
