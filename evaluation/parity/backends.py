@@ -17,7 +17,7 @@ from gircse.checkpoint.source import Checkpoint
 from gircse.evaluation.parity.batches import batch_tokens, side_batches
 from gircse.evaluation.parity.emulation import emulated_graph
 from gircse.evaluation.parity.engine_probe import EngineProbe, has_layer_engine, open_engine_probe
-from gircse.evaluation.parity.graph_probe import GraphProbe
+from gircse.evaluation.parity.graph_probe import GraphProbe, ProbedGraph
 from gircse.evaluation.parity.layer_probe import LayerProbe
 from gircse.evaluation.parity.layer_trace import LayerTrace, trace_torch_layers
 from gircse.evaluation.parity.options import ParityOptions
@@ -278,12 +278,14 @@ class BundleBackend:
 
     def _open_inside(self, probe: type[Probe]) -> Probe:
         return probe(
-            self._bundle,
-            self._precision,
-            layout=self._layout,
-            provider=self._probe_provider,
-            threads=self._threads,
-            copy_weights=self.memory_note is None,
+            ProbedGraph(
+                self._bundle,
+                self._precision,
+                layout=self._layout,
+                provider=self._probe_provider,
+                threads=self._threads,
+                copy_weights=self.memory_note is None,
+            )
         )
 
     def _trace(self, probe: GraphProbe, token_ids: TokenIds, advance: Advance) -> StepTrace:

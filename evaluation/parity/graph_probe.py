@@ -24,7 +24,7 @@ from gircse.reporting.progress import Advance
 from gircse.runtime import tensor_names
 from gircse.runtime.bundle import Bundle
 from gircse.runtime.errors import BundleError
-from gircse.runtime.manifest import Layout
+from gircse.runtime.manifest import GraphFacts, Layout
 from gircse.runtime.numerics import Float32
 from gircse.runtime.ort_session import StepwiseSession, load_graph, ort_device, run_errors
 from gircse.runtime.precision import multiplies_integers, precision_spec
@@ -35,35 +35,85 @@ from gircse.runtime.tokenization import TokenBatch
 Feed = dict[str, Any]
 
 
+@dataclass(frozen=True)
+class InnerNames:
+    """Inner values of a graph: those with a switch, which are read too, and those that are only read."""
+
+    switched: set[str]
+    read: set[str]
+
+
+@dataclass(frozen=True)
+class ProbedGraph:
+    """Which graph of a bundle to open between its nodes, and where it runs.
+
+    Attributes:
+        bundle: an opened bundle.
+        precision: name of one of its variants. On the CPU, FP16 and BF16 are emulated.
+        layout: which of its graphs; None is the one that suits the provider.
+        provider: one of ONNX Runtime's.
+        threads: threads of one run; None lets ONNX Runtime take the physical cores.
+        copy_weights: see ``load_graph``.
+    """
+
+    bundle: Bundle
+    precision: str
+    layout: Layout | None = None
+    provider: Provider = Provider.CPU
+    threads: int | None = None
+    copy_weights: bool = True
+
+    @property
+    def facts(self) -> GraphFacts:
+        """What it computes."""
+        return self.bundle.manifest.graph
+
+    @property
+    def unrolled(self) -> bool:
+        """Whether it is the one with all steps."""
+        return self._layout is Layout.UNROLLED
+
+    @property
+    def _layout(self) -> Layout:
+        return self.bundle.layout(self.precision, self.provider, self.layout)
+
+    def open(self, inner: InnerNames) -> Any:
+        """Load it with inner values as outputs, and the inputs that replace the switched ones.
+
+        Returns:
+            An ``onnxruntime.InferenceSession``. Of each switched value it takes a replacement, named with ``FORCED``,
+            and it takes ``FORCE``, which says whether the graph goes on with the replacements. Its output is always
+            what was computed.
+
+        Raises:
+            BundleError: the graph lacks a value, or does not load.
+            ProviderError: the provider is not there, or does not run the precision.
+        """
+        path = self.bundle.graph(self.precision, self._layout)
+        emulated = precision_spec(self.precision).emulated and self.provider is Provider.CPU
+        model = emulated_graph(path, copy_weights=self.copy_weights) if emulated else ir.load(path)
+        return load_graph(
+            path,
+            provider=self.provider,
+            threads=self.threads,
+            content=_instrumented(path, model, inner),
+            copy_weights=self.copy_weights,
+            integer_products=multiplies_integers(self.precision),
+        )
+
+
 class GraphProbe:
     """The graphs of one precision, opened for inspection."""
 
-    def __init__(
-        self,
-        bundle: Bundle,
-        precision: str,
-        *,
-        layout: Layout | None = None,
-        provider: Provider = Provider.CPU,
-        threads: int | None = None,
-        copy_weights: bool = True,
-    ) -> None:
-        """Load the edited graphs.
-
-        Args:
-            bundle: an opened bundle.
-            precision: name of one of its variants. On the CPU, FP16 and BF16 are emulated.
-            layout: which of its graphs; None is the one that suits the provider.
-            provider: one of ONNX Runtime's.
-            threads: threads of one run; None lets ONNX Runtime take the physical cores.
-            copy_weights: see ``load_graph``.
+    def __init__(self, graph: ProbedGraph) -> None:
+        """Load the edited graph.
 
         Raises:
-            BundleError: the graphs lack the names of the inner values, or do not load.
+            BundleError: the graph lacks the names of the inner values, or does not load.
             ProviderError: the provider is not there, or does not run the precision.
         """
-        self._manifest, self._facts = bundle.manifest, bundle.manifest.graph
-        self._unrolled = bundle.layout(precision, provider, layout) is Layout.UNROLLED
+        self._manifest, self._facts = graph.bundle.manifest, graph.facts
+        self._unrolled = graph.unrolled
         steps = range(1, self._facts.steps + 1)
         self._prefixes = [tensor_names.step_prefix(step if self._unrolled else None) for step in steps]
         prefixes = set(self._prefixes)
@@ -74,17 +124,9 @@ class GraphProbe:
             read={prefix + tensor_names.PROBABILITIES for prefix in prefixes}
             | {prefix + tensor_names.STATE for prefix in states},
         )
-        self._graph = open_inner_graph(
-            bundle,
-            precision,
-            inner,
-            layout=layout,
-            provider=provider,
-            threads=threads,
-            copy_weights=copy_weights,
-        )
+        self._graph = graph.open(inner)
         if not self._unrolled:
-            self._session = StepwiseSession(self._graph, self._facts, device=ort_device(provider))
+            self._session = StepwiseSession(self._graph, self._facts, device=ort_device(graph.provider))
 
     def refine(
         self, token_ids: Sequence[list[int]], *, advance: Advance, forced: Float32 | None = None
@@ -142,57 +184,6 @@ def _step_values(
 def _force(prefix: str, forced: Float32 | None, index: int) -> Feed:
     soft_token = np.zeros((1, 1, 1), np.float32) if forced is None else forced[:, index : index + 1]
     return {FORCE: np.full((1, 1, 1), forced is not None), prefix + tensor_names.SOFT_TOKEN + FORCED: soft_token}
-
-
-@dataclass(frozen=True)
-class InnerNames:
-    """Inner values of a graph: those with a switch, which are read too, and those that are only read."""
-
-    switched: set[str]
-    read: set[str]
-
-
-def open_inner_graph(
-    bundle: Bundle,
-    precision: str,
-    inner: InnerNames,
-    *,
-    layout: Layout | None = None,
-    provider: Provider = Provider.CPU,
-    threads: int | None = None,
-    copy_weights: bool = True,
-) -> Any:
-    """Load a graph with inner values as outputs, and the inputs that replace the switched ones.
-
-    Args:
-        bundle: an opened bundle.
-        precision: name of one of its variants.
-        inner: the values.
-        layout: which of its graphs; None is the one that suits the provider.
-        provider: one of ONNX Runtime's.
-        threads: threads of one run; None lets ONNX Runtime take the physical cores.
-        copy_weights: see ``load_graph``.
-
-    Returns:
-        An ``onnxruntime.InferenceSession``. Of each switched value it takes a replacement, named with ``FORCED``, and
-        it takes ``FORCE``, which says whether the graph goes on with the replacements. Its output is always what was
-        computed.
-
-    Raises:
-        BundleError: the graph lacks a value, or does not load.
-        ProviderError: the provider is not there, or does not run the precision.
-    """
-    path = bundle.graph(precision, bundle.layout(precision, provider, layout))
-    emulated = precision_spec(precision).emulated and provider is Provider.CPU
-    model = emulated_graph(path, copy_weights=copy_weights) if emulated else ir.load(path)
-    return load_graph(
-        path,
-        provider=provider,
-        threads=threads,
-        content=_instrumented(path, model, inner),
-        copy_weights=copy_weights,
-        integer_products=multiplies_integers(precision),
-    )
 
 
 def _instrumented(path: Path, model: ir.Model, inner: InnerNames) -> bytes:

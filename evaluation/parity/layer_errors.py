@@ -106,13 +106,21 @@ def largest_growth(running: Sequence[Sequence[float]]) -> tuple[int, int]:
 
 def _errors(reference: LayerTrace, found: LayerTrace, step: int, *, of_update: bool) -> list[float]:
     """Return the relative error of every part in one step, over all positions of the text."""
-    wanted, ours = (trace.streams[step].astype(np.float64) for trace in (reference, found))
-    scales = [wanted[0], *(np.diff(wanted, axis=0) if of_update else wanted[1:])]
-    state = reference.states[step].astype(np.float64)
-    pairs = [*zip(ours - wanted, scales, strict=True), (found.states[step] - state, state)]
-    return [
-        float(np.linalg.norm(error) / max(np.linalg.norm(scale), np.finfo(np.float32).tiny)) for error, scale in pairs
+    wanted, ours = reference.streams[step], found.streams[step]
+    # One layer at a time in FP64: in a 7B, the stream of 512 tokens has 213 MB in FP32 already.
+    layers = [
+        _relative_error(ours[layer], wanted[layer], before=wanted[layer - 1] if of_update else None)
+        for layer in range(1, len(wanted))
     ]
+    state = _relative_error(found.states[step], reference.states[step])
+    return [_relative_error(ours[0], wanted[0]), *layers, state]
+
+
+def _relative_error(found: Float32, wanted: Float32, *, before: Float32 | None = None) -> float:
+    """Return the norm of the error, over that of the wanted values or of what they add to those before them."""
+    exact = wanted.astype(np.float64)
+    scale = np.linalg.norm(exact if before is None else exact - before)
+    return float(np.linalg.norm(found - exact) / max(scale, np.finfo(np.float32).tiny))
 
 
 def _rows(errors: Float32) -> tuple[tuple[float, ...], ...]:

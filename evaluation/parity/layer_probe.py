@@ -10,14 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from gircse.evaluation.parity.graph_probe import InnerNames, open_inner_graph
+from gircse.evaluation.parity.graph_probe import InnerNames, ProbedGraph
 from gircse.evaluation.parity.layer_trace import LayerTrace
 from gircse.runtime import tensor_names
-from gircse.runtime.bundle import Bundle
-from gircse.runtime.manifest import Layout
 from gircse.runtime.numerics import Float32
 from gircse.runtime.ort_session import StepwiseSession, ort_device, run_errors
-from gircse.runtime.provider import Provider
 from gircse.runtime.tensor_names import FORCE, FORCED
 from gircse.runtime.tokenization import TokenBatch
 
@@ -28,41 +25,25 @@ _NOTHING = np.zeros((1, 1, 1), np.float32)
 class LayerProbe:
     """The graph of one precision, opened between its layers."""
 
-    def __init__(
-        self,
-        bundle: Bundle,
-        precision: str,
-        *,
-        layout: Layout | None = None,
-        provider: Provider = Provider.CPU,
-        threads: int | None = None,
-        copy_weights: bool = True,
-    ) -> None:
-        """Load the edited graph; the arguments are those of ``open_inner_graph``.
+    def __init__(self, graph: ProbedGraph) -> None:
+        """Load the edited graph.
 
         Raises:
             BundleError: the graph lacks the names of the inner values, or does not load.
             ProviderError: the provider is not there, or does not run the precision.
         """
-        self._facts = bundle.manifest.graph
-        self._unrolled = bundle.layout(precision, provider, layout) is Layout.UNROLLED
+        self._facts, self._unrolled = graph.facts, graph.unrolled
         self._passes = [self._names_of_pass(step) for step in range(self._facts.steps + 1)]
         self._switched = {name for names in self._passes for name in names}
         self._states = [
             (tensor_names.step_prefix(step) if step else tensor_names.PROMPT_PREFIX) + tensor_names.STATE
             for step in range(self._facts.steps + 1)
         ]
-        self._graph = open_inner_graph(
-            bundle,
-            precision,
-            InnerNames(switched=self._switched, read=set(self._states) if self._unrolled else set()),
-            layout=layout,
-            provider=provider,
-            threads=threads,
-            copy_weights=copy_weights,
+        self._graph = graph.open(
+            InnerNames(switched=self._switched, read=set(self._states) if self._unrolled else set())
         )
         if not self._unrolled:
-            self._session = StepwiseSession(self._graph, self._facts, device=ort_device(provider))
+            self._session = StepwiseSession(self._graph, self._facts, device=ort_device(graph.provider))
 
     def trace(self, batch: TokenBatch, *, forced: LayerTrace | None = None) -> LayerTrace:
         """Run one text.

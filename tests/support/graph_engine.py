@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from gircse.evaluation.parity.graph_probe import InnerNames, open_inner_graph
+from gircse.evaluation.parity.graph_probe import InnerNames, ProbedGraph
 from gircse.runtime import tensor_names
 from gircse.runtime.bundle import Bundle
 from gircse.runtime.manifest import GraphFacts, Layout
@@ -26,7 +26,7 @@ class GraphTensorRt(FakeTensorRt):
         super().__init__(cuda, facts, manifest, cache_type="FLOAT", rtx=rtx)
         self.__version__ = manifest.version
         inner = InnerNames(switched=set(layer_values(facts)), read=set())
-        self.graph = open_inner_graph(bundle, manifest.precision, inner, layout=Layout.STEPWISE, threads=2)
+        self.graph = ProbedGraph(bundle, manifest.precision, layout=Layout.STEPWISE, threads=2).open(inner)
 
     def Runtime(self, logger: ILogger) -> "GraphRuntime":
         super().Runtime(logger)

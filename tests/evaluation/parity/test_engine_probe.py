@@ -16,6 +16,7 @@ from gircse.evaluation.parity import engine_probe
 from gircse.evaluation.parity.backends import BundleBackend
 from gircse.evaluation.parity.batches import side_batches
 from gircse.evaluation.parity.engine_probe import EngineProbe, has_layer_engine
+from gircse.evaluation.parity.graph_probe import ProbedGraph
 from gircse.evaluation.parity.layer_probe import LayerProbe
 from gircse.evaluation.parity.layer_trace import LayerTrace
 from gircse.evaluation.parity.locate import _no_layers
@@ -110,7 +111,7 @@ def test_an_engine_shows_and_takes_the_values_of_its_graph(
 ) -> None:
     """Two profiles with ``tensorrt``, one with RTX; free, and fed values that are not its own."""
     add_engine(provider)
-    graph = LayerProbe(bundle, "fp32", layout=Layout.STEPWISE, threads=2)
+    graph = LayerProbe(ProbedGraph(bundle, "fp32", layout=Layout.STEPWISE, threads=2))
     engine = BundleBackend(bundle, "fp32", provider=provider).open_layer_probe()
     assert isinstance(engine, EngineProbe)
     free = graph.trace(batch)

@@ -13,7 +13,7 @@ from support.stub_onnxruntime import CPU, CUDA, StubOnnxRuntime
 from support.tolerances import CONTROL_MIN_DIFFERENCE, PROBE_MAX_DIFFERENCE, SMALL_MODEL_MAX_DIFFERENCE
 
 from gircse.evaluation.parity.backends import BundleBackend
-from gircse.evaluation.parity.graph_probe import GraphProbe, InnerNames, _instrumented
+from gircse.evaluation.parity.graph_probe import GraphProbe, InnerNames, ProbedGraph, _instrumented
 from gircse.evaluation.parity.step_trace import StepTrace
 from gircse.runtime import BundleError, ProviderError
 from gircse.runtime.bundle import Bundle
@@ -44,7 +44,7 @@ def test_probe_sees_what_the_runtime_computes(
 def test_teacher_forcing_feeds_the_given_soft_tokens(
     small_models: SmallModels, token_ids: list[list[int]], reference: tuple[np.ndarray, StepTrace], layout: Layout
 ) -> None:
-    probe = GraphProbe(Bundle.open(small_models.bundle("llama")), "fp32", layout=layout, threads=2)
+    probe = GraphProbe(ProbedGraph(Bundle.open(small_models.bundle("llama")), "fp32", layout=layout, threads=2))
     given = np.roll(reference[1].soft_tokens, 1, axis=0)  # each text gets another one's
     states = np.empty_like(reference[1].states)
     for values in probe.refine(token_ids, forced=given, advance=lambda _: None):
@@ -63,12 +63,12 @@ def test_probe_refuses_graphs_without_names(bundle_copy: Path) -> None:
     path = bundle_copy / "fp32" / "model.onnx"
     path.write_bytes(path.read_bytes().replace(b"step1/soft_token", b"step1/soft_tokem"))
     with pytest.raises(BundleError, match=r"has no value step1/soft_token; .* Export the bundle again"):
-        GraphProbe(Bundle.open(bundle_copy), "fp32", layout=Layout.UNROLLED, threads=1)
+        GraphProbe(ProbedGraph(Bundle.open(bundle_copy), "fp32", layout=Layout.UNROLLED, threads=1))
 
 
 @pytest.mark.parametrize("layout", Layout)
 def test_what_fails_in_a_run_is_an_error_of_ours(small_models: SmallModels, layout: Layout) -> None:
-    probe = GraphProbe(Bundle.open(small_models.bundle("llama")), "fp32", layout=layout, threads=2)
+    probe = GraphProbe(ProbedGraph(Bundle.open(small_models.bundle("llama")), "fp32", layout=layout, threads=2))
     values = probe.refine([[1, 10**6]], advance=lambda _: None)  # the second is outside the vocabulary
     with pytest.raises(ProviderError, match=r"^ONNX Runtime failed in a batch of 1 texts of 2 tokens: "):
         list(values)

@@ -2,6 +2,7 @@
 
 import re
 import shutil
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -204,6 +205,20 @@ def test_errors_are_relative_to_what_a_layer_adds_and_to_the_stream(traces: Call
     np.testing.assert_allclose(report.running, [[0, 0, 0, 0, 0], [0, 0, 0, 0.5, 0.5]], atol=1e-6)
     assert [(jump.step, jump.part) for jump in report.jumps] == [(0, "layer 1")]
     assert largest_growth(report.running) == (1, 3)
+
+
+def test_the_comparison_takes_no_copies_of_the_streams() -> None:
+    """Of a 7B and a long text, one is hundreds of megabytes."""
+    rng = np.random.default_rng(0)
+    one, other = (
+        LayerTrace([rng.standard_normal((41, 100, 64), dtype=np.float32)], np.ones((1, 64), np.float32))
+        for _ in range(2)
+    )
+    tracemalloc.start()
+    compare_layers("x", 0, reference=one, running=other, alone=other)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < one.streams[0].nbytes / 4
 
 
 def test_a_layer_that_overflows_is_named(traces: Callable[[], LayerTrace]) -> None:
