@@ -6,8 +6,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from support.small_models import SmallModels
-from support.tolerances import GPU_BATCH_MAX_DIFFERENCE, GPU_MIN_COSINE
+from support.tolerances import GPU_BATCH_MAX_DIFFERENCE, GPU_LAYER_MAX_ERROR, GPU_MIN_COSINE
 
+from gircse.evaluation.parity.batches import side_batches
+from gircse.evaluation.parity.engine_probe import open_engine_probe
+from gircse.evaluation.parity.graph_probe import ProbedGraph
+from gircse.evaluation.parity.layer_errors import compare_layers
+from gircse.evaluation.parity.layer_probe import LayerProbe
 from gircse.export.engine.builder import BuildOptions, build_engine
 from gircse.export.engine.profiles import SizeRange
 from gircse.runtime import Embedder, ProviderError
@@ -108,6 +113,23 @@ def test_a_prefix_gives_the_vectors_of_whole_prompts(
     )
     assert embedder.prefix_cache_info().misses == 1
     assert np.abs(shared - whole).max() < GPU_BATCH_MAX_DIFFERENCE
+
+
+@pytest.mark.parametrize("provider", MODULES)
+def test_the_layers_of_an_engine_are_those_of_its_graph(small_models: SmallModels, provider: Provider) -> None:
+    """Free, and fed what the graph has there; an input that went to the wrong layer would be off by its whole size."""
+    bundle = Bundle.open(small_bundle(small_models))
+    try:
+        build_engine(BuildOptions(bundle.directory, precision="fp32", provider=provider, layer_outputs=True))
+        engine = open_engine_probe(bundle, "fp32", provider)
+    except ProviderError as err:
+        pytest.skip(str(err))
+    (batch,) = side_batches([[5, 300, 44, 44, 260, 9, 101]], bundle.manifest)
+    graph = LayerProbe(ProbedGraph(bundle, "fp32", layout=Layout.STEPWISE)).trace(batch)
+    running, alone = engine.trace(batch), engine.trace(batch, forced=graph)
+    report = compare_layers("engine", 0, reference=graph, running=running, alone=alone)
+    assert np.max(report.alone) < GPU_LAYER_MAX_ERROR
+    assert np.max(report.running) < GPU_LAYER_MAX_ERROR
 
 
 def test_auto_takes_the_gpu(small_models: SmallModels) -> None:
