@@ -28,9 +28,8 @@ from gircse.runtime.errors import CheckpointError, MeasurementError, OptionError
 from gircse.runtime.manifest import Layout
 from gircse.runtime.numerics import Float32, Int64, row_cosine
 from gircse.runtime.precision import runs_on
-from gircse.runtime.tokenization import common_length
 from gircse.runtime.provider import Provider
-from gircse.runtime.tokenization import load_tokenizer, open_tokenizer
+from gircse.runtime.tokenization import common_length, load_tokenizer, open_tokenizer
 
 DEFAULT_TOKENS = (16, 64, 256)
 DEFAULT_STEPS = (1, 2, 4, 8)
