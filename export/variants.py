@@ -12,6 +12,7 @@ from gircse.export.graph.architecture import DecoderShape
 from gircse.export.graph.builder import RefinementSettings
 from gircse.export.graph.compose import compose_graph, weight_initializers
 from gircse.export.graph.mixed_precision import set_precision
+from gircse.export.graph.narrow_cache import narrow_cache
 from gircse.export.graph.size_nodes import size_nodes
 from gircse.export.int8.qdq import QdqTarget
 from gircse.export.int8.quantize import OpenedCalibration, Quantization, Quantized, excluded_inputs, quantize
@@ -111,6 +112,9 @@ def _draft_int8(decoder: DecoderGraph, quantization: Quantization, max_shard_byt
     """Compose the one layout of an INT8 variant; K + 1 copies of the decoder would hold K + 1 copies of its weights."""
     precision, layout = quantization.precision, _calibrated_layout(decoder)
     model, quantized = _compose_quantized(decoder, quantization, layout, QdqTarget.ONNX_RUNTIME)
+    counts = dict(quantized.counts)
+    if SPECS[precision].integer_products:
+        counts["narrow_cache"] = narrow_cache(model.graph)
     weights = WeightLayout.match(
         weight_initializers([model]),
         decoder.weights,
@@ -118,7 +122,7 @@ def _draft_int8(decoder: DecoderGraph, quantization: Quantization, max_shard_byt
         max_file_bytes=max_shard_bytes,
     )
     float32 = (*SPECS[precision].float32, *quantization.excluded)
-    draft = VariantDraft(precision, {layout: model}, {layout: quantized.counts}, weights, float32)
+    draft = VariantDraft(precision, {layout: model}, {layout: counts}, weights, float32)
     if not SPECS[precision].tensorrt:
         return draft
     try:
