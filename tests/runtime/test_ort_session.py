@@ -1,6 +1,9 @@
 """ONNX Runtime sessions by themselves."""
 
+from pathlib import Path
+
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 from support.int8_bundles import int8_bundle
@@ -51,16 +54,47 @@ def test_what_fails_in_a_run_is_an_error_of_ours(small_models: SmallModels, layo
         session.run(ids, np.ones_like(ids), steps=1)
 
 
-def test_weights_in_int8_are_multiplied_in_float(small_models: SmallModels) -> None:
-    """By default ONNX Runtime fuses such a product into one that rounds the activations to 8 bits too."""
+@pytest.mark.parametrize("block", [None, 16])
+def test_weights_in_int8_are_multiplied_in_float(small_models: SmallModels, block: int | None) -> None:
+    """By default ONNX Runtime fuses such a product into one that rounds the activations to 8 bits too.
+
+    Bundles exported before the scales were per output channel have them per block of inputs.
+    """
     bundle = Bundle.open(int8_bundle(small_models, "llama"))
-    path = bundle.graph("int8-weights", Layout.STEPWISE)
+    content = _with_scales_by_block(bundle.graph("int8-weights", Layout.STEPWISE), block)
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    unfused = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    unfused = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
     ids = np.arange(1, 13)[None]
     found, expected = (
-        StepwiseSession(graph, bundle.manifest.graph).run(ids, np.ones_like(ids), steps=0).prompt_embedding
-        for graph in (load_graph(path, threads=1), unfused)
+        session.run(ids, np.ones_like(ids), steps=1).step_embeddings
+        for session in (
+            open_session(bundle, "int8-weights", threads=1, content=content),
+            StepwiseSession(unfused, bundle.manifest.graph),
+        )
     )
     assert np.abs(found - expected).max() < SMALL_MODEL_MAX_DIFFERENCE
+
+
+def _with_scales_by_block(path: Path, block: int | None) -> bytes:
+    """Return a graph with its weights, whose products have a scale for every so many inputs of an output.
+
+    Args:
+        path: of a graph of int8-weights.
+        block: inputs that share a scale; None keeps one per output.
+    """
+    model = onnx.load(path)
+    weights = {one.name: one for one in model.graph.initializer}
+    draw = np.random.default_rng(0)
+    changed = []
+    for node in model.graph.node:
+        scale = weights.get(node.input[1]) if node.op_type == "DequantizeLinear" else None
+        if block is not None and scale is not None and scale.dims:
+            blocks = weights[node.input[0]].dims[0] // block
+            scales = onnx.numpy_helper.to_array(scale) * draw.uniform(0.5, 1.5, (blocks, 1))
+            scale.CopyFrom(onnx.numpy_helper.from_array(scales.astype(np.float32), scale.name))
+            node.ClearField("attribute")
+            node.attribute.extend(onnx.helper.make_attribute(*one) for one in (("axis", 0), ("block_size", block)))
+            changed.append(node.input[0])
+    assert len(changed) == (0 if block is None else 11)  # those of two layers, and the vocabulary's
+    return model.SerializeToString()
