@@ -4,6 +4,7 @@
     python benchmarks/seven_b.py mistral-7b --scratch DIR --results DIR             # export and golden vectors alone
     python benchmarks/seven_b.py 1.5b --scratch DIR --results DIR                   # for the growth
     python benchmarks/seven_b.py qwen-7b --layers 2 --scratch DIR --results DIR     # a rehearsal
+    python benchmarks/seven_b.py 0.5b --precision int4-weights,fp8 ...              # other variants of a calibration
 
 As on a machine with little memory, where Linux has control groups:
 
@@ -23,7 +24,7 @@ import random
 import re
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ from gircse.checkpoint.available_memory import available_memory
 from gircse.evaluation.environment import describe_environment
 from gircse.evaluation.tasks.prompts import BUILTIN
 from gircse.runtime.command import comma_separated
+from gircse.runtime.precision import Precision
 
 MAKER = Path(__file__).with_name("seven_b_checkpoint.py")
 STEPS_K = 4
@@ -76,13 +78,19 @@ def main() -> int:
     parser.add_argument("--results", type=Path, required=True, help="folder of the result files")
     parser.add_argument("--steps", type=comma_separated(str), help="names of steps (default: all of the shape)")
     parser.add_argument("--layers", type=int, help="layers of the model (default: all)")
+    parser.add_argument(
+        "--precision",
+        type=comma_separated(Precision),
+        default=(Precision.INT8,),
+        help="variants of a calibration (default: int8)",
+    )
     parser.add_argument("--keep", action="store_true", help="delete nothing from the scratch folder")
     args = parser.parse_args()
     results = args.results / (args.shape if args.layers is None else f"{args.shape}-{args.layers}-layers")
     results.mkdir(parents=True, exist_ok=True)
     scratch = args.scratch / results.name
     scratch.mkdir(parents=True, exist_ok=True)
-    steps = steps_of(args.shape, scratch, args.layers)
+    steps = steps_of(args.shape, scratch, args.layers, args.precision)
     if args.steps and (unknown := set(args.steps) - {step.name for step in steps}):
         parser.error(f"no step {', '.join(sorted(unknown))}; there are {', '.join(step.name for step in steps)}")
     wanted = [step for step in steps if args.steps is None or step.name in args.steps]
@@ -91,7 +99,9 @@ def main() -> int:
     return 1 if failed else 0
 
 
-def steps_of(shape: str, scratch: Path, layers: int | None) -> list[Step]:
+def steps_of(
+    shape: str, scratch: Path, layers: int | None, precisions: Sequence[Precision] = (Precision.INT8,)
+) -> list[Step]:
     """Return the steps of a shape, in the order in which they run."""
     model = ("--model", f"{scratch}/model", "--adapter", f"{scratch}/model-adapter")
     limit = () if layers is None else ("--layers", str(layers))
@@ -114,41 +124,46 @@ def steps_of(shape: str, scratch: Path, layers: int | None) -> list[Step]:
         return steps
     for sensitivity in ("off", "kinds"):
         steps.append(_calibration(f"calibrate-{sensitivity}", scratch, sensitivity, TOKENS, STEPS_K))
-    steps.append(
-        Step(
-            "export-int8",
-            (
-                *(*export, "--precision", "int8", "--calibration", f"{scratch}/calibrate-off.json"),
-                *("--output", f"{scratch}/int8", "--reference-memory", LITTLE_MEMORY),
-            ),
-            reads=("model", "model-adapter", *_calibration_files("calibrate-off")),
-            writes=("int8",),
-            settings={"tokens": TOKENS, "k": STEPS_K},
-        )
-    )
-    for tokens, k in ((TOKENS, STEPS_K), *((n, STEPS_K) for n in GROWTH_TOKENS), *((TOKENS, k) for k in GROWTH_K)):
-        name = "embed-int8" if (tokens, k) == (TOKENS, STEPS_K) else f"embed-int8-{tokens}-tokens-k-{k}"
-        texts = f"texts-{EMBEDDED_TEXTS}-of-{tokens}.txt"
-        argv = ("gircse-embed", f"{scratch}/int8", "--precision", "int8", "--steps", str(k))
-        files = ("--input", f"{scratch}/{texts}", "--output", f"{scratch}/{name}.npy")
-        settings = {"tokens": tokens, "k": k}
-        steps.append(Step(name, (*argv, *files), ("model", "int8", texts), (f"{name}.npy",), settings))
-    texts = f"texts-{PARITY_TEXTS}-of-{TOKENS}.txt"
-    parity = ("gircse-parity", f"{scratch}/int8", "--precision", "int8", *model, "--texts", f"{scratch}/{texts}")
-    steps.append(
-        Step(
-            "parity-int8",
-            (*parity, "--report", f"{scratch}/parity"),
-            reads=("model", "model-adapter", "int8", texts),
-            writes=("parity",),
-            settings={"tokens": TOKENS, "k": STEPS_K},
-            verdicts=(0, 1),  # a gate that is not passed is a result
-        )
-    )
+    for precision in precisions:
+        steps += _variant_steps(precision, scratch, model)
     if shape == "0.5b":
         for tokens, k in (*((n, STEPS_K) for n in GROWTH_TOKENS[:1]), *((TOKENS, k) for k in GROWTH_K)):
             steps.append(_calibration(f"calibrate-off-{tokens}-tokens-k-{k}", scratch, "off", tokens, k))
     return steps
+
+
+def _variant_steps(precision: Precision, scratch: Path, model: Sequence[str]) -> Iterator[Step]:
+    """Yield the steps of a variant of a calibration; how it grows is measured of one alone."""
+    yield Step(
+        f"export-{precision}",
+        (
+            *("gircse-export", *model, "--steps", str(STEPS_K), "--precision", precision),
+            *("--calibration", f"{scratch}/calibrate-off.json"),
+            *("--output", f"{scratch}/{precision}", "--reference-memory", LITTLE_MEMORY),
+        ),
+        reads=("model", "model-adapter", *_calibration_files("calibrate-off")),
+        writes=(str(precision),),
+        settings={"tokens": TOKENS, "k": STEPS_K},
+    )
+    growth = (*((n, STEPS_K) for n in GROWTH_TOKENS), *((TOKENS, k) for k in GROWTH_K))
+    for tokens, k in ((TOKENS, STEPS_K), *(growth if precision is Precision.INT8 else ())):
+        main = (tokens, k) == (TOKENS, STEPS_K)
+        name = f"embed-{precision}" if main else f"embed-{precision}-{tokens}-tokens-k-{k}"
+        texts = f"texts-{EMBEDDED_TEXTS}-of-{tokens}.txt"
+        argv = ("gircse-embed", f"{scratch}/{precision}", "--precision", precision, "--steps", str(k))
+        files = ("--input", f"{scratch}/{texts}", "--output", f"{scratch}/{name}.npy")
+        settings = {"tokens": tokens, "k": k}
+        yield Step(name, (*argv, *files), ("model", str(precision), texts), (f"{name}.npy",), settings)
+    texts = f"texts-{PARITY_TEXTS}-of-{TOKENS}.txt"
+    parity = ("gircse-parity", f"{scratch}/{precision}", "--precision", precision, *model)
+    yield Step(
+        f"parity-{precision}",
+        (*parity, "--texts", f"{scratch}/{texts}", "--report", f"{scratch}/parity-{precision}"),
+        reads=("model", "model-adapter", str(precision), texts),
+        writes=(f"parity-{precision}",),
+        settings={"tokens": TOKENS, "k": STEPS_K},
+        verdicts=(0, 1),  # a gate that is not passed is a result
+    )
 
 
 def _calibration(name: str, scratch: Path, sensitivity: str, tokens: int, k: int) -> Step:
@@ -221,7 +236,7 @@ def _result(step: Step, measured: Measurement, scratch: Path, *, load: float, av
     index = json.loads((scratch / "model" / "model.safetensors.index.json").read_text(encoding="utf-8"))
     estimate = re.search(r"estimated: ([\d.]+) min", measured.output)
     read = re.findall(r"read ([\d.]+) GiB of weights", measured.output)
-    weights = next((scratch / name for name in step.reads if (scratch / name / "int8" / "weights.bin").is_file()), None)
+    weights = next((path for name in step.reads for path in (scratch / name).glob("*/weights.bin")), None)
     return {
         "step": step.name,
         "argv": [_without_places(part, scratch) for part in step.argv],
@@ -233,7 +248,7 @@ def _result(step: Step, measured: Measurement, scratch: Path, *, load: float, av
         "disk": sum(size_of(scratch / name) for name in step.writes),
         "estimated_seconds": float(estimate[1]) * 60 if estimate else None,
         "bytes_read": sum(int(float(size) * 2**30) for size in read) or None,
-        "weights": (weights / "int8" / "weights.bin").stat().st_size if weights else None,
+        "weights": weights.stat().st_size if weights else None,
         "load_at_start": load,
         "available_memory": available,
         "environment": describe_environment(),

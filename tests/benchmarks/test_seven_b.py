@@ -22,6 +22,7 @@ from gircse.evaluation import parity_command
 from gircse.export import export_command
 from gircse.runtime import embed_command
 from gircse.runtime.command import parse_arguments
+from gircse.runtime.precision import Precision
 
 DATA = Path(__file__).parents[1] / "data"
 SINK = 5
@@ -99,7 +100,7 @@ PARSERS = {
 @pytest.mark.parametrize("shape", CONFIGS)
 def test_commands_parse_and_read_what_was_made(shape: str, tmp_path: Path) -> None:
     made: set[str] = set()
-    for step in steps_of(shape, tmp_path, None):
+    for step in steps_of(shape, tmp_path, None, (Precision.INT8, Precision.FP8)):
         assert {name for name in step.reads if not name.startswith("texts-")} <= made
         made |= set(step.writes)
         if step.argv[0] != sys.executable:
