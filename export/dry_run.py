@@ -198,8 +198,10 @@ def _stages(options: ExportOptions, source: SourceModel, needs: ExportNeeds, mis
     yield Stage("trace and compose", TRACE_BYTES, 0, trace)
     for precision, size in needs.weights.items():
         seconds = _read_seconds(weights, rates) + size * (rates.hash + 1 / DISK_BYTES_PER_SECOND)
-        at = f"with a disk of {DISK_BYTES_PER_SECOND / 1e6:.0f} MB/s"
-        yield Stage(f"write {precision}", needs.memory, size, seconds, at)
+        remark = f"with a disk of {DISK_BYTES_PER_SECOND / 1e6:.0f} MB/s"
+        if SPECS[precision].calibrated:
+            remark += "; the rounding, which takes longer, is not counted"
+        yield Stage(f"write {precision}", needs.memory, size, seconds, remark)
     yield _reference_stage(options, source, rates)
     free, embeddings = available_memory(), source.shape.vocab_size * source.shape.hidden_size
     for precision, size in needs.weights.items():

@@ -27,8 +27,8 @@ _DECODER_BYTES = {
     Precision.INT4_WEIGHTS: 0.8,
     Precision.FP8: 1.25,
 }
-"""Bytes of a decoder weight in quantized variants, scales and outlier channels included (demo: 1.03, 1.09 and 0.63; FP8
-not measured)."""
+"""Bytes of a decoder weight in quantized variants, scales and outlier channels included (demo: 1.03, 1.09, 0.63 and
+1.01)."""
 
 
 @dataclass(frozen=True)
