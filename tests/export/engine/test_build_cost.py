@@ -119,4 +119,6 @@ def test_slow_builds_are_announced(
     assert "square of the layers" not in shown
     monkeypatch.setattr(builder, "SLOW_BUILD_SECONDS", 1e-9)
     assert main([str(bundle)]) == 0
+    assert "--layout" not in capsys.readouterr().err  # it is stepwise
+    assert main([str(bundle), "--layout", "unrolled"]) == 0
     assert "build time grows with the square of the layers: --layout stepwise" in capsys.readouterr().err
