@@ -1,6 +1,6 @@
 """Every precision that a variant of a bundle can have, one row each: adding one is a row here and its graph code.
 
-The limits were measured on the demo with K = 8, but for those of ``fp8``.
+The limits were measured on the demo with K = 8.
 """
 
 from collections.abc import Mapping
@@ -218,9 +218,9 @@ SPECS: Mapping[Precision, PrecisionSpec] = {
         gpu_rank=4,
         integer_products=False,
         float32=(*_HALF_ISLANDS, "SwiGLU"),
-        self_test_min_cosine=0.97,  # measured 0.9937
-        # Those of int8, not measured on an exported graph: experimental until they are.
-        limits=ParityLimits(0.98, 0.99, 0.93, 0.004, 5e-2),
+        self_test_min_cosine=0.985,  # measured 0.9937
+        # In the emulation; the drop on a task is that of int8.
+        limits=ParityLimits(0.99, 0.995, 0.93, 0.004, 1e-2),
         copied=2.7,  # 0.61 GiB in all
         tables=1.5,
         min_capability=(8, 9),  # Ada; the builder refuses E4M3 for older ones

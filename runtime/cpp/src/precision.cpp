@@ -15,7 +15,7 @@ constexpr std::array<PrecisionSpec, 7> kSpecs = {{
     {"int8", true, true, false, true, 0.97, {1, 32, 0}},
     {"int8-weights", true, true, false, false, 0.995, {1, 32, 0}},
     {"int4-weights", true, true, false, false, 0.9, {1, 32, 0}},
-    {"fp8", true, true, false, false, 0.97, {1, 32, 0}},
+    {"fp8", true, true, false, false, 0.985, {1, 32, 0}},
 }};
 
 }  // namespace
