@@ -5,7 +5,7 @@ import contextlib
 import hmac
 import logging
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any
@@ -22,7 +22,7 @@ from gircse.runtime.embedder import DEFAULT_BATCH_TOKENS
 from gircse.serving.api_errors import ApiError
 from gircse.serving.batching import DEFAULT_QUEUE_TOKENS, Batcher, Embedded, QueueFullError, Texts
 from gircse.serving.embeddings_api import EmbeddingApi, parse_request
-from gircse.serving.metrics import Metrics
+from gircse.serving.metrics import Metrics, Recorder
 
 logger = logging.getLogger(__name__)
 
@@ -57,18 +57,19 @@ class ServerOptions:
     allow_dimensions: bool = False
 
 
-def create_app(embedder: Embedder, options: ServerOptions) -> Starlette:
+def create_app(embedder: Embedder, options: ServerOptions, *, recorder: Recorder | None = None) -> Starlette:
     """Return the application that serves a bundle.
 
     Args:
         embedder: of the bundle; stays open when the application ends.
         options: how.
+        recorder: counts what it does; only what ``Metrics``, the default, has counted is shown at ``/metrics``.
     """
-    return _Server(embedder, options).app
+    return _Server(embedder, options, recorder or Metrics()).app
 
 
 class _Server:
-    def __init__(self, embedder: Embedder, options: ServerOptions) -> None:
+    def __init__(self, embedder: Embedder, options: ServerOptions, recorder: Recorder) -> None:
         self._embedder, self._options = embedder, options
         self._api = EmbeddingApi(
             embedder,
@@ -76,18 +77,20 @@ class _Server:
             accept_token_ids=options.accept_token_ids,
             allow_dimensions=options.allow_dimensions,
         )
-        self._metrics = Metrics()
+        self._recorder = recorder
         self._batcher: Batcher
         self._started = int(time.time())
+        routes = [
+            Route("/v1/embeddings", self._embeddings, methods=["POST"]),
+            Route("/v1/models", self._models),
+            Route("/v1/models/{model:path}", self._model),
+            Route("/health", self._health),
+            Route("/", self._page),
+        ]
+        if isinstance(recorder, Metrics):
+            routes.append(Route("/metrics", _metrics_page(recorder)))
         self.app = Starlette(
-            routes=[
-                Route("/v1/embeddings", self._embeddings, methods=["POST"]),
-                Route("/v1/models", self._models),
-                Route("/v1/models/{model:path}", self._model),
-                Route("/health", self._health),
-                Route("/metrics", self._prometheus),
-                Route("/", self._page),
-            ],
+            routes=routes,
             exception_handlers={
                 ApiError: _api_error,
                 HTTPException: _http_error,
@@ -103,7 +106,7 @@ class _Server:
             self._embedder,
             batch_tokens=self._options.batch_tokens,
             queue_tokens=self._options.queue_tokens,
-            observer=self._metrics,
+            observer=self._recorder,
         )
         try:
             yield
@@ -122,9 +125,12 @@ class _Server:
         except ClientDisconnect:
             status = CLIENT_CLOSED_REQUEST
             response = Response(status_code=status)  # nobody reads it
+        except asyncio.CancelledError:  # how Ray Serve says the same
+            status = CLIENT_CLOSED_REQUEST
+            raise
         finally:
-            self._metrics.answered(status)
-        self._metrics.took("total", time.perf_counter() - begun)
+            self._recorder.answered(status)
+        self._recorder.took("total", time.perf_counter() - begun)
         return response
 
     async def _answer(self, request: Request) -> Response:
@@ -134,12 +140,12 @@ class _Server:
         asked = parse_request(await self._body(request))
         begun = time.perf_counter()
         prepared = await run_sync(self._api.prepare, asked)
-        self._metrics.took("tokenize", time.perf_counter() - begun)
+        self._recorder.took("tokenize", time.perf_counter() - begun)
         embedded = await self._embed(request, prepared.texts)
-        self._metrics.took("queue", embedded.queue_seconds)
-        self._metrics.took("run", embedded.run_seconds)
+        self._recorder.took("queue", embedded.queue_seconds)
+        self._recorder.took("run", embedded.run_seconds)
         texts = len(prepared.texts.token_ids)
-        self._metrics.embedded(texts, prepared.texts.tokens, prepared.cut)
+        self._recorder.embedded(texts, prepared.texts.tokens, prepared.cut)
         arguments = (asked, prepared, embedded.vectors)
         body = await run_sync(self._api.answer, *arguments) if texts > LARGE_ANSWER else self._api.answer(*arguments)
         headers = {"X-Truncated-Texts": str(prepared.cut)} if prepared.cut else None
@@ -227,11 +233,15 @@ class _Server:
     async def _health(self, _: Request) -> Response:
         return JSONResponse({"status": "ok"})
 
-    async def _prometheus(self, _: Request) -> Response:
-        return Response(self._metrics.text(), media_type=self._metrics.content_type)
-
     async def _page(self, _: Request) -> Response:
         return HTMLResponse(files("gircse.serving").joinpath("page.html").read_text(encoding="utf-8"))
+
+
+def _metrics_page(metrics: Metrics) -> Callable[[Request], Awaitable[Response]]:
+    async def page(_: Request) -> Response:
+        return Response(metrics.text(), media_type=metrics.content_type)
+
+    return page
 
 
 async def _disconnected(request: Request) -> None:

@@ -1,10 +1,27 @@
 """What Prometheus can ask a server."""
 
+from typing import Protocol
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
+from gircse.serving.batching import BatchObserver
+
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100)
 POWERS = tuple(float(1 << power) for power in range(15))
+
+
+class Recorder(BatchObserver, Protocol):
+    """Is told what a server does; most of it from the event loop."""
+
+    def answered(self, status: int) -> None:
+        """Count a request for embeddings by its HTTP status."""
+
+    def embedded(self, texts: int, tokens: int, truncated: int) -> None:
+        """Count the texts of an answered request."""
+
+    def took(self, stage: str, seconds: float) -> None:
+        """Record how long a stage of a request took: ``tokenize``, ``queue``, ``run``, ``total``."""
 
 
 class Metrics:

@@ -5,12 +5,17 @@ import logging
 import socket
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from gircse.runtime import Embedder, OptionError
 from gircse.runtime.command import add_open_flags, open_arguments, parse_arguments, run_command, write_stdout
 from gircse.runtime.embedder import DEFAULT_BATCH_TOKENS
 from gircse.runtime.provider import Provider
 from gircse.serving.batching import DEFAULT_QUEUE_TOKENS
+from gircse.serving.start_checks import passes_self_test, read_keys
+
+if TYPE_CHECKING:
+    from gircse.serving.http_app import ServerOptions
 
 logger = logging.getLogger(__name__)
 
@@ -63,37 +68,42 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from gircse.serving.http_app import ServerOptions, create_app
+    from gircse.serving.http_app import create_app
     from gircse.serving.http_server import serve
 
-    for flag in ("max_batch_tokens", "max_queue", "max_body_mib"):
-        if (given := getattr(args, flag)) < 1:
-            raise OptionError(f"--{flag.replace('_', '-')}", f"is {given}", "it has to be at least 1")
-    keys = _read_keys(args.api_key_file) if args.api_key_file else ()
-    if not keys and args.host not in LOOPBACK:
+    options = server_options(args)
+    if not options.api_keys and args.host not in LOOPBACK:
         logger.warning("every machine that reaches %s can use this server: there is no --api-key-file", args.host)
     with _bind(args.host, args.port) as listener, Embedder(args.bundle, **open_arguments(args)) as embedder:
-        if embedder.manifest.golden:
-            report = embedder.self_test()
-            if not report.passed:
-                logger.error("the self-test failed: smallest cosine to PyTorch %.7f", report.min_cosine)
-                return 1
-        else:
-            logger.warning("no self-test: the bundle holds no golden vectors")
-        options = ServerOptions(
-            model=args.model_name or args.bundle.resolve().name,
-            batch_tokens=args.max_batch_tokens,
-            queue_tokens=args.max_queue,
-            body_bytes=args.max_body_mib << 20,
-            api_keys=keys,
-            accept_token_ids=args.accept_token_ids,
-            allow_dimensions=args.allow_dimensions,
-        )
+        if not passes_self_test(embedder):
+            return 1
         title = f"{options.model} ({embedder.precision} on {embedder.provider})"
         address = f"http://{args.host}:{listener.getsockname()[1]}"
         app = create_app(embedder, options)
         serve(app, listener, on_start=lambda: write_stdout([f"{title}: {address}\n"]))
     return 0
+
+
+def server_options(args: argparse.Namespace) -> "ServerOptions":
+    """Return what the flags of the server say.
+
+    Raises:
+        OptionError: one of them is out of range, or the file of keys holds none.
+    """
+    from gircse.serving.http_app import ServerOptions
+
+    for flag in ("max_batch_tokens", "max_queue", "max_body_mib"):
+        if (given := getattr(args, flag)) < 1:
+            raise OptionError(f"--{flag.replace('_', '-')}", f"is {given}", "it has to be at least 1")
+    return ServerOptions(
+        model=args.model_name or args.bundle.resolve().name,
+        batch_tokens=args.max_batch_tokens,
+        queue_tokens=args.max_queue,
+        body_bytes=args.max_body_mib << 20,
+        api_keys=read_keys(args.api_key_file) if args.api_key_file else (),
+        accept_token_ids=args.accept_token_ids,
+        allow_dimensions=args.allow_dimensions,
+    )
 
 
 def _bind(host: str, port: int) -> socket.socket:
@@ -109,18 +119,6 @@ def _bind(host: str, port: int) -> socket.socket:
         reason = err.strerror or err
         raise OptionError(f"--host {host} --port {port}", f"cannot be used: {reason}", None, "Take another.") from err
     return listener
-
-
-def _read_keys(path: Path) -> tuple[str, ...]:
-    """Read API keys, one per line; blank lines do not count.
-
-    Raises:
-        OptionError: there is none, or it is no ASCII.
-    """
-    keys = tuple(line for line in map(str.strip, path.read_text(encoding="utf-8").splitlines()) if line)
-    if not keys or not all(key.isascii() for key in keys):
-        raise OptionError(f"--api-key-file {path}", "holds no keys", "one key of ASCII characters stands on a line")
-    return keys
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ MODULES = {
     "gircse.runtime": (),
     "gircse.runtime.ort_session": ("cpu",),
     "gircse.serving.http_server": ("serve",),
+    "gircse.serving.ray_serve": ("serve", "ray"),
     "gircse.serving.integrations": (),
     "gircse.serving.integrations.bertopic_backend": ("bertopic",),
     "gircse.serving.integrations.chroma_function": ("chroma",),
@@ -49,6 +50,7 @@ MODULES = {
 NOT_INSTALLED = {
     "bertopic": "bertopic",
     "llama_cpp": "llama-cpp-python",
+    "ray": "ray",
     "tensorrt": "tensorrt",
     "tensorrt_rtx": "tensorrt-rtx-cu13",
     "cuda": "cuda-bindings",

@@ -1,9 +1,12 @@
 """OpenAI's embeddings API over HTTP, by requests that clients send and by those that none should."""
 
+import asyncio
 import base64
 import json
+import threading
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 from hypothesis import given
@@ -217,6 +220,43 @@ def test_a_failed_batch_is_an_error_of_the_server(
     assert TEXT not in caplog.text
     monkeypatch.undo()
     vectors(client.post(URL, json={"input": TEXT}))
+
+
+def test_a_canceled_request_leaves_the_queue(embedder: Embedder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray Serve cancels the request of a client that went away."""
+    app = create_app(embedder, ServerOptions(model="small"))
+    transport = httpx.ASGITransport(app)
+    running, go_on = threading.Event(), threading.Event()
+    run_batches = embedder.run_batches
+
+    def wait(*arguments: Any, **options: Any) -> Any:
+        running.set()
+        assert go_on.wait(60)
+        return run_batches(*arguments, **options)
+
+    async def ask_and_leave() -> str:
+        async with httpx.AsyncClient(transport=transport, base_url="http://x") as client:
+            async with app.router.lifespan_context(app):
+                ahead = asyncio.create_task(client.post(URL, json={"input": TEXT}))
+                assert await asyncio.to_thread(running.wait, 60)
+                leaving = asyncio.create_task(client.post(URL, json={"input": TEXT}))
+                while "gircse_queue_tokens 0.0" in (await client.get("/metrics")).text:
+                    await asyncio.sleep(0.01)
+                leaving.cancel()
+                await asyncio.wait([leaving])
+                go_on.set()
+                assert (await ahead).status_code == 200
+            return (await client.get("/metrics")).text  # when all batches have ended
+
+    monkeypatch.setattr(embedder, "run_batches", wait)
+    lines = asyncio.run(ask_and_leave()).splitlines()
+    for line in (
+        'gircse_requests_total{status="499"} 1.0',
+        'gircse_requests_total{status="200"} 1.0',
+        "gircse_queue_tokens 0.0",
+        "gircse_batch_texts_sum 1.0",
+    ):
+        assert line in lines
 
 
 JSON = st.recursive(
