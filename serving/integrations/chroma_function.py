@@ -34,6 +34,7 @@ class ChromaEmbeddingFunction(EmbeddingFunction[Documents]):
         *,
         query_instruction: str | None = None,
         document_instruction: str | None = None,
+        manifest_sha256: str | None = None,
         **arguments: Unpack[EncoderArguments],
     ) -> None:
         """Open a bundle, or take an open embedder.
@@ -42,35 +43,30 @@ class ChromaEmbeddingFunction(EmbeddingFunction[Documents]):
             bundle: bundle directory, or an embedder of one.
             query_instruction: put before queries; None is the bundle's own, an empty text is none.
             document_instruction: put before documents; None is none.
+            manifest_sha256: as a collection has stored it; the first text opens the bundle, if it still is that one.
             arguments: ``steps``, ``batch_size``, and those of ``Embedder``.
 
         Raises:
             GircseError: as ``Embedder`` does.
         """
-        encoder = BundleEncoder(bundle, **arguments)
-        encoder.open()
-        self._take(
-            encoder,
-            query_instruction=query_instruction,
-            document_instruction=document_instruction,
-            manifest_sha256=encoder.manifest_sha256(),
-        )
-        self._checked = True
-
-    def _take(self, encoder: BundleEncoder, **rest: str | None) -> None:
-        self._encoder, self._rest, self._checked = encoder, rest, False
+        self._encoder = BundleEncoder(bundle, **arguments)
+        self._query_instruction, self._document_instruction = query_instruction, document_instruction
+        self._checked = manifest_sha256 is None
+        if self._checked:
+            self._encoder.open()
+        self._manifest_sha256 = manifest_sha256 or self._encoder.manifest_sha256()
 
     def __call__(self, input: Documents) -> Embeddings:
         """Embed documents."""
-        return list(self._opened().documents(input, self._rest["document_instruction"]))
+        return list(self._opened().documents(input, self._document_instruction))
 
     def embed_query(self, input: Documents) -> Embeddings:
         """Embed queries."""
-        return list(self._opened().queries(input, self._rest["query_instruction"]))
+        return list(self._opened().queries(input, self._query_instruction))
 
     def _opened(self) -> BundleEncoder:
         """Open the bundle, after a look at whether it is still the one of the collection."""
-        if not self._checked and self._encoder.manifest_sha256() != self._rest["manifest_sha256"]:
+        if not self._checked and self._encoder.manifest_sha256() != self._manifest_sha256:
             raise BundleError(
                 self._encoder.config()["bundle"],
                 "is not the bundle that this collection was embedded with",
@@ -92,18 +88,18 @@ class ChromaEmbeddingFunction(EmbeddingFunction[Documents]):
 
     def get_config(self) -> dict[str, Any]:
         """Return what a collection stores: path and arguments, and the SHA-256 of the manifest."""
-        return self._encoder.config() | self._rest
+        return self._encoder.config() | {
+            "query_instruction": self._query_instruction,
+            "document_instruction": self._document_instruction,
+            "manifest_sha256": self._manifest_sha256,
+        }
 
     @staticmethod
     def build_from_config(config: dict[str, Any]) -> "ChromaEmbeddingFunction":
         """Return the function of a stored collection; its bundle is opened with the first text."""
         key = json.dumps(config, sort_keys=True)
         if key not in _built:
-            rest = ("query_instruction", "document_instruction", "manifest_sha256")
-            function = ChromaEmbeddingFunction.__new__(ChromaEmbeddingFunction)
-            encoder = BundleEncoder(**{name: value for name, value in config.items() if name not in rest})
-            function._take(encoder, **{name: config[name] for name in rest})
-            _built[key] = function
+            _built[key] = ChromaEmbeddingFunction(**config)
         return _built[key]
 
     def validate_config_update(self, old_config: dict[str, Any], new_config: dict[str, Any]) -> None:
