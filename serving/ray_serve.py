@@ -80,10 +80,12 @@ def app(arguments: Arguments) -> Application:
     """
     if arguments.provider is Provider.AUTO:
         raise OptionError("provider", "is auto", "Ray reserves a GPU for a replica or none", "Name a provider.")
-    arguments.bundle = arguments.bundle.absolute()  # a replica has another working directory
+    absolute = arguments.model_copy(
+        update={"bundle": arguments.bundle.absolute()}
+    )  # replicas work in another directory
 
     def build() -> Starlette:
-        return replica_app(arguments)
+        return replica_app(absolute)
 
     deployment = serve.deployment(
         name="gircse",

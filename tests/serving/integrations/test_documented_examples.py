@@ -14,7 +14,8 @@ EXAMPLES = [
 
 
 def test_every_library_has_an_example() -> None:
-    assert {name for name, _, _ in EXAMPLES} == {"LangChain", "LlamaIndex", "Haystack", "Chroma", "BERTopic"}
+    libraries = {"LangChain", "LlamaIndex", "Haystack", "Chroma", "BERTopic"}
+    assert {name for name, _, _ in EXAMPLES} == libraries | {"Code for sentence-transformers"}
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +36,8 @@ def test_an_example_runs(
 ) -> None:
     if name == "BERTopic":
         pytest.importorskip("bertopic", reason="with umap and numba (300 MB) it is not among the test packages")
+    if name == "Code for sentence-transformers":
+        pytest.importorskip("setfit", reason="SetFit is not among the test packages")
     monkeypatch.chdir(directory)
     exec(compile(code, f"{PAGE.name}: {name} {number}", "exec"), {"__name__": "__main__"})
     assert capsys.readouterr().out
