@@ -61,9 +61,9 @@ class Arguments(BaseModel):
     layout: Layout | None = None
     threads: PositiveInt = 1
     no_verify: bool = False
-    max_batch_tokens: int = DEFAULT_BATCH_TOKENS
-    max_queue: int = DEFAULT_QUEUE_TOKENS
-    max_body_mib: int = 16
+    max_batch_tokens: PositiveInt = DEFAULT_BATCH_TOKENS
+    max_queue: PositiveInt = DEFAULT_QUEUE_TOKENS
+    max_body_mib: PositiveInt = 16
     api_key_file: Path | None = None
     accept_token_ids: bool = False
     allow_dimensions: bool = False
@@ -80,9 +80,9 @@ def app(arguments: Arguments) -> Application:
     """
     if arguments.provider is Provider.AUTO:
         raise OptionError("provider", "is auto", "Ray reserves a GPU for a replica or none", "Name a provider.")
-    absolute = arguments.model_copy(
-        update={"bundle": arguments.bundle.absolute()}
-    )  # replicas work in another directory
+    # Replicas work in another directory.
+    paths = {"bundle": arguments.bundle, "api_key_file": arguments.api_key_file}
+    absolute = arguments.model_copy(update={name: path and path.absolute() for name, path in paths.items()})
 
     def build() -> Starlette:
         return replica_app(absolute)
