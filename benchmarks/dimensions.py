@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from gircse.evaluation.tasks.files import CLASSIFICATION_INSTRUCTION, STS_INSTRUCTION, read_classification, read_sts
+from gircse.evaluation.tasks.files import TaskOptions, read_tasks
 from gircse.evaluation.tasks.prompts import tokenize_prompts
 from gircse.evaluation.tasks.scoring import Task
 from gircse.reporting.similarity import neighbor_overlap
@@ -24,16 +24,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundle", type=Path)
     parser.add_argument("dimensions", type=lambda text: [int(part) for part in text.split(",")])
-    parser.add_argument("--sts", type=Path, required=True)
-    parser.add_argument("--classification", type=Path, required=True)
+    parser.add_argument("--sts", type=Path)
+    parser.add_argument("--classification", type=Path)
     parser.add_argument("--precision")
     args = parser.parse_args()
-    tasks = [
-        read_sts(args.sts, instruction=STS_INSTRUCTION),
-        read_classification(args.classification, instruction=CLASSIFICATION_INSTRUCTION),
-    ]
     with Embedder(args.bundle, precision=args.precision) as embedder:
-        for task in tasks:
+        for task in read_tasks(TaskOptions(sts=args.sts, classification=args.classification)):
             print_costs(task, embed(embedder, task), args.dimensions)
 
 
