@@ -12,11 +12,11 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
-from gircse.runtime.embedder import DEFAULT_BATCH_SIZE, DEFAULT_BATCH_TOKENS
 from gircse.runtime.errors import GircseError, OutputError, sentence
 from gircse.runtime.manifest import Layout
 from gircse.runtime.open_arguments import OpenArguments
 from gircse.runtime.provider import Provider
+from gircse.runtime.tokenization import DEFAULT_BATCH_SIZE, DEFAULT_BATCH_TOKENS
 
 T = TypeVar("T")
 

@@ -28,10 +28,15 @@ from gircse.runtime.self_test import (
 )
 from gircse.runtime.sentence_transformers_arguments import EncodeArguments, check_fixed_arguments, named_instruction
 from gircse.runtime.session import Session, StepOutputs
-from gircse.runtime.tokenization import Overflow, PromptTokenizer, iterate_texts, open_tokenizer
+from gircse.runtime.tokenization import (
+    DEFAULT_BATCH_SIZE,
+    DEFAULT_BATCH_TOKENS,
+    Overflow,
+    PromptTokenizer,
+    iterate_texts,
+    open_tokenizer,
+)
 
-DEFAULT_BATCH_SIZE = 32
-DEFAULT_BATCH_TOKENS = 4096
 WINDOW_BATCHES = 32
 """Full batches that ``encode_iter`` reads ahead by default, so that texts of similar length meet in a batch."""
 

@@ -18,6 +18,9 @@ from gircse.runtime.numerics import Int64
 
 logger = logging.getLogger(__name__)
 
+DEFAULT_BATCH_SIZE = 32
+DEFAULT_BATCH_TOKENS = 4096
+
 PROMPT_TEMPLATE = "Instruct: {instruction}\nQuery:{text}"
 
 

@@ -16,8 +16,8 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from gircse.runtime import Embedder
-from gircse.runtime.embedder import DEFAULT_BATCH_TOKENS
 from gircse.runtime.numerics import Float32
+from gircse.runtime.tokenization import DEFAULT_BATCH_TOKENS
 
 DEFAULT_QUEUE_TOKENS = 1 << 17
 

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 from gircse.runtime import Embedder, OptionError
 from gircse.runtime.command import add_open_flags, open_arguments, parse_arguments, run_command, write_stdout
-from gircse.runtime.embedder import DEFAULT_BATCH_TOKENS
 from gircse.runtime.provider import Provider
+from gircse.runtime.tokenization import DEFAULT_BATCH_TOKENS
 from gircse.serving.batching import DEFAULT_QUEUE_TOKENS
 from gircse.serving.start_checks import passes_self_test, read_keys
 

@@ -23,6 +23,7 @@ COMMANDS = {
     "gircse-parity": ("cpu", "evaluation", "export", "demo", "polygraphy"),
     "gircse-bench": ("cpu", "evaluation", "export", "demo", "llama-cpp"),
     "gircse-serve": ("cpu", "serve"),
+    "gircse-bulk": ("bulk", "cpu", "ray"),
     "gircse-triton": (),
 }
 
@@ -31,6 +32,7 @@ MODULES = {
     "gircse.runtime": (),
     "gircse.runtime.ort_session": ("cpu",),
     "gircse.serving.http_server": ("serve",),
+    "gircse.serving.bulk.run": ("bulk", "cpu"),
     "gircse.serving.ray_serve": ("serve", "ray"),
     "gircse.serving.integrations": (),
     "gircse.serving.integrations.bertopic_backend": ("bertopic",),

@@ -26,13 +26,12 @@ from gircse.reporting.progress import Advance
 from gircse.reporting.sizes import gib
 from gircse.runtime import Embedder
 from gircse.runtime.bundle import Bundle
-from gircse.runtime.embedder import DEFAULT_BATCH_SIZE
 from gircse.runtime.manifest import Layout
 from gircse.runtime.numerics import Float32, l2_normalize, pool_states
 from gircse.runtime.ort_session import open_session
 from gircse.runtime.precision import precision_spec, session_bytes
 from gircse.runtime.provider import Provider
-from gircse.runtime.tokenization import TokenBatch, open_tokenizer
+from gircse.runtime.tokenization import DEFAULT_BATCH_SIZE, TokenBatch, open_tokenizer
 
 TokenIds = Sequence[list[int]]
 Probe = TypeVar("Probe", GraphProbe, LayerProbe)

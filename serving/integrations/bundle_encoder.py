@@ -10,10 +10,10 @@ from weakref import WeakValueDictionary
 
 from gircse.runtime import BundleError, Embedder, OptionError
 from gircse.runtime.bundle import Bundle
-from gircse.runtime.embedder import DEFAULT_BATCH_SIZE
 from gircse.runtime.manifest import MANIFEST_NAME
 from gircse.runtime.numerics import Float32
 from gircse.runtime.open_arguments import OpenArguments
+from gircse.runtime.tokenization import DEFAULT_BATCH_SIZE
 
 _open: WeakValueDictionary[str, Embedder] = WeakValueDictionary()
 _opening = threading.Lock()
