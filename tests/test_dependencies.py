@@ -52,7 +52,6 @@ MODULES = {
 NOT_INSTALLED = {
     "bertopic": "bertopic",
     "llama_cpp": "llama-cpp-python",
-    "ray": "ray",
     "tensorrt": "tensorrt",
     "tensorrt_rtx": "tensorrt-rtx-cu13",
     "cuda": "cuda-bindings",

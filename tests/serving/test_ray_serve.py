@@ -17,7 +17,7 @@ from gircse.runtime import BundleError, Embedder, OptionError
 from gircse.serving.metrics import Metrics
 from gircse.serving.serve_command import build_parser
 
-ray = pytest.importorskip("ray", reason="Ray (300 MB) is not among the test packages")
+ray = pytest.importorskip("ray", reason="the extra ray is not installed")
 serve = pytest.importorskip("ray.serve", reason="ray is here without its extra serve")
 from gircse.serving.ray_serve import Arguments, app, replica_app  # after the skip
 
