@@ -111,7 +111,8 @@ def _parquet_rows(fragment: Fragment, columns: Columns) -> Iterator[_RawRow]:
     for group, rows in enumerate(_group_rows(fragment.input)):
         inside = range(max(begin, group_begin), min(end, group_begin + rows))
         if inside:
-            part = _row_group(fragment.input, group, wanted).slice(inside.start - group_begin, len(inside))
+            table = _row_group(fragment.input, (fragment.bytes, fragment.modified), group, wanted)
+            part = table.slice(inside.start - group_begin, len(inside))
             values = [_values_of(part.column(name)) for name in wanted]
             for number, row in zip(inside, zip(*values, strict=True), strict=True):
                 yield _RawRow(number, row[0], dict(zip(wanted, row, strict=True)))
@@ -124,7 +125,8 @@ def _group_rows(name: str) -> list[int]:
 
 
 @functools.lru_cache(maxsize=1)  # many fragments lie in one row group, and are read one after the other
-def _row_group(name: str, group: int, columns: tuple[str, ...]) -> pa.Table:
+def _row_group(name: str, version: tuple[int, int | None], group: int, columns: tuple[str, ...]) -> pa.Table:
+    """Read columns of a row group; ``version`` tells what was read from a file that has been replaced since."""
     with open_parquet(locate(name)) as file:
         return file.read_row_group(group, columns=list(columns))
 
@@ -156,14 +158,14 @@ def parse_line(line: bytes) -> dict[str, Any]:
 
 
 def _text_of(values: dict[str, Any], column: str) -> str:
-    text = _string(value_of(values, column), column)
+    text = _string(_value_of(values, column), column)
     if not isinstance(text, str):
         raise UnusableRowError(f"{column} is no string")
     return text
 
 
 def _id_of(values: dict[str, Any], column: str, kind: IdType) -> int | str:
-    found = _string(value_of(values, column), column)
+    found = _string(_value_of(values, column), column)
     fits: bool = isinstance(found, str) if kind is IdType.STRING else type(found) is int and found in INT64
     if not fits:
         expected = "a string" if kind is IdType.STRING else "a 64-bit integer"
@@ -172,11 +174,11 @@ def _id_of(values: dict[str, Any], column: str, kind: IdType) -> int | str:
     return given
 
 
-def value_of(values: dict[str, Any], column: str) -> Any:
+def _value_of(values: dict[str, Any], column: str) -> Any:
     """Return what a row has in a column.
 
     Raises:
-        UnusableRowError: nothing.
+        UnusableRowError: there is nothing.
     """
     if values.get(column) is None:
         raise UnusableRowError(f"{column} is {'null' if column in values else 'missing'}")

@@ -82,6 +82,14 @@ def test_fragments_of_parquet_are_the_rows(
     assert [number for part in found for number in part.ids] == list(range(rows))
 
 
+def test_a_file_that_was_replaced_is_read_again(tmp_path: Path) -> None:
+    """One process may do several jobs, and keeps the last row group that it has read."""
+    path = tmp_path / "b.parquet"
+    for text in ("one", "two"):
+        pq.write_table(pa.table({"text": [text], "id": [1]}), path)
+        assert [part.texts for part in read_fragments(path, 4)] == [[text]]
+
+
 def test_globs_and_directories(tmp_path: Path) -> None:
     for name in ("a.jsonl", "x/b.parquet", "x/y/c.jsonl.gz", "x/_hidden/d.jsonl", "x/.e.jsonl", "x/notes.txt"):
         path = tmp_path / name
