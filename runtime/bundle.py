@@ -55,6 +55,10 @@ class Bundle:
             bundle._check_size(relative, entry)
         return bundle
 
+    def manifest_sha256(self) -> str:
+        """Return the SHA-256 of the manifest, which holds that of every file: what tells one bundle from another."""
+        return file_sha256(self.directory / MANIFEST_NAME)
+
     def file(self, relative: str) -> Path:
         """Return the path of a file of the bundle.
 

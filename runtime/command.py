@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
-from gircse.runtime.errors import GircseError, OutputError, sentence
+from gircse.runtime.errors import GircseError, OptionError, OutputError, sentence
 from gircse.runtime.manifest import Layout
 from gircse.runtime.open_arguments import OpenArguments
 from gircse.runtime.provider import Provider
@@ -171,6 +171,17 @@ def add_batch_flags(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help=f"maximum tokens per batch, padding included (default: {DEFAULT_BATCH_TOKENS})",
     )
+
+
+def check_at_least_one(args: argparse.Namespace, *names: str) -> None:
+    """Refuse flags whose number is below 1; one that was not given, and has no default, passes.
+
+    Raises:
+        OptionError: a number is too small.
+    """
+    for name in names:
+        if (given := getattr(args, name)) is not None and given < 1:
+            raise OptionError(f"--{name.replace('_', '-')}", f"is {given}", "it has to be at least 1")
 
 
 def open_arguments(args: argparse.Namespace) -> OpenArguments:

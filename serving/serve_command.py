@@ -8,7 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gircse.runtime import Embedder, OptionError
-from gircse.runtime.command import add_open_flags, open_arguments, parse_arguments, run_command, write_stdout
+from gircse.runtime.command import (
+    add_open_flags,
+    check_at_least_one,
+    open_arguments,
+    parse_arguments,
+    run_command,
+    write_stdout,
+)
 from gircse.runtime.provider import Provider
 from gircse.runtime.tokenization import DEFAULT_BATCH_TOKENS
 from gircse.serving.batching import DEFAULT_QUEUE_TOKENS
@@ -92,9 +99,7 @@ def server_options(args: argparse.Namespace) -> "ServerOptions":
     """
     from gircse.serving.http_app import ServerOptions
 
-    for flag in ("max_batch_tokens", "max_queue", "max_body_mib"):
-        if (given := getattr(args, flag)) < 1:
-            raise OptionError(f"--{flag.replace('_', '-')}", f"is {given}", "it has to be at least 1")
+    check_at_least_one(args, "max_batch_tokens", "max_queue", "max_body_mib")
     return ServerOptions(
         model=args.model_name or args.bundle.resolve().name,
         batch_tokens=args.max_batch_tokens,

@@ -7,7 +7,14 @@ import sys
 from pathlib import Path
 
 from gircse.runtime.bundle import Bundle
-from gircse.runtime.command import add_open_flags, comma_separated, parse_arguments, run_command, write_stdout
+from gircse.runtime.command import (
+    add_open_flags,
+    check_at_least_one,
+    comma_separated,
+    parse_arguments,
+    run_command,
+    write_stdout,
+)
 from gircse.runtime.errors import OptionError
 from gircse.runtime.provider import Provider
 from gircse.runtime.tokenization import check_text
@@ -55,9 +62,7 @@ def main(argv: list[str] | None = None) -> int:
 def _run(args: argparse.Namespace) -> int:
     if not re.fullmatch(r"\w[\w.-]*", args.model_name, re.ASCII):
         raise OptionError("--model-name", f"is {args.model_name!r}", "it has letters, digits, '_', '.' and '-'")
-    for flag in ("threads", "max_batch_size"):
-        if (given := getattr(args, flag)) is not None and given < 1:
-            raise OptionError(f"--{flag.replace('_', '-')}", f"is {given}", "it has to be at least 1")
+    check_at_least_one(args, "threads", "max_batch_size")
     bundle = Bundle.open(args.bundle)
     check_text("the bundle's path", str(bundle.directory))  # config.pbtxt is UTF-8
     options = ModelOptions(

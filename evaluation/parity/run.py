@@ -44,9 +44,8 @@ from gircse.evaluation.tasks.files import read_tasks
 from gircse.evaluation.tasks.prompts import Prompt, read_prompts, tokenize_prompts
 from gircse.evaluation.tasks.scoring import Task
 from gircse.reporting.progress import StageProgress
-from gircse.runtime.bundle import Bundle, file_sha256
+from gircse.runtime.bundle import Bundle
 from gircse.runtime.errors import MeasurementError, OptionError
-from gircse.runtime.manifest import MANIFEST_NAME
 from gircse.runtime.numerics import Float32
 from gircse.runtime.precision import CPU_ORDER, runs_on
 from gircse.runtime.provider import Provider
@@ -125,7 +124,7 @@ def measure_parity(options: ParityOptions, *, progress: StageProgress | None = N
     report = ParityReport(
         schema_version=SCHEMA_VERSION,
         bundle=bundle.directory.name,
-        manifest_sha256=file_sha256(bundle.directory / MANIFEST_NAME),
+        manifest_sha256=bundle.manifest_sha256(),
         reference=reference.name,
         steps=bundle.manifest.graph.steps,
         texts=len(data.prompts),

@@ -27,9 +27,9 @@ from gircse.reporting.progress import StageProgress
 from gircse.reporting.sizes import gib
 from gircse.runtime import tensor_names
 from gircse.runtime.atomic_file import atomic_write
-from gircse.runtime.bundle import Bundle, file_sha256
+from gircse.runtime.bundle import Bundle
 from gircse.runtime.errors import ExportError, OptionError, OutputError, ProviderError
-from gircse.runtime.manifest import MANIFEST_NAME, Layout
+from gircse.runtime.manifest import Layout
 from gircse.runtime.precision import GPU_ORDER, SPECS, precision_spec
 from gircse.runtime.provider import Provider
 from gircse.runtime.trt.engine_manifest import (
@@ -159,7 +159,7 @@ def build_engine(options: BuildOptions, *, progress: StageProgress | None = None
             serialized = builder.build(advance)
         manifest = EngineManifest(
             schema_version=ENGINE_SCHEMA_VERSION,
-            bundle_sha256=file_sha256(bundle.directory / MANIFEST_NAME),
+            bundle_sha256=bundle.manifest_sha256(),
             precision=precision,
             layout=options.layout,
             provider=provider,

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from gircse.runtime.bundle import Bundle, file_sha256
 from gircse.runtime.errors import BundleError, EngineMismatchError, ProviderError
-from gircse.runtime.manifest import MANIFEST_NAME, Layout
+from gircse.runtime.manifest import Layout
 from gircse.runtime.provider import Provider
 from gircse.runtime.records import Record, decode_versioned, encode_record
 
@@ -266,7 +266,7 @@ def _no_engine(
 
 def _differences(manifest: EngineManifest, bundle: Bundle, version: str, capability: str) -> list[str]:
     found = []
-    if manifest.bundle_sha256 != file_sha256(bundle.directory / MANIFEST_NAME):
+    if manifest.bundle_sha256 != bundle.manifest_sha256():
         found.append("it was built from another export of the bundle")
     if manifest.version != version:
         found.append(f"it was built by {manifest.provider} {manifest.version}, and {version} is installed")

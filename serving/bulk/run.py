@@ -11,7 +11,7 @@ from pyarrow.fs import FileType
 
 from gircse.runtime import OptionError
 from gircse.runtime.bundle import Bundle
-from gircse.runtime.command import open_arguments
+from gircse.runtime.command import check_at_least_one, open_arguments
 from gircse.runtime.precision import CPU_ORDER
 from gircse.runtime.provider import Provider
 from gircse.serving.bulk.inputs import common_id_type, inspect
@@ -29,7 +29,7 @@ from gircse.serving.bulk.job import (
 )
 from gircse.serving.bulk.progress import progress
 from gircse.serving.bulk.storage import Place, find_inputs, locate
-from gircse.serving.bulk.worker import FragmentReport, OnOpen, Task, cannot_write, manifest_sha256, run_here
+from gircse.serving.bulk.worker import FragmentReport, OnOpen, Task, cannot_write, run_here
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +51,7 @@ def run_bulk(args: argparse.Namespace) -> str:
         place.name: inspect(place, columns, args.fragment_rows, known.get(place.name)) for place in places
     }
     recipe = Recipe(
-        bundle=manifest_sha256(bundle),
+        bundle=bundle.manifest_sha256(),
         precision=args.precision,
         provider=None if args.provider is Provider.AUTO else args.provider.value,
         steps=bundle.manifest.graph.steps if args.steps is None else args.steps,
@@ -112,8 +112,7 @@ def _workers(args: argparse.Namespace) -> int | None:
     """Check the flags that are numbers or that exclude each other; returns the number of workers, None for auto."""
     if args.row_ids and args.id_column:
         raise OptionError("--row-ids", "is given with --id-column", None, "Give one of them.")
-    if args.fragment_rows < 1:
-        raise OptionError("--fragment-rows", f"is {args.fragment_rows}", "it has to be at least 1")
+    check_at_least_one(args, "fragment_rows")
     if args.workers == "auto":
         return None
     if not args.workers.isdecimal() or int(args.workers) < 1:

@@ -2,7 +2,6 @@
 
 import io
 from collections.abc import Callable, Iterator, Sequence
-from hashlib import sha256
 from typing import NamedTuple
 
 import msgspec
@@ -13,7 +12,6 @@ import pyarrow.parquet as pq
 from gircse.runtime import BundleError, Embedder, OutputError
 from gircse.runtime.bundle import Bundle
 from gircse.runtime.errors import reason_of
-from gircse.runtime.manifest import MANIFEST_NAME
 from gircse.runtime.numerics import Float32
 from gircse.runtime.open_arguments import OpenArguments
 from gircse.serving.bulk.job import REJECTED, VECTORS, Columns, Fragment, IdType, Recipe, VectorType
@@ -82,7 +80,7 @@ class Worker:
             OptionError: an argument of the bundle or of the vectors is out of range.
         """
         task = self._task
-        if (found := manifest_sha256(Bundle.open(task.bundle))) != task.recipe.bundle:
+        if (found := Bundle.open(task.bundle).manifest_sha256()) != task.recipe.bundle:
             raise BundleError(
                 task.bundle, f"has the manifest {found[:12]} here", f"the job's is {task.recipe.bundle[:12]}"
             )
@@ -191,11 +189,6 @@ def cannot_write(output: Place, err: OSError) -> OutputError:
     """Return what is said of an output that could not be written."""
     hint = "Check its directory and the free space; the same command goes on with what is missing."
     return OutputError(f"--output {output.name}", f"cannot be written: {err.strerror or reason_of(err)}", None, hint)
-
-
-def manifest_sha256(bundle: Bundle) -> str:
-    """Return the SHA-256 of a bundle's manifest, which has those of its other files."""
-    return sha256((bundle.directory / MANIFEST_NAME).read_bytes()).hexdigest()
 
 
 def _overflowed(fragment: Fragment, rows: Rows, at: int) -> Rejected:

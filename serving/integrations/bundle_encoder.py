@@ -1,6 +1,5 @@
 """What every adapter holds: a bundle that is opened when it is needed, and how its texts are embedded."""
 
-import hashlib
 import json
 import threading
 from collections.abc import Callable, Sequence
@@ -10,7 +9,6 @@ from weakref import WeakValueDictionary
 
 from gircse.runtime import BundleError, Embedder, OptionError
 from gircse.runtime.bundle import Bundle
-from gircse.runtime.manifest import MANIFEST_NAME
 from gircse.runtime.numerics import Float32
 from gircse.runtime.open_arguments import OpenArguments
 from gircse.runtime.tokenization import DEFAULT_BATCH_SIZE
@@ -93,9 +91,10 @@ class BundleEncoder:
         Raises:
             BundleError: there is no bundle, or another one than the one that is open.
         """
-        if self._embedder is not None and Bundle.open(self._path).manifest != self._embedder.manifest:
+        bundle = Bundle.open(self._path)
+        if self._embedder is not None and bundle.manifest != self._embedder.manifest:
             raise BundleError(self._path, "was replaced after it was opened", hint="Open it again.")
-        return _manifest_sha256(self._path)
+        return bundle.manifest_sha256()
 
     def queries(self, texts: Sequence[str], instruction: str | None) -> Float32:
         """Embed queries, (n, hidden) float32 unit vectors; an instruction of None is the bundle's for queries."""
@@ -122,14 +121,9 @@ def _plain(arguments: OpenArguments) -> dict[str, Any]:
     return {name: str(value) if isinstance(value, str) else value for name, value in arguments.items()}
 
 
-def _manifest_sha256(path: str) -> str:
-    bundle = Bundle.open(path)  # says what is wrong with a folder that is no bundle
-    return hashlib.sha256((bundle.directory / MANIFEST_NAME).read_bytes()).hexdigest()
-
-
 def _shared_embedder(path: str, arguments: OpenArguments) -> Embedder:
     """Return the embedder that another adapter holds of this bundle, opened with these arguments, or open it."""
-    key = json.dumps([str(Path(path).resolve()), _manifest_sha256(path), arguments], sort_keys=True)
+    key = json.dumps([str(Path(path).resolve()), Bundle.open(path).manifest_sha256(), arguments], sort_keys=True)
     with _opening:
         embedder = _open.get(key)
         if embedder is None:

@@ -16,7 +16,7 @@ from gircse.runtime.bundle import Bundle
 from gircse.serving.bulk.inputs import inspect
 from gircse.serving.bulk.job import Columns, Fragment, IdType, Job, Recipe, VectorType, write_job
 from gircse.serving.bulk.storage import locate
-from gircse.serving.bulk.worker import FragmentReport, Task, Worker, manifest_sha256
+from gircse.serving.bulk.worker import FragmentReport, Task, Worker
 
 ray = pytest.importorskip("ray", reason="the extra ray is not installed")
 ray_pool = pytest.importorskip("gircse.serving.bulk.ray_pool")
@@ -94,7 +94,7 @@ def running_ray() -> Iterator[None]:
 def task(small_models: SmallModels, tmp_path: Path) -> tuple[Task, list[Fragment]]:
     """Two fragments of two rows."""
     bundle = Bundle.open(small_models.bundle("qwen2"))
-    recipe = Recipe(manifest_sha256(bundle), None, None, 5, "", VectorType.FLOAT32)
+    recipe = Recipe(bundle.manifest_sha256(), None, None, 5, "", VectorType.FLOAT32)
     lines, columns, output = (
         write_lines(tmp_path / "a.jsonl", range(4)),
         Columns("text", "id"),
