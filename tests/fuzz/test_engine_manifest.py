@@ -16,6 +16,7 @@ from support.fake_cuda import FakeCuda
 from support.fake_tensorrt import FakeTensorRt, tiny_run
 from support.outcomes import result_or_error
 
+from gircse.runtime.bundle import Bundle
 from gircse.runtime.manifest import Layout
 from gircse.runtime.provider import Provider
 from gircse.runtime.session import StepOutputs
@@ -41,9 +42,8 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, EngineManifes
 
 def run(folder: Path, engine: EngineManifest) -> StepOutputs:
     """Select the engine as ``Embedder`` does, load it on the simulated GPU, and run one batch."""
-    bundle: Any = SimpleNamespace(
-        directory=folder, manifest=SimpleNamespace(graph=FACTS, variants={"fp16": None, "fp32": None})
-    )
+    manifest: Any = SimpleNamespace(graph=FACTS, variants={"fp16": None, "fp32": None})
+    bundle = Bundle(folder, manifest)
     found, plan = select_engine(
         bundle,
         provider=Provider.TENSORRT,

@@ -10,6 +10,7 @@ from support.engine_rig import MAX_TOKENS, Rig, make_facts, make_manifest, profi
 from support.fake_cuda import FakeCuda
 from support.fake_tensorrt import FakeTensorRt
 
+from gircse.runtime.bundle import Bundle
 from gircse.runtime.errors import BundleError, ProviderError
 from gircse.runtime.manifest import Layout
 from gircse.runtime.trt.engine import SPARE_BYTES
@@ -19,7 +20,8 @@ from gircse.runtime.trt.session import open_tensorrt_session
 def test_a_plan_that_tensorrt_refuses(tmp_path: Path) -> None:
     facts = make_facts()
     manifest = make_manifest(facts, Layout.STEPWISE)
-    bundle: Any = SimpleNamespace(directory=tmp_path, manifest=SimpleNamespace(graph=facts))
+    described: Any = SimpleNamespace(graph=facts)
+    bundle = Bundle(tmp_path, described)
     cuda = FakeCuda()
     module = FakeTensorRt(cuda, facts, manifest)
     path = tmp_path / "engine.plan"
