@@ -1,10 +1,11 @@
-"""What workers on Ray gain over one process, and what runs leave that are killed.
+"""What streams and workers on Ray gain over one process, and what runs leave that are killed.
 
     python benchmarks/bulk.py gircse-demo-int8 --precision int8 --output bulk.json
     python benchmarks/bulk.py gircse-demo-int8 --precision int8 --only ends --texts 3000
 
 ``gircse-bulk`` runs as a process; times are those of the whole command, the start of Python, of Ray and of the bundle
-included. One process with two threads and two workers with one thread each take turns, on the same texts and cores.
+included. One process with two threads, one with two streams, and two workers with one thread each take turns, on the
+same texts and cores.
 """
 
 import argparse
@@ -18,7 +19,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import psutil
@@ -46,6 +47,17 @@ def read_vectors(output: Path, count: int) -> np.ndarray:
     return vectors
 
 
+class Share(NamedTuple):
+    """Who does the work."""
+
+    workers: int = 1
+    threads: int = 2
+    streams: int = 1
+
+
+SHARES = {"process": Share(), "streams": Share(threads=1, streams=2), "workers": Share(workers=2, threads=1)}
+
+
 class Job:
     """A job whose runs differ in who does the work."""
 
@@ -53,20 +65,21 @@ class Job:
         self._fixed = [sys.executable, "-m", "gircse.serving.bulk.bulk_command", bundle, str(texts)]
         self._fixed += ["--precision", precision, "--provider", "cpu"]
 
-    def command(self, output: Path, workers: int, threads: int) -> list[str]:
+    def command(self, output: Path, share: Share) -> list[str]:
         """Return the command of a run."""
-        return [*self._fixed, "--output", str(output), "--workers", str(workers), "--threads", str(threads)]
+        flags = (flag for name, number in share._asdict().items() for flag in (f"--{name}", str(number)))
+        return [*self._fixed, "--output", str(output), *flags]
 
-    def run(self, output: Path, *, workers: int = 1, threads: int = 2) -> float:
+    def run(self, output: Path, share: Share) -> float:
         """Do a run to its end; returns its seconds."""
         begun = time.perf_counter()
-        subprocess.run(self.command(output, workers, threads), check=True)
+        subprocess.run(self.command(output, share), check=True)
         return time.perf_counter() - begun
 
     @contextmanager
-    def running(self, output: Path, *, workers: int, threads: int) -> Iterator[psutil.Process]:
+    def running(self, output: Path, share: Share) -> Iterator[psutil.Process]:
         """Start a run and wait until it has written something; yields its process."""
-        with subprocess.Popen(self.command(output, workers, threads)) as process:
+        with subprocess.Popen(self.command(output, share)) as process:
             while not any((output / "vectors").glob("*.parquet")):
                 if process.poll() is not None:
                     raise SystemExit("the run ended before it was disturbed")
@@ -76,25 +89,26 @@ class Job:
 
 
 def measure_speed(job: Job, folder: Path, count: int, *, rounds: int) -> dict[str, Any]:
-    """Compare one process of two threads with two workers of one thread."""
-    seconds: dict[str, list[float]] = {"process": [], "workers": []}
+    """Compare one process of two threads with two streams and with two workers."""
+    seconds: dict[str, list[float]] = {name: [] for name in SHARES}
     vectors = {}
     for number in range(rounds):
-        for name, workers, threads in (("process", 1, 2), ("workers", 2, 1)):
+        for name, share in SHARES.items():
             output = folder / f"{name}-{number}"
-            seconds[name].append(job.run(output, workers=workers, threads=threads))
+            seconds[name].append(job.run(output, share))
             vectors[name] = read_vectors(output, count)
             print(f"{name}: {seconds[name][-1]:.1f} s, {count / seconds[name][-1]:.1f} texts/s", flush=True)
-    ratio = min(seconds["process"]) / min(seconds["workers"])
-    difference = float(np.abs(vectors["process"] - vectors["workers"]).max())
-    print(f"two workers against one process: {ratio:.3f}; largest difference {difference:.1e}")
-    return {"texts": count, "seconds": seconds, "ratio": ratio, "largest_difference": difference}
+    ratios = {name: min(seconds["process"]) / min(seconds[name]) for name in SHARES}
+    differences = {name: float(np.abs(vectors["process"] - vectors[name]).max()) for name in SHARES}
+    for name in ("streams", "workers"):
+        print(f"{name} against one process: {ratios[name]:.3f}; largest difference {differences[name]:.1e}")
+    return {"texts": count, "seconds": seconds, "ratios": ratios, "largest_differences": differences}
 
 
 def measure_ends(job: Job, folder: Path, count: int) -> dict[str, Any]:
     """Kill a worker, and the driver of workers and of one process; each time the vectors have to come out the same."""
     reference = folder / "reference"
-    job.run(reference, threads=1)
+    job.run(reference, Share(threads=1))
     wanted = read_vectors(reference, count)
 
     def kill_worker(driver: psutil.Process) -> None:
@@ -110,11 +124,11 @@ def measure_ends(job: Job, folder: Path, count: int) -> dict[str, Any]:
         "process": (1, kill_driver),
     }
     for name, (workers, kill) in ends.items():
-        output = folder / name.replace(" ", "-")
-        with job.running(output, workers=workers, threads=1) as driver:
+        output, share = folder / name.replace(" ", "-"), Share(workers, threads=1)
+        with job.running(output, share) as driver:
             kill(driver)
         left = len(list((output / "vectors").glob("*.parquet")))
-        job.run(output, workers=workers, threads=1)
+        job.run(output, share)
         found[name] = float(np.abs(read_vectors(output, count) - wanted).max())
         print(f"{name} killed: {left} fragments were there after it; largest difference at last {found[name]:.1e}")
     return {"texts": count, "largest_difference": found}
@@ -126,7 +140,7 @@ def main() -> int:
     parser.add_argument("bundle")
     parser.add_argument("--precision", default="fp32")
     parser.add_argument("--texts", type=int, default=20_000, metavar="N")
-    parser.add_argument("--rounds", type=int, default=1, metavar="N", help="of both, in turn")
+    parser.add_argument("--rounds", type=int, default=1, metavar="N", help="of all, in turn")
     parser.add_argument("--only", choices=("speed", "ends"))
     parser.add_argument("--output", type=Path, metavar="FILE")
     args = parser.parse_args()

@@ -26,9 +26,9 @@ import torch
 from gircse.checkpoint.reference import load_reference, step_states
 from gircse.evaluation.parity.references import source_checkpoint
 from gircse.runtime import Embedder
+from gircse.runtime.batch_planner import pad_batch
 from gircse.runtime.numerics import l2_normalize, prefix_means
 from gircse.runtime.text_files import read_texts
-from gircse.runtime.tokenization import pad_batch
 
 BATCH_SIZES = (8, 16, 32)
 

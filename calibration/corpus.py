@@ -9,9 +9,10 @@ from pathlib import Path
 import numpy as np
 
 from gircse.calibration.calibration_file import TextsUsed
+from gircse.runtime.batch_planner import TokenBatch, padded_batches
 from gircse.runtime.errors import CalibrationError
 from gircse.runtime.text_files import read_texts
-from gircse.runtime.tokenization import PromptTokenizer, TokenBatch, padded_batches
+from gircse.runtime.tokenization import PromptTokenizer
 
 MIN_TEXTS = 32
 """Fewer different texts are not enough to estimate ranges, or to measure the sensitivity on."""

@@ -19,7 +19,7 @@ from gircse.checkpoint.reference import Reference
 from gircse.checkpoint.streamed_model import StreamedModel
 from gircse.checkpoint.streaming_time import StreamingRates, shortest_seconds
 from gircse.checkpoint.tensor_naming import EMBEDDING_TABLE
-from gircse.runtime.tokenization import TokenBatch
+from gircse.runtime.batch_planner import TokenBatch
 
 HISTOGRAM_SECONDS = 1.2e-8
 """To count one value; numpy does it on one core of any machine."""

@@ -41,7 +41,7 @@ from gircse.calibration.soft_tokens import SoftTokens, prompts_and_soft_tokens
 from gircse.checkpoint.model_weights import ModelWeights
 from gircse.checkpoint.streamed_model import LayerwiseForward, StreamedModel
 from gircse.checkpoint.tensor_naming import LM_HEAD
-from gircse.runtime.tokenization import TokenBatch
+from gircse.runtime.batch_planner import TokenBatch
 
 InputCalibrations = dict[str, InputCalibration]
 

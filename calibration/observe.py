@@ -20,8 +20,8 @@ from gircse.calibration.int8.gptq import Moments, add_moments, no_moments
 from gircse.calibration.int8.histogram import MagnitudeHistogram
 from gircse.calibration.int8.scheme import QuantizedInput
 from gircse.calibration.int8.smoothing import Smoothing
+from gircse.runtime.batch_planner import TokenBatch
 from gircse.runtime.errors import CheckpointError
-from gircse.runtime.tokenization import TokenBatch
 
 SAMPLE_ROWS = 256
 """Rows of each input that are sampled from the prompts, and as many from the steps."""

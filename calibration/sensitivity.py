@@ -27,9 +27,9 @@ from gircse.calibration.resume import ResumeFolder
 from gircse.checkpoint.reference import Advance, Reference
 from gircse.reporting.progress import StageProgress
 from gircse.reporting.similarity import neighbor_overlap, pairwise_rank_correlation
+from gircse.runtime.batch_planner import TokenBatch
 from gircse.runtime.manifest import Pooling
 from gircse.runtime.numerics import Float32, l2_normalize
-from gircse.runtime.tokenization import TokenBatch
 
 SOFT_TOKEN = "soft-token embedding"
 EVERYTHING = "everything"

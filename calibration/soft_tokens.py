@@ -15,8 +15,8 @@ from gircse.calibration.resume import ResumeFolder
 from gircse.checkpoint.model_weights import ModelWeights
 from gircse.checkpoint.reference import Reference, first_positions
 from gircse.checkpoint.tensor_naming import EMBEDDING_TABLE
+from gircse.runtime.batch_planner import TokenBatch
 from gircse.runtime.errors import CheckpointError
-from gircse.runtime.tokenization import TokenBatch
 
 _OF_STEPS = ("soft_tokens", "states")
 

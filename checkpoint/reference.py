@@ -33,9 +33,9 @@ from gircse.checkpoint.model_weights import ModelWeights
 from gircse.checkpoint.silence import quiet_transformers
 from gircse.checkpoint.source import ADAPTER_CONFIG, Checkpoint
 from gircse.checkpoint.tensor_naming import LM_HEAD
+from gircse.runtime.batch_planner import TokenBatch
 from gircse.runtime.errors import CheckpointError, reason_of
 from gircse.runtime.precision import SPECS, Precision
-from gircse.runtime.tokenization import TokenBatch
 
 Advance = Callable[[float], None]
 

@@ -28,7 +28,7 @@ from gircse.checkpoint.reference import (
 from gircse.checkpoint.streamed_model import StreamedModel
 from gircse.checkpoint.streaming_time import StreamingRates
 from gircse.checkpoint.tensor_naming import EMBEDDING_TABLE
-from gircse.runtime.tokenization import TokenBatch
+from gircse.runtime.batch_planner import TokenBatch
 
 
 class StreamedReference:

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gircse.runtime import Embedder, Manifest
+from gircse.runtime.batch_planner import DEFAULT_BATCH_SIZE
 from gircse.runtime.errors import OptionError, sentence
 from gircse.runtime.numerics import Float32
-from gircse.runtime.tokenization import DEFAULT_BATCH_SIZE
 
 try:
     from mteb.abstasks.task_metadata import TaskMetadata

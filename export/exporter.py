@@ -27,12 +27,12 @@ from gircse.export.staging import check_destination, staged_directory
 from gircse.export.variants import DecoderGraph, VariantDraft, draft_variant, write_variant
 from gircse.reporting.progress import StageProgress, Unit
 from gircse.reporting.sizes import duration, gib, peak_memory
+from gircse.runtime.batch_planner import TokenBatch, padded_batches
 from gircse.runtime.bundle import file_sha256
 from gircse.runtime.errors import OptionError, OutputError, readable
 from gircse.runtime.manifest import MANIFEST_NAME, SCHEMA_VERSION, FileEntry, Manifest, Variant
 from gircse.runtime.precision import SPECS, Precision
 from gircse.runtime.text_files import read_texts
-from gircse.runtime.tokenization import TokenBatch, padded_batches
 
 TOOLS = ("gircse-deploy", "torch", "transformers", "peft", "onnx", "onnxscript", "onnx-ir", "safetensors", "tokenizers")
 

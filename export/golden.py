@@ -9,9 +9,10 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save
 
+from gircse.runtime.batch_planner import TokenBatch, pad_batch
 from gircse.runtime.manifest import Pooling
 from gircse.runtime.numerics import Float32, l2_normalize, pool_states
-from gircse.runtime.tokenization import PromptTokenizer, TokenBatch, pad_batch
+from gircse.runtime.tokenization import PromptTokenizer
 
 INSTRUCTION = "Given a question, retrieve passages that answer it"
 

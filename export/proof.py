@@ -1,7 +1,6 @@
 """The proof of an export, before it is published: the runtime, on the staged bundle, gives PyTorch's vectors."""
 
 import dataclasses
-import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -17,6 +16,7 @@ from gircse.export.graph.separate_weights import separate_weights
 from gircse.reporting.progress import StageProgress
 from gircse.reporting.sizes import gib
 from gircse.runtime import Embedder
+from gircse.runtime.batch_planner import pad_batch
 from gircse.runtime.bundle import Bundle
 from gircse.runtime.errors import ExportError, GircseError
 from gircse.runtime.manifest import Layout
@@ -30,7 +30,6 @@ from gircse.runtime.self_test import (
     compare_with_golden,
     read_golden_vectors,
 )
-from gircse.runtime.tokenization import pad_batch
 
 MAX_SECONDS = 600.0
 """What the golden texts of one graph may take; those that would take longer are left out."""
@@ -162,9 +161,8 @@ def _compare(embedder: Embedder, golden: GoldenVectors) -> SelfTestReport:
 
 def _embed(embedder: Embedder, golden: GoldenVectors, texts: Sequence[int]) -> dict[int, Float32]:
     """Return h_0 normalized and z_1..z_K (K + 1, hidden) float32 of some golden texts, embedded as one batch."""
-    token_ids = [golden.token_ids[text] for text in texts]
-    ((rows, outputs),) = embedder.run_batches(token_ids, batch_size=len(texts), batch_tokens=sys.maxsize)
-    return dict(zip([texts[row] for row in rows], all_vectors(outputs), strict=True))
+    outputs = embedder.run_batch([golden.token_ids[text] for text in texts])
+    return dict(zip(texts, all_vectors(outputs), strict=True))
 
 
 def _failure(

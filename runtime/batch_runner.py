@@ -1,16 +1,25 @@
 """From texts to vectors, batch by batch, on one session: what every way to encode shares."""
 
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 
+from gircse.runtime.batch_planner import (
+    PASS_TOKENS,
+    PASS_TOKENS_GPU,
+    TokenBatch,
+    pad_batch,
+    plan_batches,
+    stream_batch_size,
+)
 from gircse.runtime.errors import OptionError
 from gircse.runtime.manifest import MAX_STEPS, Manifest
 from gircse.runtime.numerics import Float32
 from gircse.runtime.prefix_cache import Prefix, PrefixCache, PrefixCacheInfo, PrefixSession
 from gircse.runtime.session import Session, StepOutputs
-from gircse.runtime.tokenization import Overflow, PromptTokenizer, TokenBatch, length_buckets, pad_batch
+from gircse.runtime.tokenization import Overflow, PromptTokenizer
 
 
 @dataclass(frozen=True)
@@ -30,10 +39,28 @@ class BatchRunner:
     """Runs texts and token ids of any number through a session."""
 
     def __init__(
-        self, manifest: Manifest, tokenizer: PromptTokenizer, session: Session, *, prefix_cache: bool | None = None
+        self,
+        manifest: Manifest,
+        tokenizer: PromptTokenizer,
+        session: Session,
+        *,
+        on_gpu: bool = False,
+        streams: int = 1,
+        prefix_cache: bool | None = None,
     ) -> None:
-        """Take a session; ``close`` closes it. ``prefix_cache`` is that of ``Embedder``."""
+        """Take a session; ``close`` closes it.
+
+        Args:
+            manifest: of the bundle.
+            tokenizer: of the bundle.
+            session: runs its graphs.
+            on_gpu: whether on a GPU.
+            streams: batches that run at once on the CPU.
+            prefix_cache: as in ``Embedder``.
+        """
         self._manifest, self._tokenizer, self._session = manifest, tokenizer, session
+        self._pass_tokens = PASS_TOKENS_GPU if on_gpu else PASS_TOKENS
+        self._streams = 1 if on_gpu else streams
         self._prefixes: PrefixCache | None = None
         if isinstance(session, PrefixSession) and session.takes_prefixes:
             wanted = not session.on_gpu if prefix_cache is None else prefix_cache
@@ -99,19 +126,29 @@ class BatchRunner:
         instruction_tokens: int | None,
     ) -> Iterator[tuple[tuple[int, ...], StepOutputs]]:
         """Run token ids batch by batch, as ``Embedder.run_batches`` describes."""
-        if self._closed:
-            raise OptionError("embedder", "is closed", None, "Open the bundle again: Embedder(path).")
         steps = self.check_steps(steps)
         for name, value in (("batch_size", batch_size), ("batch_tokens", batch_tokens)):
             if value < 1:
                 raise OptionError(name, f"is {value}", "it has to be at least 1")
-        lengths, prefix = [len(ids) for ids in token_ids], Prefix(0, self._session.run)
-        prefixes = self._prefixes  # another thread may close meanwhile
-        if prefixes is not None and token_ids and instruction_tokens is not None:
-            prefix = prefixes.choose(token_ids, fixed=instruction_tokens, batch_size=batch_size) or prefix
-            token_ids = [ids[prefix.tokens :] for ids in token_ids]
-        for rows in length_buckets(lengths, batch_size=batch_size, batch_tokens=batch_tokens):
-            yield rows, self._run(pad_batch(rows, token_ids, pad_token_id=self._manifest.pad_token_id), steps, prefix)
+        run = self._batch_run(token_ids, steps, instruction_tokens, batch_size=batch_size)
+        batches = plan_batches(
+            [len(ids) for ids in token_ids],
+            batch_size=stream_batch_size(len(token_ids), batch_size=batch_size, streams=self._streams),
+            batch_tokens=batch_tokens,
+            batch_cost=self._pass_tokens * (steps + 1),
+        )
+        if self._streams == 1 or len(batches) < 2:
+            yield from zip(batches, map(run, batches), strict=True)
+        else:
+            with ThreadPoolExecutor(min(self._streams, len(batches)), "gircse stream") as pool:
+                yield from zip(batches, pool.map(run, batches), strict=True)
+
+    def run_batch(
+        self, token_ids: Sequence[list[int]], *, steps: int | None, instruction_tokens: int | None
+    ) -> StepOutputs:
+        """Run token ids as one batch, as ``Embedder.run_batch`` describes."""
+        run = self._batch_run(token_ids, self.check_steps(steps), instruction_tokens, batch_size=len(token_ids))
+        return run(tuple(range(len(token_ids))))
 
     def check_steps(self, steps: int | None) -> int:
         """Return the number of steps to run; None is K.
@@ -126,6 +163,23 @@ class BatchRunner:
             export = f", or export with --steps {steps}" if most < steps <= MAX_STEPS else "."
             raise OptionError("steps", f"is {steps}", f"this bundle has 0 to {most}", f"Choose one of these{export}")
         return steps
+
+    def _batch_run(
+        self, token_ids: Sequence[list[int]], steps: int, instruction_tokens: int | None, *, batch_size: int
+    ) -> Callable[[tuple[int, ...]], StepOutputs]:
+        """Return what runs the prompts at some positions as one batch, after the beginning that all prompts share."""
+        if self._closed:
+            raise OptionError("embedder", "is closed", None, "Open the bundle again: Embedder(path).")
+        prefix = Prefix(0, self._session.run)
+        prefixes = self._prefixes  # another thread may close meanwhile
+        if prefixes is not None and token_ids and instruction_tokens is not None:
+            prefix = prefixes.choose(token_ids, fixed=instruction_tokens, batch_size=batch_size) or prefix
+        own = [ids[prefix.tokens :] for ids in token_ids]
+
+        def run(rows: tuple[int, ...]) -> StepOutputs:
+            return self._run(pad_batch(rows, own, pad_token_id=self._manifest.pad_token_id), steps, prefix)
+
+        return run
 
     def _run(self, batch: TokenBatch, steps: int, prefix: Prefix) -> StepOutputs:
         """Run a batch, in several parts where the session takes fewer texts at once."""

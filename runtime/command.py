@@ -12,11 +12,11 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
+from gircse.runtime.batch_planner import DEFAULT_BATCH_SIZE, DEFAULT_BATCH_TOKENS
 from gircse.runtime.errors import GircseError, OptionError, OutputError, sentence
 from gircse.runtime.manifest import Layout
 from gircse.runtime.open_arguments import OpenArguments
 from gircse.runtime.provider import Provider
-from gircse.runtime.tokenization import DEFAULT_BATCH_SIZE, DEFAULT_BATCH_TOKENS
 
 T = TypeVar("T")
 
@@ -151,12 +151,12 @@ def add_open_flags(parser: argparse.ArgumentParser, *, default: Provider) -> Non
     """Add the flags that a bundle is opened with; ``open_arguments`` reads them."""
     parser.add_argument("--precision", help="variant of the bundle (default: FP32 on the CPU, FP16 on a GPU)")
     add_runtime_flags(parser, default=default)
-    parser.add_argument("--threads", type=int, metavar="T", help="threads (default: every physical core)")
+    parser.add_argument("--threads", type=int, metavar="T", help="threads of a run (default: every physical core)")
     parser.add_argument("--no-verify", action="store_true", help="skip the hashes of the bundle's files")
 
 
 def add_batch_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags that say how many texts are embedded together."""
+    """Add the flags that say how many texts are embedded together, and how many batches at once."""
     parser.add_argument(
         "--batch-size",
         type=int,
@@ -170,6 +170,13 @@ def add_batch_flags(parser: argparse.ArgumentParser) -> None:
         default=DEFAULT_BATCH_TOKENS,
         metavar="N",
         help=f"maximum tokens per batch, padding included (default: {DEFAULT_BATCH_TOKENS})",
+    )
+    parser.add_argument(
+        "--streams",
+        type=int,
+        default=1,
+        metavar="N",
+        help="batches that run at once on the CPU; as many as cores for most texts a second (default: 1)",
     )
 
 
@@ -185,11 +192,12 @@ def check_at_least_one(args: argparse.Namespace, *names: str) -> None:
 
 
 def open_arguments(args: argparse.Namespace) -> OpenArguments:
-    """Return what the flags of ``add_open_flags`` say."""
+    """Return what the flags of ``add_open_flags`` say, and ``--streams`` where a command has it."""
     return {
         "precision": args.precision,
         "provider": args.provider,
         "layout": args.layout,
         "threads": args.threads,
+        "streams": args.streams if "streams" in args else 1,
         "verify": not args.no_verify,
     }

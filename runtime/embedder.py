@@ -1,15 +1,14 @@
 """What users import: a bundle, opened once, that turns texts into vectors."""
 
 import itertools
-import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from pathlib import Path
 from types import TracebackType
 from typing import Self, Unpack
 
-import numpy as np
 from tqdm import tqdm
 
+from gircse.runtime.batch_planner import DEFAULT_BATCH_SIZE, DEFAULT_BATCH_TOKENS
 from gircse.runtime.batch_runner import BatchRunner, EncodeOptions
 from gircse.runtime.bundle import Bundle
 from gircse.runtime.errors import BundleError, OptionError, member_of
@@ -28,14 +27,7 @@ from gircse.runtime.self_test import (
 )
 from gircse.runtime.sentence_transformers_arguments import EncodeArguments, check_fixed_arguments, named_instruction
 from gircse.runtime.session import Session, StepOutputs
-from gircse.runtime.tokenization import (
-    DEFAULT_BATCH_SIZE,
-    DEFAULT_BATCH_TOKENS,
-    Overflow,
-    PromptTokenizer,
-    iterate_texts,
-    open_tokenizer,
-)
+from gircse.runtime.tokenization import Overflow, PromptTokenizer, iterate_texts, open_tokenizer
 
 WINDOW_BATCHES = 32
 """Full batches that ``encode_iter`` reads ahead by default, so that texts of similar length meet in a batch."""
@@ -65,6 +57,7 @@ class Embedder:
         provider: Provider | str = Provider.AUTO,
         layout: Layout | str | None = None,
         threads: int | None = None,
+        streams: int = 1,
         verify: bool = True,
         prefix_cache: bool | None = None,
     ) -> None:
@@ -77,7 +70,10 @@ class Embedder:
             provider: where to run; ``auto`` takes the best provider that is installed and usable, and logs which.
             layout: ``unrolled`` or ``stepwise``; None takes the one that suits the provider (``Bundle.layout``), or
                 the engine that there is.
-            threads: threads of one run on the CPU; None lets ONNX Runtime take the physical cores.
+            threads: threads of one run on the CPU; None lets ONNX Runtime take the physical cores, or one with several
+                streams.
+            streams: batches of a call that run at once on the CPU. With as many as there are cores most texts a second
+                are embedded, and a single text takes longer.
             verify: compare the SHA-256 of every file that is used with the manifest while the graphs load, and the
                 token ids of the golden texts with those of the export.
             prefix_cache: run what the prompts of a call begin with once, where that saves work, and keep its keys and
@@ -88,13 +84,14 @@ class Embedder:
         Raises:
             BundleError: the bundle cannot be used.
             ProviderError: the provider is not installed or cannot run the bundle.
-            OptionError: there is no such provider or layout, or ``threads`` is below 1.
+            OptionError: there is no such provider or layout, or ``threads`` or ``streams`` is below 1.
         """
         where = member_of(Provider, "provider", provider)
         options = SessionOptions(
             precision=precision,
             layout=None if layout is None else member_of(Layout, "layout", layout),
             threads=threads,
+            streams=streams,
             verify=verify,
         )
         bundle = Bundle.open(path)
@@ -106,13 +103,14 @@ class Embedder:
         except BundleError:
             opened.session.close()
             raise
-        self._take(bundle, tokenizer, opened, prefix_cache=prefix_cache)
+        self._take(bundle, tokenizer, opened, streams=streams, prefix_cache=prefix_cache)
         self.path = str(path)
         self.arguments = {
             "precision": precision,
             "provider": where.value,
             "layout": options.layout and options.layout.value,
             "threads": threads,
+            "streams": streams,
             "verify": verify,
             "prefix_cache": prefix_cache,
         }
@@ -128,15 +126,28 @@ class Embedder:
         """
         embedder = cls.__new__(cls)
         handle = SessionHandle(session, Provider.CPU, precision)
-        embedder._take(bundle, open_tokenizer(bundle), handle, prefix_cache=None)
+        embedder._take(bundle, open_tokenizer(bundle), handle, streams=1, prefix_cache=None)
         embedder.path, embedder.arguments = str(bundle.directory), None
         return embedder
 
     def _take(
-        self, bundle: Bundle, tokenizer: PromptTokenizer, opened: SessionHandle, *, prefix_cache: bool | None
+        self,
+        bundle: Bundle,
+        tokenizer: PromptTokenizer,
+        opened: SessionHandle,
+        *,
+        streams: int,
+        prefix_cache: bool | None,
     ) -> None:
         self._bundle, self.tokenizer, self._opened = bundle, tokenizer, opened
-        self._runner = BatchRunner(bundle.manifest, tokenizer, opened.session, prefix_cache=prefix_cache)
+        self._runner = BatchRunner(
+            bundle.manifest,
+            tokenizer,
+            opened.session,
+            on_gpu=opened.provider is not Provider.CPU,
+            streams=streams,
+            prefix_cache=prefix_cache,
+        )
 
     def close(self) -> None:
         """Free the graphs or the engine. Closing twice does nothing; embedding afterwards is an ``OptionError``."""
@@ -348,7 +359,7 @@ class Embedder:
         batch_tokens: int = DEFAULT_BATCH_TOKENS,
         instruction_tokens: int | None = None,
     ) -> Iterator[tuple[tuple[int, ...], StepOutputs]]:
-        """Run token ids batch by batch, longest first; the lower half of ``encode``.
+        """Run token ids batch by batch; the lower half of ``encode``. Those of like length, longest first, are a batch.
 
         Args:
             token_ids: token ids of each text, at least one.
@@ -372,6 +383,15 @@ class Embedder:
             instruction_tokens=instruction_tokens,
         )
 
+    def run_batch(
+        self, token_ids: Sequence[list[int]], *, steps: int | None = None, instruction_tokens: int | None = None
+    ) -> StepOutputs:
+        """Run token ids as one batch, whatever its size, and return their embeddings in the order given.
+
+        The arguments and errors are those of ``run_batches``.
+        """
+        return self._runner.run_batch(token_ids, steps=steps, instruction_tokens=instruction_tokens)
+
     def self_test(self) -> SelfTestReport:
         """Embed the golden texts and compare every step with the PyTorch reference in the bundle.
 
@@ -380,11 +400,7 @@ class Embedder:
             OptionError: the embedder is closed.
         """
         golden = read_golden_vectors(self._bundle)
-        # One batch, whose rows come back longest first.
-        whole = {"batch_size": len(golden.token_ids), "batch_tokens": sys.maxsize}
-        ((rows, outputs),) = self.run_batches(golden.token_ids, **whole)
-        vectors = np.empty_like(golden.vectors)
-        vectors[list(rows)] = all_vectors(outputs)
+        vectors = all_vectors(self.run_batch(golden.token_ids))
         return compare_with_golden(vectors, golden.vectors, precision=self.precision)
 
     def _windows(

@@ -15,6 +15,7 @@ class OpenArguments(TypedDict, total=False):
     provider: str
     layout: str | None
     threads: int | None
+    streams: int
     verify: bool
     prefix_cache: bool | None
 

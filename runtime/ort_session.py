@@ -26,6 +26,9 @@ from gircse.runtime.session import Session, StepOutputs, step_outputs
 _OPTIONS = {"CUDAExecutionProvider": {"use_tf32": "0"}}
 """By default the CUDA provider computes FP32 products in TF32, whose vectors are not those of FP32."""
 
+_FOLD_ANY_SIZE = ("optimization.constant_folding_max_output_size_in_bytes", str(1 << 40))
+"""By default a weight above 1 GiB in FP32, the vocabulary of a 7B, is converted in every pass and not once."""
+
 _WEIGHT_COPIES = ["ConstantFolding", "FuseFp16InitializerToFp32NodeTransformer", "CommonSubexpressionElimination"]
 """Optimizers that put FP32 copies of FP16 weights into a graph, or convert one for several uses."""
 
@@ -320,6 +323,7 @@ def load_graph(
     # The planner that reuses activation buffers is quadratic in nodes (minutes for an unrolled graph); the arena
     # recycles the buffers anyway, so without it load is linear at the same speed and the same memory.
     options.enable_mem_reuse = False
+    options.add_session_config_entry(*_FOLD_ANY_SIZE)
     if option := integer_option(ort, provider, integer_products=integer_products):
         options.add_session_config_entry(*option)
     if threads is not None:

@@ -50,20 +50,29 @@ class SessionOptions:
     Attributes:
         precision: variant; None takes the first that suits the provider.
         layout: graph; None takes the one that suits the provider, or any engine.
-        threads: threads of one run on the CPU; None takes the physical cores.
+        threads: threads of one run on the CPU; None takes the physical cores, or one with several streams.
+        streams: batches that run at once on the CPU.
         verify: compare the SHA-256 of the files with the manifest.
     """
 
     precision: str | None = None
     layout: Layout | None = None
     threads: int | None = None
+    streams: int = 1
     verify: bool = True
 
     def __post_init__(self) -> None:
-        """Refuse a number of threads that there cannot be."""
+        """Refuse numbers that there cannot be."""
         if self.threads is not None and self.threads < 1:
             hint = "Leave it out to use every physical core."
             raise OptionError("threads", f"is {self.threads}", "it has to be at least 1", hint)
+        if self.streams < 1:
+            raise OptionError("streams", f"is {self.streams}", "it has to be at least 1")
+
+    @property
+    def run_threads(self) -> int | None:
+        """Threads of one run on the CPU; None takes the physical cores."""
+        return 1 if self.threads is None and self.streams > 1 else self.threads
 
 
 def open_provider(bundle: Bundle, provider: Provider, options: SessionOptions) -> SessionHandle:
@@ -115,7 +124,7 @@ def _open(bundle: Bundle, provider: Provider, options: SessionOptions) -> Sessio
         )
     import_onnxruntime(provider)  # before any file is hashed: `auto` may have to pass over it
     open_it = functools.partial(
-        open_session, bundle, precision, layout=options.layout, provider=provider, threads=options.threads
+        open_session, bundle, precision, layout=options.layout, provider=provider, threads=options.run_threads
     )
     session = _while_verifying(bundle, precision, open_it) if options.verify else open_it()
     return SessionHandle(session, provider, precision)

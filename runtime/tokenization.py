@@ -1,4 +1,4 @@
-"""From texts to padded batches of token ids: prompt template, tokens, truncation, length buckets."""
+"""From texts to token ids: prompt template, tokens, truncation."""
 
 import contextlib
 import logging
@@ -8,18 +8,13 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from tokenizers import Tokenizer
 
 from gircse.runtime.bundle import Bundle
 from gircse.runtime.errors import BundleError, OptionError, member_of, sentence
 from gircse.runtime.manifest import TruncationSide
-from gircse.runtime.numerics import Int64
 
 logger = logging.getLogger(__name__)
-
-DEFAULT_BATCH_SIZE = 32
-DEFAULT_BATCH_TOKENS = 4096
 
 PROMPT_TEMPLATE = "Instruct: {instruction}\nQuery:{text}"
 
@@ -29,21 +24,6 @@ class Overflow(StrEnum):
 
     TRUNCATE = "truncate"
     ERROR = "error"
-
-
-@dataclass(frozen=True)
-class TokenBatch:
-    """Prompts that are embedded together.
-
-    Attributes:
-        rows: positions of the prompts in the caller's order.
-        input_ids: (batch, tokens) int64, padded on the left.
-        attention_mask: (batch, tokens) int64, 1 for a real token.
-    """
-
-    rows: tuple[int, ...]
-    input_ids: Int64
-    attention_mask: Int64
 
 
 @dataclass(frozen=True)
@@ -317,45 +297,3 @@ def common_length(token_ids: Sequence[list[int]]) -> int:
     """Return how many tokens all prompts begin with."""
     first, last = min(token_ids), max(token_ids)  # in the order of lists, all others lie between
     return next((at for at, (one, other) in enumerate(zip(first, last, strict=False)) if one != other), len(first))
-
-
-def length_buckets(lengths: Sequence[int], *, batch_size: int, batch_tokens: int) -> Iterator[tuple[int, ...]]:
-    """Group prompts of similar length, longest first, under a row limit and a budget of padded tokens.
-
-    A prompt that alone exceeds the budget is a batch of its own.
-
-    Args:
-        lengths: tokens of each prompt.
-        batch_size: maximum prompts per batch.
-        batch_tokens: maximum tokens per batch, padding included.
-
-    Yields:
-        Positions of the prompts of one batch.
-    """
-    order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
-    start = 0
-    while start < len(order):
-        rows = min(batch_size, max(1, batch_tokens // lengths[order[start]]))
-        yield tuple(order[start : start + rows])
-        start += rows
-
-
-def pad_batch(rows: tuple[int, ...], token_ids: Sequence[list[int]], *, pad_token_id: int) -> TokenBatch:
-    """Pad the prompts at ``rows`` on the left to the longest of them."""
-    longest = max(len(token_ids[row]) for row in rows)
-    input_ids = np.full((len(rows), longest), pad_token_id, dtype=np.int64)
-    attention_mask = np.zeros_like(input_ids)
-    for i, row in enumerate(rows):
-        ids = token_ids[row]
-        input_ids[i, longest - len(ids) :] = ids
-        attention_mask[i, longest - len(ids) :] = 1
-    return TokenBatch(rows, input_ids, attention_mask)
-
-
-def padded_batches(
-    token_ids: Sequence[list[int]], *, pad_token_id: int, batch_size: int, batch_tokens: int
-) -> Iterator[TokenBatch]:
-    """Group token ids by length and pad each group; the arguments are those of ``length_buckets`` and ``pad_batch``."""
-    lengths = [len(ids) for ids in token_ids]
-    for rows in length_buckets(lengths, batch_size=batch_size, batch_tokens=batch_tokens):
-        yield pad_batch(rows, token_ids, pad_token_id=pad_token_id)

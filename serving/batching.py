@@ -16,20 +16,17 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from gircse.runtime import Embedder
+from gircse.runtime.batch_planner import DEFAULT_BATCH_TOKENS, PASS_TOKENS
 from gircse.runtime.numerics import Float32
-from gircse.runtime.tokenization import DEFAULT_BATCH_TOKENS
 
 DEFAULT_QUEUE_TOKENS = 1 << 17
 
 MAX_TEXTS = 64
 """Texts of a batch: more make it no faster a text, and those that wait wait longer."""
 
-PASS_TOKENS = 160
-"""Tokens of padding that cost as much as one more batch, whose passes read all weights again; and per step of a text
-two tokens, one for its own pass and one for its vocabulary. Of the demo in INT8 on two cores: 76 ms a batch, 0.48 ms a
-token, 9 ms for the eight steps of a text."""
-
 STEP_TOKENS = 2
+"""Tokens that a step of a text costs as much as, for its own pass and its vocabulary. Of the demo in INT8 on two cores:
+9 ms for the eight steps of a text, 0.48 ms a token."""
 
 LONG_TEXT = 128
 """Tokens of a text beside whose batch short ones may run: in common batches they would wait for it."""
@@ -279,15 +276,12 @@ class Batcher:
     def _embed(self, batch: Sequence[_Row]) -> None:
         """Embed a batch and write the vectors into the arrays of its requests."""
         texts = batch[0].request.texts
-        ((rows, outputs),) = self._embedder.run_batches(
+        outputs = self._embedder.run_batch(
             [row.request.texts.token_ids[row.row] for row in batch],
             steps=texts.steps,
-            batch_size=len(batch),
-            batch_tokens=sys.maxsize,
             instruction_tokens=min(row.request.texts.instruction_tokens for row in batch),
         )
-        for at, number in enumerate(rows):
-            request, row = batch[number]
+        for at, (request, row) in enumerate(batch):
             steps = outputs.step_embeddings[at]
             last = steps[-1] if texts.steps else outputs.prompt_embedding[at]
             request.vectors[row] = steps if request.texts.all_steps else last
@@ -321,6 +315,7 @@ def _filled(first: _Row, others: Sequence[_Row], *, most_tokens: int) -> list[_R
 
     What counts is how much of a batch's time is not spent on padding, nor on reading the weights once more.
     """
+    passes = first.request.texts.steps + 1
     steps = STEP_TOKENS * first.request.texts.steps
     tokens, longest, best, best_share = 0, 0, 1, 0.0
     batch = [first, *others[: MAX_TEXTS - 1]]
@@ -328,7 +323,7 @@ def _filled(first: _Row, others: Sequence[_Row], *, most_tokens: int) -> list[_R
         tokens, longest = tokens + row.length, max(longest, row.length)
         if texts > 1 and texts * longest > most_tokens:
             break
-        share = (texts * steps + tokens) / (PASS_TOKENS + texts * (steps + longest))
+        share = (texts * steps + tokens) / (PASS_TOKENS * passes + texts * (steps + longest))
         if share >= best_share:
             best, best_share = texts, share
     return batch[:best]

@@ -18,7 +18,7 @@ from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 
 from gircse.runtime import Embedder, GircseError
-from gircse.runtime.tokenization import DEFAULT_BATCH_TOKENS
+from gircse.runtime.batch_planner import DEFAULT_BATCH_TOKENS
 from gircse.serving.api_errors import ApiError
 from gircse.serving.batching import DEFAULT_QUEUE_TOKENS, Batcher, Embedded, QueueFullError, Texts
 from gircse.serving.embeddings_api import EmbeddingApi, parse_request

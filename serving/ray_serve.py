@@ -19,10 +19,10 @@ from ray.serve.config import AutoscalingConfig, BackpressureConfig
 from starlette.applications import Starlette
 
 from gircse.runtime import BundleError, Embedder, OptionError
+from gircse.runtime.batch_planner import DEFAULT_BATCH_TOKENS
 from gircse.runtime.command import open_arguments
 from gircse.runtime.manifest import Layout
 from gircse.runtime.provider import Provider
-from gircse.runtime.tokenization import DEFAULT_BATCH_TOKENS
 from gircse.serving.batching import DEFAULT_QUEUE_TOKENS
 from gircse.serving.http_app import create_app
 from gircse.serving.ray_metrics import RayMetrics

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gircse.runtime import Embedder, OptionError
+from gircse.runtime.batch_planner import DEFAULT_BATCH_TOKENS
 from gircse.runtime.command import (
     add_open_flags,
     check_at_least_one,
@@ -17,7 +18,6 @@ from gircse.runtime.command import (
     write_stdout,
 )
 from gircse.runtime.provider import Provider
-from gircse.runtime.tokenization import DEFAULT_BATCH_TOKENS
 from gircse.serving.batching import DEFAULT_QUEUE_TOKENS
 from gircse.serving.start_checks import passes_self_test, read_keys
 

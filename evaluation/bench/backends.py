@@ -92,13 +92,7 @@ class BundleSpec(_Spec):
         )
 
         def run(input_ids: Int64, steps: int) -> Float32:
-            ((_, outputs),) = embedder.run_batches(
-                input_ids.tolist(),
-                steps=steps,
-                batch_size=len(input_ids),
-                batch_tokens=input_ids.size,
-                instruction_tokens=self.cached_instruction,
-            )
+            outputs = embedder.run_batch(input_ids.tolist(), steps=steps, instruction_tokens=self.cached_instruction)
             return outputs.embedding
 
         return run

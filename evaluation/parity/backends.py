@@ -25,13 +25,14 @@ from gircse.evaluation.parity.step_trace import StepTrace, StepValues, check_fin
 from gircse.reporting.progress import Advance
 from gircse.reporting.sizes import gib
 from gircse.runtime import Embedder
+from gircse.runtime.batch_planner import DEFAULT_BATCH_SIZE, TokenBatch
 from gircse.runtime.bundle import Bundle
 from gircse.runtime.manifest import Layout
 from gircse.runtime.numerics import Float32, l2_normalize, pool_states
 from gircse.runtime.ort_session import open_session
 from gircse.runtime.precision import precision_spec, session_bytes
 from gircse.runtime.provider import Provider
-from gircse.runtime.tokenization import DEFAULT_BATCH_SIZE, TokenBatch, open_tokenizer
+from gircse.runtime.tokenization import open_tokenizer
 
 TokenIds = Sequence[list[int]]
 Probe = TypeVar("Probe", GraphProbe, LayerProbe)

@@ -4,8 +4,8 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from gircse.runtime.batch_planner import DEFAULT_BATCH_SIZE, DEFAULT_BATCH_TOKENS, TokenBatch, padded_batches
 from gircse.runtime.manifest import GraphFacts, Manifest
-from gircse.runtime.tokenization import DEFAULT_BATCH_SIZE, DEFAULT_BATCH_TOKENS, TokenBatch, padded_batches
 
 ACTIVATION_BYTES = 600 << 20
 """What the activations of one batch may take, about."""

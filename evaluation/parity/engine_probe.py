@@ -13,12 +13,12 @@ import numpy as np
 
 from gircse.evaluation.parity.layer_trace import LayerTrace
 from gircse.runtime import tensor_names
+from gircse.runtime.batch_planner import TokenBatch
 from gircse.runtime.bundle import Bundle
 from gircse.runtime.errors import OptionError
 from gircse.runtime.manifest import Layout
 from gircse.runtime.provider import Provider
 from gircse.runtime.tensor_names import FORCE, FORCED
-from gircse.runtime.tokenization import TokenBatch
 from gircse.runtime.trt.cuda import Cuda, open_cuda
 from gircse.runtime.trt.engine import LoadedEngine, load_engine
 from gircse.runtime.trt.engine_manifest import Shape, read_engines, select_engine

@@ -22,6 +22,7 @@ from gircse.evaluation.parity.emulation import LOW_TYPES, cast, emulated_graph
 from gircse.evaluation.parity.step_trace import StepValues
 from gircse.reporting.progress import Advance
 from gircse.runtime import tensor_names
+from gircse.runtime.batch_planner import TokenBatch
 from gircse.runtime.bundle import Bundle
 from gircse.runtime.errors import BundleError
 from gircse.runtime.manifest import GraphFacts, Layout
@@ -30,7 +31,6 @@ from gircse.runtime.ort_session import StepwiseSession, load_graph, ort_device, 
 from gircse.runtime.precision import multiplies_integers, precision_spec
 from gircse.runtime.provider import Provider
 from gircse.runtime.tensor_names import FORCE, FORCED
-from gircse.runtime.tokenization import TokenBatch
 
 Feed = dict[str, Any]
 

@@ -13,10 +13,10 @@ import numpy as np
 from gircse.evaluation.parity.graph_probe import InnerNames, ProbedGraph
 from gircse.evaluation.parity.layer_trace import LayerTrace
 from gircse.runtime import tensor_names
+from gircse.runtime.batch_planner import TokenBatch
 from gircse.runtime.numerics import Float32
 from gircse.runtime.ort_session import StepwiseSession, ort_device, run_errors
 from gircse.runtime.tensor_names import FORCE, FORCED
-from gircse.runtime.tokenization import TokenBatch
 
 _NOTHING = np.zeros((1, 1, 1), np.float32)
 """Stands for a value that is not replaced; it fits every shape, the empty one of what a pass does not have included."""

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from gircse.runtime.batch_planner import TokenBatch
 from gircse.runtime.manifest import GraphFacts
 from gircse.runtime.numerics import Float32
-from gircse.runtime.tokenization import TokenBatch
 
 if TYPE_CHECKING:  # a bundle as reference needs no torch
     from gircse.checkpoint.reference import Reference

@@ -112,12 +112,18 @@ def _workers(args: argparse.Namespace) -> int | None:
     """Check the flags that are numbers or that exclude each other; returns the number of workers, None for auto."""
     if args.row_ids and args.id_column:
         raise OptionError("--row-ids", "is given with --id-column", None, "Give one of them.")
-    check_at_least_one(args, "fragment_rows")
+    check_at_least_one(args, "fragment_rows", "streams", "threads")
     if args.workers == "auto":
         return None
     if not args.workers.isdecimal() or int(args.workers) < 1:
         raise OptionError("--workers", f"is {args.workers}", "a number from 1 on, or auto")
     return int(args.workers)
+
+
+def _cores(args: argparse.Namespace) -> int | None:
+    """Return how many cores a worker uses; None for as many as there are."""
+    threads: int | None = args.threads
+    return threads if args.streams == 1 else (threads or 1) * int(args.streams)
 
 
 def _missing(output: Place, fragments: Sequence[Fragment]) -> list[Fragment]:
@@ -152,9 +158,10 @@ def _reports(
     size = sum(bundle.manifest.files[name].bytes for name in variant.files)
     gpu = None if args.provider is Provider.AUTO else args.provider is not Provider.CPU
     with connected(args.ray_address):
-        share = divide(workers=workers, threads=args.threads, gpu=gpu, weight_bytes=size)
-        task = task._replace(arguments={**task.arguments, "threads": None if share.gpus else share.cpus})
-        logger.info("workers: %d; threads of each: %d", share.workers, share.cpus)
+        share = divide(workers=workers, threads=_cores(args), gpu=gpu, weight_bytes=size)
+        threads = None if share.gpus else share.cpus // args.streams
+        task = task._replace(arguments={**task.arguments, "threads": threads})
+        logger.info("workers: %d; CPUs of each: %d", share.workers, share.cpus)
         yield run_on_ray(task, missing, opening, share)
 
 

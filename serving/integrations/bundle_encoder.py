@@ -8,10 +8,10 @@ from typing import Any, Unpack, cast
 from weakref import WeakValueDictionary
 
 from gircse.runtime import BundleError, Embedder, OptionError
+from gircse.runtime.batch_planner import DEFAULT_BATCH_SIZE
 from gircse.runtime.bundle import Bundle
 from gircse.runtime.numerics import Float32
 from gircse.runtime.open_arguments import OpenArguments
-from gircse.runtime.tokenization import DEFAULT_BATCH_SIZE
 
 _open: WeakValueDictionary[str, Embedder] = WeakValueDictionary()
 _opening = threading.Lock()

@@ -10,8 +10,8 @@ from llama_index.core.bridge.pydantic import PrivateAttr
 from llama_index.core.callbacks import CallbackManager
 
 from gircse.runtime import Embedder, OptionError
+from gircse.runtime.batch_planner import DEFAULT_BATCH_SIZE
 from gircse.runtime.open_arguments import OpenArguments
-from gircse.runtime.tokenization import DEFAULT_BATCH_SIZE
 from gircse.serving.integrations.bundle_encoder import BundleEncoder
 
 _batches = ThreadPoolExecutor(1, "gircse-llama-index")
@@ -38,6 +38,7 @@ class LlamaIndexEmbedding(BaseEmbedding):
     provider: str = "auto"
     layout: str | None = None
     threads: int | None = None
+    streams: int = 1
     verify: bool = True
     prefix_cache: bool | None = None
     manifest_sha256: str

@@ -15,7 +15,7 @@ from gircse.checkpoint.source import resolve_checkpoint
 from gircse.checkpoint.streamed_model import StreamedModel
 from gircse.checkpoint.streamed_reference import StreamedReference
 from gircse.checkpoint.streaming_time import StreamingRates
-from gircse.runtime.tokenization import pad_batch
+from gircse.runtime.batch_planner import pad_batch
 
 STEPS = 3
 RATES = StreamingRates(read=100.0, product=0.0, row=10.0, block=0.0, overlap=0.0)

@@ -21,9 +21,9 @@ from gircse.checkpoint.reference import EXACT, BatchState, Reference, Variation,
 from gircse.checkpoint.source import Checkpoint, resolve_checkpoint
 from gircse.checkpoint.streamed_model import StreamedModel
 from gircse.checkpoint.streamed_reference import StreamedReference
+from gircse.runtime.batch_planner import pad_batch
 from gircse.runtime.errors import CheckpointError
 from gircse.runtime.precision import Precision
-from gircse.runtime.tokenization import pad_batch
 
 STEPS = 3
 LARGE = 1 << 30

@@ -9,8 +9,8 @@ from support.vectors import PROMPTS
 
 from gircse.checkpoint.reference import WholeReference
 from gircse.export.overflow_probe import MagnitudeRecorder, Magnitudes
+from gircse.runtime.batch_planner import padded_batches
 from gircse.runtime.errors import CheckpointError
-from gircse.runtime.tokenization import padded_batches
 
 
 def magnitudes_of(model: Any, *, steps: int) -> Magnitudes:

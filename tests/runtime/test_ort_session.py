@@ -12,6 +12,7 @@ from support.tolerances import SMALL_MODEL_MAX_DIFFERENCE
 
 from gircse.runtime import OptionError, ProviderError
 from gircse.runtime.bundle import Bundle
+from gircse.runtime.integer_products import FLOAT_PRODUCTS
 from gircse.runtime.manifest import Layout
 from gircse.runtime.ort_session import StepwiseSession, load_graph, open_session
 
@@ -52,6 +53,36 @@ def test_what_fails_in_a_run_is_an_error_of_ours(small_models: SmallModels, layo
     ids = np.full((2, 3), 10**6)  # outside the vocabulary
     with pytest.raises(ProviderError, match=r"^ONNX Runtime failed in a batch of 2 texts of 3 tokens: .* out of data"):
         session.run(ids, np.ones_like(ids), steps=1)
+
+
+def test_a_weight_of_any_size_becomes_float_at_load(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """ONNX Runtime's default, for comparison, leaves one above 1 GiB in FP32 as it is and converts it in every run."""
+    shape = [1024, 270_000]
+    weight = onnx.TensorProto(
+        name="w", data_type=onnx.TensorProto.INT8, dims=shape, data_location=onnx.TensorProto.EXTERNAL
+    )
+    for key, value in (("location", "w.bin"), ("offset", 0), ("length", shape[0] * shape[1])):
+        weight.external_data.add(key=key, value=str(value))
+    with (tmp_path / "w.bin").open("wb") as file:
+        file.truncate(shape[0] * shape[1])  # zeros that take no room
+    scale = onnx.numpy_helper.from_array(np.float32(0.5), "s")
+    nodes = [
+        onnx.helper.make_node("DequantizeLinear", ["w", "s"], ["float"]),
+        onnx.helper.make_node("Gather", ["float", "i"], ["y"]),
+    ]
+    index = onnx.helper.make_tensor_value_info("i", onnx.TensorProto.INT64, [1])
+    row = onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, [1, shape[1]])
+    graph = onnx.helper.make_graph(nodes, "g", [index], [row], [weight, scale])
+    onnx.save(
+        onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 23)], ir_version=11),
+        tmp_path / "m.onnx",
+    )
+    load_graph(tmp_path / "m.onnx", threads=1)
+    assert capfd.readouterr().err == ""
+    default = onnxruntime.SessionOptions()
+    default.add_session_config_entry(*FLOAT_PRODUCTS)
+    onnxruntime.InferenceSession(tmp_path / "m.onnx", default, providers=["CPUExecutionProvider"])
+    assert "Skipping constant folding for DequantizeLinear" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("block", [None, 16])

@@ -12,9 +12,7 @@ from gircse.runtime.tokenization import (
     PromptTokenizer,
     format_prompt,
     iterate_texts,
-    length_buckets,
     load_tokenizer,
-    pad_batch,
     tokenize,
     truncate,
 )
@@ -24,28 +22,6 @@ def test_prompt_template() -> None:
     assert format_prompt("", "a {text} {instruction}") == "a {text} {instruction}"
     assert format_prompt("Find it", "a {text}") == "Instruct: Find it\nQuery:a {text}"
     assert format_prompt("in {text} braces", "x") == "Instruct: in {text} braces\nQuery:x"
-
-
-@pytest.mark.parametrize("budget", [1, 10, 24, 1000])
-@pytest.mark.parametrize("rows", [1, 3, 100])
-def test_buckets_hold_every_row_once_within_the_limits(rows: int, budget: int) -> None:
-    lengths = np.random.default_rng(1).integers(1, 20, 57).tolist()
-    buckets = list(length_buckets(lengths, batch_size=rows, batch_tokens=budget))
-    assert sorted(row for bucket in buckets for row in bucket) == list(range(57))
-    for bucket in buckets:
-        assert len(bucket) <= rows
-        assert len(bucket) == 1 or len(bucket) * max(lengths[row] for row in bucket) <= budget
-
-
-def test_buckets_put_like_lengths_together() -> None:
-    assert list(length_buckets([1, 9, 2, 8], batch_size=2, batch_tokens=100)) == [(1, 3), (2, 0)]
-
-
-def test_padding_is_on_the_left() -> None:
-    batch = pad_batch((2, 0), [[5], [9], [6, 7, 8]], pad_token_id=1)
-    np.testing.assert_array_equal(batch.input_ids, [[6, 7, 8], [1, 1, 5]])
-    np.testing.assert_array_equal(batch.attention_mask, [[1, 1, 1], [0, 0, 1]])
-    assert batch.input_ids.dtype == batch.attention_mask.dtype == np.int64
 
 
 def test_truncation_cuts_on_one_side_and_says_what() -> None:

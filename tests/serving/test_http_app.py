@@ -213,7 +213,7 @@ def test_a_failed_batch_is_an_error_of_the_server(
     def fail(*_: Any, **__: Any) -> Any:
         raise ProviderError("ONNX Runtime", "failed", None, "If memory ran out, use smaller batches.")
 
-    monkeypatch.setattr(embedder, "run_batches", fail)
+    monkeypatch.setattr(embedder, "run_batch", fail)
     error = refused(client.post(URL, json={"input": TEXT}), 500)
     assert error["type"] == "server_error"
     assert "memory ran out" in caplog.text
@@ -227,12 +227,12 @@ def test_a_canceled_request_leaves_the_queue(embedder: Embedder, monkeypatch: py
     app = create_app(embedder, ServerOptions(model="small"))
     transport = httpx.ASGITransport(app)
     running, go_on = threading.Event(), threading.Event()
-    run_batches = embedder.run_batches
+    run_batch = embedder.run_batch
 
     def wait(*arguments: Any, **options: Any) -> Any:
         running.set()
         assert go_on.wait(60)
-        return run_batches(*arguments, **options)
+        return run_batch(*arguments, **options)
 
     async def ask_and_leave() -> str:
         async with httpx.AsyncClient(transport=transport, base_url="http://x") as client:
@@ -248,7 +248,7 @@ def test_a_canceled_request_leaves_the_queue(embedder: Embedder, monkeypatch: py
                 assert (await ahead).status_code == 200
             return (await client.get("/metrics")).text  # when all batches have ended
 
-    monkeypatch.setattr(embedder, "run_batches", wait)
+    monkeypatch.setattr(embedder, "run_batch", wait)
     lines = asyncio.run(ask_and_leave()).splitlines()
     for line in (
         'gircse_requests_total{status="499"} 1.0',

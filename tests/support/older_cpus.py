@@ -11,8 +11,9 @@ import pytest
 QEMU = shutil.which("qemu-x86_64")
 AVX2, SSE = "Haswell-v4", "Nehalem"
 TEXTS = ["the bird number one", "hello", "what is a bundle written for"]
-MAX_DIFFERENCE = 1e-4
-"""Measured: 1.9e-5, from FP32 sums in another order; 0.12 where 8-bit products saturate."""
+MAX_DIFFERENCE = {AVX2: 1e-4, SSE: 0.02}
+"""Measured: 1.9e-5 with AVX2. With SSE 6.4e-3 in one text of three from its second step on: FP32 sums in another order
+round an activation to the next integer. 0.12 where 8-bit products saturate."""
 
 needs_qemu = pytest.mark.skipif(
     QEMU is None or platform.machine() != "x86_64",

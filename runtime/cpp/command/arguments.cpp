@@ -58,7 +58,7 @@ std::string path(std::string_view text) {
   return normalized.empty() ? "." : normalized;
 }
 
-const std::array<Flag, 16> kFlags{{
+const std::array<Flag, 17> kFlags{{
     {"--help", "", "show this help message and exit", [](Arguments &a, const std::string &) { a.help = true; }},
     {"--input", "FILE", "UTF-8, one text per line; .gz is unpacked; - is stdin (default)",
      [](Arguments &a, const std::string &v) { a.input = v == "-" ? v : path(v); }},
@@ -72,6 +72,8 @@ const std::array<Flag, 16> kFlags{{
      [](Arguments &a, const std::string &v) { a.batch_size = integer("--batch-size", v); }},
     {"--batch-tokens", "N", "maximum tokens per batch, padding included (default: 4096)",
      [](Arguments &a, const std::string &v) { a.batch_tokens = integer("--batch-tokens", v); }},
+    {"--streams", "N", "batches that run at once on the CPU; as many as cores for most texts a second (default: 1)",
+     [](Arguments &a, const std::string &v) { a.streams = integer("--streams", v); }},
     {"--precision", "PRECISION", "variant of the bundle (default: FP32 on the CPU, FP16 on a GPU)",
      [](Arguments &a, const std::string &v) { a.precision = v; }},
     {"--provider", "P", "where the bundle runs: auto, cpu, cuda, onnxruntime-tensorrt (default: auto)",
@@ -80,7 +82,7 @@ const std::array<Flag, 16> kFlags{{
      }},
     {"--layout", "unrolled|stepwise", "graph (default: stepwise, or unrolled on a GPU)",
      [](Arguments &a, const std::string &v) { a.layout = choice("--layout", "Layout", v, {"unrolled", "stepwise"}); }},
-    {"--threads", "T", "threads (default: every physical core)",
+    {"--threads", "T", "threads of a run (default: every physical core)",
      [](Arguments &a, const std::string &v) { a.threads = integer("--threads", v); }},
     {"--onnxruntime", "FILE", "library of ONNX Runtime (default: $GIRCSE_ONNXRUNTIME, then libonnxruntime.so.1)",
      [](Arguments &a, const std::string &v) { a.onnxruntime = v; }},

@@ -16,6 +16,7 @@ struct Arguments {
   std::optional<std::int64_t> steps;
   std::int64_t batch_size = 32;
   std::int64_t batch_tokens = 4096;
+  std::int64_t streams = 1;
   std::string precision;
   std::string provider = "auto";
   std::string layout;

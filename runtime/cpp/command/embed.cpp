@@ -63,6 +63,8 @@ OpenOptions open_options(const Arguments &arguments) {
     }
     options.threads = static_cast<int>(std::min(*arguments.threads, kMost));
   }
+  if (arguments.streams < 0) refuse("streams", arguments.streams, "it has to be at least 1", "");
+  options.streams = static_cast<std::size_t>(arguments.streams);
   return options;
 }
 

@@ -36,6 +36,7 @@ gircse_open_options default_open_options() {
   options.size = sizeof options;
   options.verify = 1;
   options.prefix_cache = 1;
+  options.streams = 1;
   return options;
 }
 
@@ -119,6 +120,7 @@ OpenOptions open_options(const gircse_open_options *given) {
   options.threads = raw.threads;
   options.verify = raw.verify != 0;
   options.prefix_cache = raw.prefix_cache != 0;
+  options.streams = raw.streams;
   return options;
 }
 

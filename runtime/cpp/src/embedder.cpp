@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <array>
+#include <atomic>
 #include <future>
 
 #include "error.h"
@@ -27,6 +28,7 @@ void check_open_options(const OpenOptions &options) {
     throw Error(GIRCSE_ERROR_OPTION, "threads", "is " + std::to_string(options.threads), "it has to be at least 1",
                 "Leave it at 0 to use every physical core.");
   }
+  if (options.streams == 0) throw Error(GIRCSE_ERROR_OPTION, "streams", "is 0", "it has to be at least 1");
   if (options.provider == "tensorrt" || options.provider == "tensorrt-rtx") {
     throw Error(GIRCSE_ERROR_PROVIDER, "provider " + options.provider, "is not in libgircse",
                 "it has cpu, cuda, onnxruntime-tensorrt", "Use the Python runtime for engines.");
@@ -61,6 +63,24 @@ std::unique_ptr<Session> while_verifying(const Bundle &bundle, const std::string
   return session;
 }
 
+// Does work(0) to work(count - 1), several at once; the first error ends it.
+template <class Work>
+void in_streams(std::size_t streams, std::size_t count, Work work) {
+  std::atomic<std::size_t> next{0};
+  const auto stream = [&] {
+    try {
+      for (std::size_t at = next++; at < count; at = next++) work(at);
+    } catch (...) {
+      next = count;
+      throw;
+    }
+  };
+  std::vector<std::future<void>> others;  // when they are destroyed, they have ended
+  for (std::size_t i = 1; i < std::min(streams, count); ++i) others.push_back(std::async(std::launch::async, stream));
+  stream();
+  for (std::future<void> &other : others) other.get();
+}
+
 }  // namespace
 
 Embedder::Embedder(const std::string &path, const OpenOptions &options)
@@ -89,10 +109,12 @@ void Embedder::open_on(const std::string &provider, const OpenOptions &options) 
   if (provider == "cpu") require_version(*runtime_, precision);
   require_provider(*runtime_, provider);  // before any file is hashed: "auto" may have to pass over it
   const std::string layout = bundle_.layout(precision, provider, options.layout);
-  const auto open_it = [&] { return open_session(bundle_, *runtime_, precision, layout, provider, options.threads); };
+  const int threads = options.threads == 0 && options.streams > 1 ? 1 : options.threads;
+  const auto open_it = [&] { return open_session(bundle_, *runtime_, precision, layout, provider, threads); };
   session_ = options.verify ? while_verifying(bundle_, precision, open_it) : open_it();
   if (options.prefix_cache && session_->prefixes() != nullptr) prefixes_ = std::make_unique<PrefixCache>();
   precision_ = precision, provider_ = provider, layout_ = layout;
+  if (provider == "cpu") streams_ = options.streams;
 }
 
 std::size_t Embedder::checked_steps(const RunOptions &options) const {
@@ -160,13 +182,16 @@ void Embedder::embed_after(const std::optional<Prefix> &prefix, const std::vecto
   if (prefix) {
     for (const TokenIds &prompt : prompts) own.emplace_back(prompt.begin() + before, prompt.end());
   }
-  for (auto &rows : length_buckets(prompts, options.batch_size, options.batch_tokens)) {
-    const TokenBatch batch = pad_batch(std::move(rows), prefix ? own : prompts, manifest().pad_token_id);
+  auto batches =
+      plan_batches(prompts, {stream_batch_size(prompts.size(), options.batch_size, streams_), options.batch_tokens,
+                             (provider_ == "cpu" ? kPassTokens : kPassTokensGpu) * (steps + 1)});
+  in_streams(streams_, batches.size(), [&](std::size_t at) {
+    const TokenBatch batch = pad_batch(std::move(batches[at]), prefix ? own : prompts, manifest().pad_token_id);
     const StepVectors outputs = session_->run(batch, steps, prefix ? &*prefix : nullptr);
     for (std::size_t i = 0; i < batch.size(); ++i) {
       std::copy_n(outputs.at(i, first), row_floats, vectors + batch.rows[i] * row_floats);
     }
-  }
+  });
 }
 
 SelfTest Embedder::self_test() const {

@@ -24,6 +24,7 @@ struct OpenOptions {
   std::optional<std::string> layout;
   std::string onnxruntime;
   int threads = 0;
+  std::size_t streams = 1;
   bool verify = true;
   bool prefix_cache = true;
 };
@@ -83,6 +84,7 @@ class Embedder {
   PromptTokenizer tokenizer_;
   const OnnxRuntime *runtime_;
   std::unique_ptr<Session> session_;
+  std::size_t streams_ = 1;
   std::unique_ptr<PrefixCache> prefixes_;  // null where prompts are run whole
   std::string precision_;
   std::string provider_;

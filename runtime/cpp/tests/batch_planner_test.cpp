@@ -4,11 +4,12 @@
 
 #include <vector>
 
-using gircse::core::length_buckets;
 using gircse::core::pad_batch;
+using gircse::core::plan_batches;
+using gircse::core::stream_batch_size;
 using gircse::core::TokenIds;
 
-using Buckets = std::vector<std::vector<std::size_t>>;
+using Batches = std::vector<std::vector<std::size_t>>;
 
 static std::vector<TokenIds> prompts(const std::vector<std::size_t> &lengths) {
   std::vector<TokenIds> result;
@@ -17,15 +18,30 @@ static std::vector<TokenIds> prompts(const std::vector<std::size_t> &lengths) {
 }
 
 TEST_CASE("prompts of similar length run together, longest first, equal ones in order") {
-  CHECK(length_buckets(prompts({2, 5, 2, 9, 5}), 2, 100) == Buckets{{3, 1}, {4, 0}, {2}});
-  CHECK(length_buckets(prompts({1, 1, 1}), 32, 4096) == Buckets{{0, 1, 2}});
-  CHECK(length_buckets({}, 32, 4096).empty());
+  CHECK(plan_batches(prompts({2, 5, 2, 9, 5}), {2, 100, 9}) == Batches{{3}, {1, 4}, {0, 2}});
+  CHECK(plan_batches(prompts({1, 1, 1}), {32, 4096, 9}) == Batches{{0, 1, 2}});
+  CHECK(plan_batches({}, {32, 4096, 9}).empty());
 }
 
 TEST_CASE("a budget counts the padding, and one prompt may exceed it") {
-  CHECK(length_buckets(prompts({4, 3, 3, 9}), 32, 8) == Buckets{{3}, {0, 1}, {2}});
-  CHECK(length_buckets(prompts({4, 3}), 32, 1) == Buckets{{0}, {1}});
-  CHECK(length_buckets(prompts({4, 3}), SIZE_MAX, SIZE_MAX) == Buckets{{0, 1}});
+  CHECK(plan_batches(prompts({4, 3, 3, 9}), {32, 8, 9}) == Batches{{3}, {0}, {1, 2}});
+  CHECK(plan_batches(prompts({4, 3}), {32, 1, 9}) == Batches{{0}, {1}});
+  CHECK(plan_batches(prompts({4, 3}), {SIZE_MAX, SIZE_MAX, 9}) == Batches{{0, 1}});
+}
+
+TEST_CASE("a batch is divided where its padding costs more than another batch") {
+  CHECK(plan_batches(prompts({10, 4, 4, 4}), {32, 100, 17}) == Batches{{0}, {1, 2, 3}});
+  CHECK(plan_batches(prompts({10, 4, 4, 4}), {32, 100, 19}) == Batches{{0, 1, 2, 3}});
+}
+
+TEST_CASE("every stream has its share of the prompts") {
+  CHECK(stream_batch_size(500, 32, 1) == 32);
+  CHECK(stream_batch_size(0, 32, 4) == 8);
+  CHECK(stream_batch_size(20, 32, 2) == 10);
+  CHECK(stream_batch_size(65, 32, 2) == 17);
+  CHECK(stream_batch_size(64, 32, 16) == 8);
+  CHECK(stream_batch_size(64, 3, 2) == 3);
+  CHECK(stream_batch_size(64, SIZE_MAX, SIZE_MAX) == 8);
 }
 
 TEST_CASE("prompts are padded on the left") {

@@ -29,6 +29,7 @@ TEST_CASE("defaults") {
   gircse_open_options_init(&open, sizeof open);
   CHECK(open.verify == 1);
   CHECK(open.precision == nullptr);
+  CHECK(open.streams == 1);
 }
 
 TEST_CASE("a shorter struct is not written beyond its end, and its missing fields have defaults") {

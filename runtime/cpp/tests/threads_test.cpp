@@ -24,11 +24,12 @@ gircse_code code_of(gircse_error *error) {
 }
 
 // NULL where the bundle cannot be opened: a thread must not throw.
-gircse_embedder *open_bundle(int verify) {
+gircse_embedder *open_bundle(int verify, std::size_t streams = 1) {
   gircse_open_options options;
   gircse_open_options_init(&options, sizeof options);
   options.threads = 1;
   options.verify = verify;
+  options.streams = streams;
   gircse_embedder *embedder = nullptr;
   CHECK(code_of(gircse_open(std::getenv("GIRCSE_TEST_BUNDLE"), &options, &embedder)) == GIRCSE_OK);
   return embedder;
@@ -41,10 +42,14 @@ std::size_t dimension_of(const gircse_embedder *embedder) {
   return description.dimension;
 }
 
-gircse_code encode(const gircse_embedder *embedder, std::vector<float> &vectors) {
+gircse_code encode(const gircse_embedder *embedder, std::vector<float> &vectors, std::size_t batch_size = 32) {
   std::vector<gircse_text> texts;
   for (const std::string_view text : kTexts) texts.push_back({text.data(), text.size()});
-  return code_of(gircse_encode(embedder, texts.data(), texts.size(), nullptr, vectors.data(), vectors.size(), nullptr));
+  gircse_encode_options options;
+  gircse_encode_options_init(&options, sizeof options);
+  options.batch_size = batch_size;
+  return code_of(
+      gircse_encode(embedder, texts.data(), texts.size(), &options, vectors.data(), vectors.size(), nullptr));
 }
 
 bool has_bundle() {
@@ -80,6 +85,21 @@ TEST_CASE("threads share an embedder and get the vectors of one thread") {
   });
   CHECK(wrong == 0);
   gircse_close(embedder);
+}
+
+TEST_CASE("streams give the vectors of one stream") {
+  if (!has_bundle()) return;
+  gircse_embedder *one = open_bundle(0), *three = open_bundle(0, 3);
+  REQUIRE(one != nullptr);
+  REQUIRE(three != nullptr);
+  std::vector<float> expected(kTexts.size() * dimension_of(one)), vectors(expected.size());
+  REQUIRE(encode(one, expected, 1) == GIRCSE_OK);
+  for (int round = 0; round < 3; ++round) {
+    REQUIRE(encode(three, vectors, 1) == GIRCSE_OK);
+    CHECK(vectors == expected);
+  }
+  gircse_close(one);
+  gircse_close(three);
 }
 
 TEST_CASE("threads may open bundles at the same time") {

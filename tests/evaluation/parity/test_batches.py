@@ -6,9 +6,9 @@ import pytest
 from support.small_models import SmallModels
 
 from gircse.evaluation.parity.batches import batch_tokens, side_batches
+from gircse.runtime.batch_planner import DEFAULT_BATCH_TOKENS
 from gircse.runtime.bundle import Bundle
 from gircse.runtime.manifest import GraphFacts, Layout, Pooling
-from gircse.runtime.tokenization import DEFAULT_BATCH_TOKENS
 
 SHARED: dict[str, Any] = {
     "architecture": "llama", "layout": Layout.STEPWISE, "steps": 8, "pooling": Pooling.MEAN, "temperature": 1.0,

@@ -21,11 +21,11 @@ from gircse.evaluation.parity.layer_probe import LayerProbe
 from gircse.evaluation.parity.layer_trace import LayerTrace
 from gircse.evaluation.parity.locate import _no_layers
 from gircse.export.engine.profiles import ProfileSpec, SizeRange, engine_profiles
+from gircse.runtime.batch_planner import TokenBatch
 from gircse.runtime.bundle import Bundle, file_sha256
 from gircse.runtime.errors import EngineMismatchError, OptionError, ProviderError
 from gircse.runtime.manifest import Layout
 from gircse.runtime.provider import Provider
-from gircse.runtime.tokenization import TokenBatch
 from gircse.runtime.trt.engine_manifest import ENGINE_SCHEMA_VERSION, BuildRequest, EngineManifest
 
 STEPS = 2

@@ -57,10 +57,12 @@ typedef struct gircse_open_options {
   const char *provider;    /* "auto", "cpu", "cuda" or "onnxruntime-tensorrt"; NULL is "auto" */
   const char *layout;      /* "stepwise" or "unrolled"; NULL: stepwise on the CPU, unrolled on a GPU */
   const char *onnxruntime; /* path of ONNX Runtime's library; NULL: $GIRCSE_ONNXRUNTIME, else the loader's search */
-  int32_t threads;         /* of one run on the CPU; 0: every physical core */
+  int32_t threads;         /* of one run on the CPU; 0: every physical core, or one with several streams */
   int32_t verify;          /* not 0: compare the hashes of all files, and the tokens of the golden texts (default) */
   int32_t prefix_cache;    /* not 0: run what the texts of a call begin with once, and keep it, in the stepwise layout
                             * on the CPU (default) */
+  size_t streams;          /* batches of a call that run at once on the CPU (default 1). With as many as there are cores
+                            * most texts a second are embedded, and a single text takes longer */
 } gircse_open_options;
 
 typedef struct gircse_encode_options {

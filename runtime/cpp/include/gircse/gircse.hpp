@@ -40,6 +40,7 @@ struct OpenOptions {
   int threads = 0;
   bool verify = true;
   bool prefix_cache = true;
+  std::size_t streams = 1;
 };
 
 // How texts are embedded; the fields are those of gircse_encode_options.
@@ -81,6 +82,7 @@ class Embedder {
     raw.threads = options.threads;
     raw.verify = options.verify;
     raw.prefix_cache = options.prefix_cache;
+    raw.streams = options.streams;
     detail::check(gircse_open(bundle.c_str(), &raw, &handle_));
     try {
       description_.size = sizeof description_;

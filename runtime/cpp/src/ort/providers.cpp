@@ -72,6 +72,9 @@ OrtOwned<OrtSessionOptions> session_options(const OnnxRuntime &runtime, const st
   } else if (provider == "cpu" && products_saturate(runtime)) {
     check_status(api, api.AddSessionConfigEntry(options.get(), "session.x64quantprecision", "1"));
   }
+  // By default a weight above 1 GiB in FP32, the vocabulary of a 7B, is converted in every pass and not once.
+  const char *fold_any_size = "optimization.constant_folding_max_output_size_in_bytes";
+  check_status(api, api.AddSessionConfigEntry(options.get(), fold_any_size, "1099511627776"));
   if (provider != "cpu") check_status(api, api.AddSessionConfigEntry(options.get(), kRecordPlacement, "1"));
   if (threads > 0) check_status(api, api.SetIntraOpNumThreads(options.get(), threads));
   append_providers(runtime, options.get(), provider);
