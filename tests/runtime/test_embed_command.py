@@ -37,7 +37,7 @@ def test_embed_writes_npy_and_jsonl(
     wanted = Embedder(bundle).encode(texts, instruction="Find", steps=2)
     for name in ("x.npy", "x.jsonl"):
         arguments = [str(bundle), "--input", str(source), "--output", str(tmp_path / name), "--instruction", "Find"]
-        assert embed_command.main([*arguments, "--steps", "2", "--batch-tokens", "64", "--threads", "2"]) == 0
+        assert embed_command.main([*arguments, "--steps", "2", "--batch-tokens", "64", "--streams", "2"]) == 0
         assert capsys.readouterr().out.strip() == str(tmp_path / name)
     np.testing.assert_allclose(np.load(tmp_path / "x.npy"), wanted, atol=1e-5)
     rows = [json.loads(line) for line in (tmp_path / "x.jsonl").read_text().splitlines()]
@@ -81,6 +81,7 @@ def test_embed_of_nothing(small_models: SmallModels, tmp_path: Path, stdin: io.B
         (["--steps", "9"], b"a\n", "steps is 9; this bundle has 0 to 5."),
         (["--on-overflow", "error"], b"word " * 300, "texts[0] has "),
         (["--batch-tokens", "0"], b"a\n", "batch_tokens is 0; it has to be at least 1."),
+        (["--streams", "0"], b"a\n", "streams is 0; it has to be at least 1."),
         (["--precision", "fp8"], b"a\n", "has no precision 'fp8'; it has fp32."),
     ],
 )

@@ -68,6 +68,7 @@ class OpenOptions(ctypes.Structure):
         ("threads", c_int32),
         ("verify", c_int32),
         ("prefix_cache", c_int32),
+        ("streams", c_size_t),
     ]
 
 

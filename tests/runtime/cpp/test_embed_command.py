@@ -159,6 +159,8 @@ def python_error(
         ("BUNDLE --batch-size -3", b"a"),
         ("BUNDLE --batch-tokens 0", b"a"),
         ("BUNDLE --batch-tokens -3", b"a"),
+        ("BUNDLE --streams 0", b""),
+        ("BUNDLE --streams -3", b""),
         ("BUNDLE --threads 0", b""),
         ("BUNDLE --threads -2", b""),
         ("BUNDLE --provider gpu", b""),

@@ -111,6 +111,17 @@ def test_every_graph_gives_the_same_bits(library: CppLibrary, bundle: Path) -> N
                     np.testing.assert_array_equal(ours.encode([text], instruction=instruction), alone, f"{chosen}")
 
 
+@pytest.mark.parametrize("streams", [1, 2, 5])
+def test_batches_and_streams_are_those_of_python(library: CppLibrary, small_models: SmallModels, streams: int) -> None:
+    """In INT8 a text has the same bits only in the same batch."""
+    texts = ["word " * (number * 7919 % 43) for number in range(60)]
+    chosen: dict[str, Any] = {"precision": "int8", "provider": "cpu", "threads": 1, "streams": streams}
+    bundle = int8_bundle(small_models, "qwen2")
+    with library.open(bundle, **chosen) as ours, Embedder(bundle, **chosen) as theirs:
+        for options in ({}, {"steps": 0}, {"batch_size": 9}, {"batch_tokens": 200}, {"instruction": "Find it"}):
+            np.testing.assert_array_equal(ours.encode(texts, **options), theirs.encode(texts, **options), str(options))
+
+
 def test_every_graph_passes_the_same_self_test(library: CppLibrary, bundle: Path) -> None:
     for precision, layout in graphs(bundle):
         chosen: dict[str, Any] = {"precision": precision, "layout": layout, "provider": "cpu", "threads": 1}

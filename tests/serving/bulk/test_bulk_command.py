@@ -49,7 +49,8 @@ def test_vectors_are_those_of_the_embedder(bundle: Path, tmp_path: Path, capsys:
     lines = write_lines(tmp_path / "a.jsonl", range(50))
     numbers = list(range(50, 90))
     table = write_parquet(tmp_path / "b.parquet", {"id": numbers, "text": list(map(text_of, numbers))}, group=17)
-    said = run(capsys, bundle, lines, table, "--output", tmp_path / "out", "--fragment-rows", 16)
+    flags = ["--fragment-rows", 16, "--streams", 2]
+    said = run(capsys, bundle, lines, table, "--output", tmp_path / "out", *flags)
     assert "90 vectors of 90 rows" in said
     found = vectors_of(tmp_path / "out")
     assert sorted(found) == list(range(90))
@@ -292,6 +293,8 @@ def test_an_input_that_changes_while_it_is_read_is_refused(
         (["{lines}", "{named}"], "{lines} has ids of type int64, and {named} of type string"),
         (["{lines}", "--row-ids", "--id-column", "id"], "--row-ids is given with --id-column"),
         (["{lines}", "--fragment-rows", "0"], "--fragment-rows is 0; it has to be at least 1"),
+        (["{lines}", "--streams", "0"], "--streams is 0; it has to be at least 1"),
+        (["{lines}", "--threads", "0"], "--threads is 0; it has to be at least 1"),
         (["{lines}", "--batch-size", "0"], "batch_size is 0; it has to be at least 1"),
         (["{lines}", "--steps", "6"], "steps is 6; this bundle has 0 to 5"),
         (["{lines}", "--workers", "none"], "--workers is none; a number from 1 on, or auto"),

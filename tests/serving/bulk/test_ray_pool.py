@@ -1,5 +1,6 @@
 """Workers on Ray: how machines are divided, and what is done where workers fail."""
 
+import contextlib
 import os
 import sys
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from support.small_models import SmallModels
 
 from gircse.runtime import BundleError, OptionError, ProviderError
 from gircse.runtime.bundle import Bundle
+from gircse.serving.bulk import bulk_command
 from gircse.serving.bulk.inputs import inspect
 from gircse.serving.bulk.job import Columns, Fragment, IdType, Job, Recipe, VectorType, write_job
 from gircse.serving.bulk.storage import locate
@@ -74,6 +76,36 @@ def divide(**wanted: Any) -> tuple[int, int, int]:
     options: dict[str, Any] = {"workers": None, "threads": None, "gpu": None, "weight_bytes": GIB, **wanted}
     share: tuple[int, int, int] = ray_pool.divide(**options)
     return share
+
+
+@pytest.mark.parametrize(
+    ("flags", "share", "threads", "streams"),
+    [
+        (["--workers", "2"], (2, 4, 0), 4, 1),
+        (["--workers", "2", "--threads", "3"], (2, 3, 0), 3, 1),
+        (["--workers", "2", "--streams", "4"], (2, 4, 0), 1, 4),
+        (["--workers", "auto", "--streams", "2", "--threads", "2"], (2, 4, 0), 2, 2),
+    ],
+)
+def test_what_a_worker_opens_the_bundle_with(
+    small_models: SmallModels,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    flags: list[str],
+    share: tuple[int, int, int],
+    threads: int,
+    streams: int,
+) -> None:
+    have_nodes(monkeypatch, [{"CPU": 8}])
+    seen = []
+    monkeypatch.setattr(ray_pool, "connected", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(ray_pool, "run_on_ray", lambda task, _, __, given: seen.append((task, given)) or iter(()))
+    lines = write_lines(tmp_path / "a.jsonl", range(4))
+    bundle = small_models.bundle("qwen2")
+    assert bulk_command.main([str(bundle), str(lines), "--output", str(tmp_path / "out"), *flags]) == 0
+    ((task, given),) = seen
+    assert given == share
+    assert (task.arguments["threads"], task.arguments["streams"]) == (threads, streams)
 
 
 def test_an_address_where_nobody_listens_is_refused_at_once() -> None:
