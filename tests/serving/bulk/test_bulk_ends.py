@@ -111,12 +111,19 @@ def test_a_full_disk(bundle: Path, lines: Path, tmp_path: Path, whole: dict[int,
     np.testing.assert_allclose([found[number] for number in range(ROWS)], [*whole.values()], atol=1e-5)
 
 
-def workers_of(family: psutil.Process) -> list[psutil.Process]:
-    found = []
-    for child in family.children(recursive=True):
-        with contextlib.suppress(psutil.NoSuchProcess):
-            if child.cmdline()[:1] == ["ray::Worker.run"]:
-                found.append(child)
+def two_busy_workers(family: psutil.Process, output: Path) -> list[psutil.Process]:
+    """Wait until some fragments are done and both workers are at another; Ray names them so only while they are."""
+    found: list[psutil.Process] = []
+
+    def are_busy() -> bool:
+        found.clear()
+        for child in family.children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if child.cmdline()[:1] == ["ray::Worker.run"]:
+                    found.append(child)
+        return fragments(output) > 3 and len(found) == 2
+
+    wait_for(are_busy)
     return found
 
 
@@ -125,8 +132,7 @@ def test_a_worker_on_ray_is_killed(bundle: Path, lines: Path, tmp_path: Path, wh
     pytest.importorskip("ray", reason="the extra ray is not installed")
     output = tmp_path / "out"
     with killed_later(*command(bundle, lines, output, "--workers", "2")) as family:
-        wait_for(lambda: fragments(output) > 3 and len(workers_of(family)) == 2)
-        workers_of(family)[0].kill()
+        two_busy_workers(family, output)[0].kill()
         assert family.wait(SECONDS) == 0
     check_same_vectors(output, whole)
 
@@ -136,8 +142,7 @@ def test_the_driver_on_ray_is_killed(bundle: Path, lines: Path, tmp_path: Path, 
     pytest.importorskip("ray", reason="the extra ray is not installed")
     output = tmp_path / "out"
     with killed_later(*command(bundle, lines, output, "--workers", "2")) as family:
-        wait_for(lambda: fragments(output) > 3 and len(workers_of(family)) == 2)
-        workers = workers_of(family)
+        workers = two_busy_workers(family, output)
         os.kill(family.pid, signal.SIGKILL)
         assert not psutil.wait_procs(workers, timeout=SECONDS)[1]
     assert 3 < fragments(output) < ROWS // FRAGMENT

@@ -40,6 +40,7 @@ def test_arguments_reach_the_embedder(bundle: Path, embedder: Embedder) -> None:
         "provider": "cpu",
         "layout": "stepwise",
         "threads": 1,
+        "streams": 1,
         "verify": True,
         "prefix_cache": None,
     }
