@@ -32,7 +32,7 @@ sys.exit(main(sys.argv[4:]))
 """
 POINTS = (
     ("gircse.calibration.soft_tokens", "rest_of", 3, "estimated: "),  # of the second batch
-    ("gircse.calibration.layers", "watched", 2, "the soft tokens of 16 of 40 texts, and 0 of 2"),  # layer 0 is observed
+    ("gircse.calibration.layers", "watched", 2, "the soft tokens of 10 of 40 texts, and 0 of 2"),  # layer 0 is observed
     (
         "gircse.calibration.layers",
         "round_weight",
