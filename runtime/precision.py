@@ -186,8 +186,8 @@ SPECS: Mapping[Precision, PrecisionSpec] = {
         float32=_INT8_FLOAT,
         self_test_min_cosine=0.995,  # measured 0.9966
         limits=ParityLimits(0.995, 0.9995, 0.98, 0.002, 1e-3),
-        copied=2.5,  # in FP32, as much as FP32 takes
-        tables=1.0,
+        copied=4.0,  # each in FP32; of a 7B, too, which has less in its embedding table than the demo
+        tables=0.0,
         engine_graph=True,
     ),
     Precision.INT4_WEIGHTS: PrecisionSpec(
@@ -203,8 +203,8 @@ SPECS: Mapping[Precision, PrecisionSpec] = {
         float32=_INT8_FLOAT,
         self_test_min_cosine=0.9,  # measured 0.961
         limits=ParityLimits(0.9, 0.97, 0.85, 0.01, 1e-3),
-        copied=3.3,
-        tables=1.0,
+        copied=5.6,  # each in FP32; of a 7B, which has more in 4 bits than the demo (3.9)
+        tables=0.0,
         engine_graph=True,
     ),
     Precision.FP8: PrecisionSpec(
