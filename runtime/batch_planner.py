@@ -109,9 +109,12 @@ def padded_batches(
     pad_token_id: int,
     batch_size: int,
     batch_tokens: int,
-    batch_cost: int = 9 * PASS_TOKENS,
 ) -> Iterator[TokenBatch]:
-    """Group token ids by length and pad each group; the arguments are those of ``plan_batches`` and ``pad_batch``."""
+    """Group token ids by length and pad each group, for models that run outside the runtime.
+
+    The arguments are those of ``plan_batches`` and ``pad_batch``; a batch costs what it does on a CPU with eight steps.
+    """
+    cost = 9 * PASS_TOKENS
     lengths = [len(ids) for ids in token_ids]
-    for rows in plan_batches(lengths, batch_size=batch_size, batch_tokens=batch_tokens, batch_cost=batch_cost):
+    for rows in plan_batches(lengths, batch_size=batch_size, batch_tokens=batch_tokens, batch_cost=cost):
         yield pad_batch(rows, token_ids, pad_token_id=pad_token_id)

@@ -147,6 +147,8 @@ class BatchRunner:
         self, token_ids: Sequence[list[int]], *, steps: int | None, instruction_tokens: int | None
     ) -> StepOutputs:
         """Run token ids as one batch, as ``Embedder.run_batch`` describes."""
+        if not token_ids:
+            raise OptionError("token_ids", "is empty", "a batch has at least one text")
         run = self._batch_run(token_ids, self.check_steps(steps), instruction_tokens, batch_size=len(token_ids))
         return run(tuple(range(len(token_ids))))
 
@@ -174,10 +176,10 @@ class BatchRunner:
         prefixes = self._prefixes  # another thread may close meanwhile
         if prefixes is not None and token_ids and instruction_tokens is not None:
             prefix = prefixes.choose(token_ids, fixed=instruction_tokens, batch_size=batch_size) or prefix
-        own = [ids[prefix.tokens :] for ids in token_ids]
+            token_ids = [ids[prefix.tokens :] for ids in token_ids]
 
         def run(rows: tuple[int, ...]) -> StepOutputs:
-            return self._run(pad_batch(rows, own, pad_token_id=self._manifest.pad_token_id), steps, prefix)
+            return self._run(pad_batch(rows, token_ids, pad_token_id=self._manifest.pad_token_id), steps, prefix)
 
         return run
 

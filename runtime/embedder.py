@@ -388,7 +388,7 @@ class Embedder:
     ) -> StepOutputs:
         """Run token ids as one batch, whatever its size, and return their embeddings in the order given.
 
-        The arguments and errors are those of ``run_batches``.
+        The arguments and errors are those of ``run_batches``; no text at all is an error too.
         """
         return self._runner.run_batch(token_ids, steps=steps, instruction_tokens=instruction_tokens)
 

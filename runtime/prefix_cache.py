@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
+from gircse.runtime.batch_planner import PASS_TOKENS_GPU
 from gircse.runtime.numerics import Int64
 from gircse.runtime.session import StepOutputs
 from gircse.runtime.tokenization import common_length
@@ -24,9 +25,9 @@ WORTH_TOKENS = 24
 WORTH_INSTRUCTION = 8
 """Tokens of an instruction that is always computed on its own: the next call, too, will begin with it."""
 
-WORTH_TOKENS_GPU = 256
-"""Tokens that a batch has to save on a GPU. So many tokens in FP16 are multiplied while the weights are read once (150
-on an A100, 200 on an H200, 300 on an H100, 400 on an L4, by their data sheets), so fewer would save nothing."""
+WORTH_TOKENS_GPU = PASS_TOKENS_GPU
+"""Tokens that a batch has to save on a GPU: so many are multiplied while the weights are read once, so fewer would save
+nothing."""
 
 KeysAndValues = tuple[Any, ...]
 """In the order of the graph's inputs; what the session makes, with a ``shape`` (1, tokens, ...) and ``nbytes``."""

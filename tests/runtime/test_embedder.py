@@ -81,6 +81,18 @@ def test_batches_of_token_ids(embedder: Embedder) -> None:
         next(embedder.run_batches(token_ids, steps=6))
 
 
+def test_one_batch_of_token_ids_is_in_their_order(embedder: Embedder) -> None:
+    token_ids = embedder.tokenizer(TEXTS)
+    outputs = embedder.run_batch(token_ids, steps=3)
+    assert (
+        np.abs(outputs.step_embeddings - embedder.encode(TEXTS, steps=3, all_steps=True)).max() < BATCH_MAX_DIFFERENCE
+    )
+    with pytest.raises(OptionError, match=r"^token_ids is empty; a batch has at least one text\."):
+        embedder.run_batch([])
+    with pytest.raises(OptionError, match=r"^steps is 6; this bundle has 0 to 5"):
+        embedder.run_batch(token_ids, steps=6)
+
+
 def test_empty_inputs(embedder: Embedder) -> None:
     assert embedder.encode([]).shape == (0, 48)
     assert embedder.encode([], all_steps=True).shape == (0, 5, 48)

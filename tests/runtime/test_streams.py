@@ -22,10 +22,10 @@ SECONDS = 10
 
 
 class MeetingSession:
-    """Its runs wait until as many are under way, or fail; each gives its first token id."""
+    """Its runs wait until as many are under way, or fail, and take a while; each gives its first token id."""
 
-    def __init__(self, at_once: int) -> None:
-        self.barrier = threading.Barrier(at_once)
+    def __init__(self, at_once: int, *, seconds: float = 0) -> None:
+        self.barrier, self.seconds = threading.Barrier(at_once), seconds
         self.runs: list[int] = []
 
     def run(self, input_ids: Int64, attention_mask: Int64, *, steps: int) -> StepOutputs:
@@ -35,6 +35,7 @@ class MeetingSession:
             self.barrier.wait(SECONDS)
         except threading.BrokenBarrierError:
             raise ProviderError("run", f"of token {token} was alone") from None
+        time.sleep(self.seconds)
         return StepOutputs(np.full((1, 2), token, np.float32), np.empty((1, 0, 2), np.float32))
 
     def max_batch(self, tokens: int) -> int | None:
@@ -95,7 +96,7 @@ def test_an_error_of_one_ends_the_call(manifest: Any, monkeypatch: pytest.Monkey
 
 
 def test_a_call_that_is_given_up_runs_no_further_batches(manifest: Any) -> None:
-    session = MeetingSession(1)
+    session = MeetingSession(1, seconds=0.02)
     runner = BatchRunner(manifest, None, session, streams=2)
     token_ids = [[token] for token in range(1, 1000)]
     batches = runner.run_batches(token_ids, steps=0, batch_size=1, batch_tokens=99, instruction_tokens=None)
