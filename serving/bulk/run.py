@@ -62,6 +62,7 @@ def run_bulk(args: argparse.Namespace) -> str:
     if before is not None:
         check_same(output, before, job)
     fragments = [fragment for place in places for fragment in job.fragments(place.name)]
+    _delete_scratch(output)
     missing = _missing(output, fragments)
     task = Task(
         bundle=str(bundle.directory),
@@ -85,6 +86,7 @@ def run_bulk(args: argparse.Namespace) -> str:
             for report in reports:
                 total = FragmentReport(*map(sum, zip(total, report, strict=True)))
                 advance(report.rows)
+        _delete_scratch(output)
     return _summary(output, total, done=done, seconds=time.monotonic() - begun)
 
 
@@ -127,15 +129,17 @@ def _cores(args: argparse.Namespace) -> int | None:
 
 
 def _missing(output: Place, fragments: Sequence[Fragment]) -> list[Fragment]:
-    """Return the fragments that have no vectors yet, and delete what a run that was killed left of others."""
-    there = set()
+    """Return the fragments that have no vectors yet."""
+    there = {name for name, _ in (output / VECTORS).children()}
+    return [fragment for fragment in fragments if f"{fragment.name}.parquet" not in there]
+
+
+def _delete_scratch(output: Place) -> None:
+    """Delete what a run or a worker that was killed left of files that it was writing."""
     for folder in (VECTORS, REJECTED):
         for name, info in (output / folder).children():
             if name.startswith(".") and info.type is FileType.File:
                 output.files.delete_file(info.path)
-            elif folder == VECTORS:
-                there.add(name)
-    return [fragment for fragment in fragments if f"{fragment.name}.parquet" not in there]
 
 
 @contextmanager

@@ -7,6 +7,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -14,7 +15,7 @@ import pytest
 from support.bulk_job import start, vectors_of, write_lines
 from support.small_models import SmallModels
 
-from gircse.serving.bulk import bulk_command
+from gircse.serving.bulk import bulk_command, worker
 
 ROWS, FRAGMENT = 1200, 4
 SECONDS = 120
@@ -109,6 +110,22 @@ def test_a_full_disk(bundle: Path, lines: Path, tmp_path: Path, whole: dict[int,
     assert bulk_command.main(larger) == 0
     found = vectors_of(output)
     np.testing.assert_allclose([found[number] for number in range(ROWS)], [*whole.values()], atol=1e-5)
+
+
+def test_what_a_worker_was_writing_is_gone_at_the_end(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker that dies leaves it, and the run goes on."""
+    output, run = tmp_path / "out", worker.Worker.run
+
+    def leaving(self: worker.Worker, fragment: Any) -> Any:
+        done = run(self, fragment)
+        (output / "vectors/.half.parquet").write_bytes(b"half")
+        return done
+
+    monkeypatch.setattr(worker.Worker, "run", leaving)
+    assert bulk_command.main(command(bundle, write_lines(tmp_path / "a.jsonl", range(4)), output)) == 0
+    assert [path.name.startswith(".") for path in (output / "vectors").iterdir()] == [False]
 
 
 def two_busy_workers(family: psutil.Process, output: Path) -> list[psutil.Process]:
